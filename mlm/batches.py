@@ -1,0 +1,121 @@
+"""Which chunks a step sees, and with which masks: a pure function of (seed, step).
+
+    epochs             | epoch 0: 3 0 4 1 2 | epoch 1: 1 4 2 0 3 | …    a permutation each, by (seed, epoch)
+    global batch of 4  | 3 0 4 1 | 2 1 4 2 | 0 3 …                      step s takes places 4s … 4s + 3
+    2 processes        | 3 0, 4 1 | …                                   contiguous shares, as even as they come
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mlm.chunks import Chunks
+from mlm.masking import SUBSET, Recipe, corrupt, draw, select, shuffle
+
+
+class Batch(NamedTuple):
+    """B masked chunks on the host; M tokens of them are predicted."""
+
+    input_ids: torch.Tensor  # [B, T] int64
+    positions: torch.Tensor  # [M] int64 into the flat B * T
+    targets: torch.Tensor  # [M] int64
+    attention_mask: torch.Tensor | None  # [B, T] int64, 0: padding; None: every row is full
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(tensor if tensor is None else tensor.to(device, non_blocking=True) for tensor in self))
+
+
+def mask_chunks(
+    chunks: Chunks, chunk_ids: np.ndarray, epochs: np.ndarray, seed: int, recipe: Recipe, ordinary: np.ndarray
+) -> Batch:
+    """chunk_ids [B], epochs [B] (the epoch in which each is seen) -> a Batch. ordinary: [V] bool, what may be masked."""
+    rows = chunks.take(chunk_ids)
+    draws = _draw_rows(seed, epochs, chunk_ids, rows.ids.shape[1])
+    corrupted = corrupt(rows.ids, ordinary[rows.ids], draws, recipe, rows.word_starts)
+    attention_mask = None
+    if rows.lengths is not None and (rows.lengths < rows.ids.shape[1]).any():
+        attention_mask = torch.from_numpy((np.arange(rows.ids.shape[1]) < rows.lengths[:, None]).astype(np.int64))
+    return Batch(*map(torch.from_numpy, corrupted), attention_mask)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The training batches of one process among `world`.
+
+    samples: train on that many chunks only, drawn by the seed
+    """
+
+    chunks: Chunks
+    recipe: Recipe
+    ordinary: np.ndarray
+    seed: int
+    global_batch: int
+    micro_batch: int
+    rank: int = 0
+    world: int = 1
+    samples: int | None = None
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks an epoch."""
+        return min(self.samples or len(self.chunks), len(self.chunks))
+
+    def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Step s's global batch: its chunk ids [G] and the epoch of each [G], int64."""
+        epochs, index = np.divmod(step * self.global_batch + np.arange(self.global_batch), self.num_chunks)
+        chunk_ids = np.empty_like(index)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            chunk_ids[here] = epoch_order(self.seed, int(epoch), len(self.chunks), self.num_chunks)[index[here]]
+        return chunk_ids, epochs
+
+    def load(self, step: int) -> tuple[list[Batch], int]:
+        """This process's micro-batches of step s (none if its share is empty), and the masked tokens of the whole
+        global batch, which the mean loss is over. Every process counts them for itself: nothing has to be exchanged.
+        """
+        chunk_ids, epochs = self.places(step)
+        start, end = (self.global_batch * r // self.world for r in (self.rank, self.rank + 1))
+        share = [
+            self._mask(chunk_ids[i : min(i + self.micro_batch, end)], epochs[i : min(i + self.micro_batch, end)])
+            for i in range(start, end, self.micro_batch)
+        ]
+        others = np.r_[0:start, end : self.global_batch]
+        masked = sum(len(batch.positions) for batch in share) + self._count(chunk_ids[others], epochs[others])
+        return share, masked
+
+    def _mask(self, chunk_ids: np.ndarray, epochs: np.ndarray) -> Batch:
+        return mask_chunks(self.chunks, chunk_ids, epochs, self.seed, self.recipe, self.ordinary)
+
+    def _count(self, chunk_ids: np.ndarray, epochs: np.ndarray) -> int:
+        if len(chunk_ids) == 0:
+            return 0
+        rows = self.chunks.take(chunk_ids)
+        draws = _draw_rows(self.seed, epochs, chunk_ids, rows.ids.shape[1])
+        return int(select(self.ordinary[rows.ids], draws, self.recipe, rows.word_starts).sum())
+
+
+def subset(seed: int, n: int, samples: int | None) -> np.ndarray:
+    """The chunk ids [min(samples, n)] that --max_…_samples leaves of n, ascending."""
+    if samples is None or samples >= n:
+        return np.arange(n)
+    return np.sort(shuffle(seed, 0, n, SUBSET)[:samples])
+
+
+@lru_cache(maxsize=2)  # a batch can reach from one epoch into the next
+def epoch_order(seed: int, epoch: int, n: int, samples: int) -> np.ndarray:
+    """The chunk ids [samples] in the order in which this epoch sees them."""
+    return subset(seed, n, samples)[shuffle(seed, epoch, samples)]
+
+
+def _draw_rows(seed: int, epochs: np.ndarray, chunk_ids: np.ndarray, length: int) -> np.ndarray:
+    """Draws [B, length] for rows that may belong to different epochs."""
+    distinct = np.unique(epochs)
+    if len(distinct) == 1:
+        return draw(seed, int(distinct[0]), chunk_ids, length)
+    draws = np.empty((len(chunk_ids), length), np.uint64)
+    for epoch in distinct:
+        draws[epochs == epoch] = draw(seed, int(epoch), chunk_ids[epochs == epoch], length)
+    return draws

@@ -1,0 +1,166 @@
+"""Command lines made of the rooms' configurations: each field of a dataclass is a flag, its comment the help.
+
+    mlm/masking.py:  mlm_probability: float = 0.15  # share of the tokens that are masked
+    command line:    --mlm_probability 0.2
+
+`--config FILE.yaml` sets any flag. Its values take the same way through argparse as the flags do, so that a
+YAML `5e-5` (a string to YAML) is a number, and flags win because they come after.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import logging
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from transformers.utils import logging as transformers_logging
+
+from mlm.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.ArgumentParser) -> list[Any]:
+    """Reads `argv` into one instance of each dataclass, in their order, and a namespace of what else `parser` knew.
+
+    Raises UserError on an unknown flag (naming the nearest known one) and on a value that does not convert.
+    """
+    group = parser.add_argument_group("flags")
+    group.add_argument("--config", metavar="FILE.yaml", help="sets any of these flags; flags win over the file")
+    for config in configs:
+        _add_flags(group, config)
+    known = [option for action in parser._actions for option in action.option_strings]
+
+    argv = [*_file_flags(argv, known), *argv]
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [word for word in unknown if word.startswith("-")] or unknown
+        raise UserError(f"unknown flag {flags[0]}{_nearest(flags[0].partition('=')[0], known)}")
+
+    instances = []
+    for config in configs:
+        names = [field.name for field in dataclasses.fields(config)]
+        instances.append(config(**{name: getattr(values, name) for name in names}))
+    return [*instances, values]
+
+
+def command(description: str) -> argparse.ArgumentParser:
+    """The parser of a script: full flag names only, and one-line errors."""
+    return _Parser(description=description, allow_abbrev=False)
+
+
+def run(body: Callable[[Sequence[str]], dict[str, Any]]) -> None:
+    """A script's outermost call: `body(argv)`, then its result as the last line of standard output, in JSON.
+
+    A UserError becomes one line on standard error and exit status 2. Only the main process speaks.
+    """
+    speaks = int(os.environ.get("RANK", "0")) == 0
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("mlm").setLevel(logging.INFO if speaks else logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        result = body(sys.argv[1:])
+    except UserError as error:
+        if speaks:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if speaks:
+        print(json.dumps(result, default=str), flush=True)
+
+
+def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:
+    comments = dict(re.findall(r"^    (\w+): [^#\n]*?#\s*(.+)$", inspect.getsource(config), re.MULTILINE))
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        hint, default = hints[field.name], field.default
+        extra: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
+        group.add_argument(
+            f"--{field.name}",
+            default=default,
+            type=_converter(hint),
+            metavar=_placeholder(hint),
+            help=f"{comments.get(field.name, '')} (default: {default})".replace("%", "%%").strip(),
+            **extra,
+        )
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """int | Literal["auto"] | None -> (int, Literal["auto"], NoneType)"""
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _placeholder(hint: Any) -> str:
+    words = []
+    for kind in _alternatives(hint):
+        if typing.get_origin(kind) is Literal:
+            words += typing.get_args(kind)
+        elif kind is not types.NoneType:
+            words.append({bool: "true|false"}.get(kind, kind.__name__.upper()))
+    return "|".join(words)
+
+
+def _converter(hint: Any) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        for kind in _alternatives(hint):
+            if kind is types.NoneType:
+                if text.lower() in ("none", "null"):
+                    return None
+            elif typing.get_origin(kind) is Literal:
+                if text in typing.get_args(kind):
+                    return text
+            elif kind is bool:
+                if text.lower() in ("true", "yes", "on", "1"):
+                    return True
+                if text.lower() in ("false", "no", "off", "0"):
+                    return False
+            else:
+                try:
+                    return kind(text)
+                except ValueError:
+                    continue
+        raise argparse.ArgumentTypeError(f"{text!r} is not {_placeholder(hint)}")
+
+    return convert
+
+
+def _file_flags(argv: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The flags that the YAML file behind --config stands for."""
+    path = None
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        if word == "--config":
+            path = following
+        elif word.startswith("--config="):
+            path = word.removeprefix("--config=")
+    if path is None:
+        return []
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not a YAML file ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected lines of the form `flag_name: value`")
+    for name in values:
+        if f"--{name}" not in known or name == "config":
+            raise UserError(f"--config {path}: unknown flag {name}{_nearest(f'--{name}', known)}")
+    return [f"--{name}={'none' if value is None else value}" for name, value in values.items()]
+
+
+def _nearest(flag: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(flag, known, n=1)
+    return f"; did you mean {close[0]}?" if close else "; --help lists the known ones"

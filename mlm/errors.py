@@ -1,0 +1,25 @@
+"""Mistakes that the user can mend, each in one line."""
+
+from pathlib import Path
+
+
+class UserError(Exception):
+    """What is wrong, where, and what to do, in one line.
+
+    The scripts print it on standard error without a traceback and exit with status 2.
+    """
+
+
+def explain_load_failure(what: str, name: str, error: Exception) -> UserError:
+    """Words for a `from_pretrained` that failed: no such folder, no network, or the library's own first line."""
+    if isinstance(error, UserError):
+        return error
+    if Path(name).exists():
+        reason = " ".join(str(error).split())[:300]
+        return UserError(f"cannot load the {what} in {name}: {reason}")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return UserError(f"no such folder: {name} (where a {what} was to be loaded from)")
+    return UserError(
+        f"cannot load the {what} {name}: there is no such local folder, and the Hub did not give it "
+        f"(no network, no such name, or no access: {type(error).__name__})"
+    )

@@ -1,0 +1,102 @@
+"""Exact evaluation: the same chunks under the same masks, each counted once, summed in float64.
+
+    perplexity = exp(total nats / total masked tokens)
+
+A mean of batch means is not this number: batches hold different counts of masked tokens, the last one fewer chunks.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from mlm.batches import mask_chunks
+from mlm.chunks import Chunks
+from mlm.errors import UserError
+from mlm.masking import Recipe
+from mlm.model import SparseMaskedLM
+from mlm.tokenizer import TokenFacts
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    per_device_eval_batch_size: int = 32  # chunks at a time; no figure depends on it
+    max_eval_samples: int | None = None  # evaluate on that many chunks only, drawn by the seed
+    eval_mask_seed: int = 0  # names the fixed masks
+
+    def __post_init__(self) -> None:
+        for name in ("per_device_eval_batch_size", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: at least 1")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model made of n held-out chunks, chunk by chunk."""
+
+    chunk_ids: np.ndarray  # [n] int64
+    nats: np.ndarray  # [n] float64, summed cross entropy of the masked tokens
+    counts: np.ndarray  # [n] int64, masked tokens
+    hits: np.ndarray  # [n] int64, masked tokens whose likeliest token was the right one
+
+    @property
+    def loss(self) -> float:
+        """Nats a masked token; 0 where nothing was masked."""
+        return float(self.nats.sum() / max(self.counts.sum(), 1))
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.hits.sum() / max(self.counts.sum(), 1))
+
+    def summary(self) -> dict[str, float]:
+        """The totals as the records hold them."""
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "accuracy": self.accuracy,
+            "masked_tokens": int(self.counts.sum()),
+        }
+
+
+@torch.inference_mode()
+def evaluate(
+    model: SparseMaskedLM,
+    chunks: Chunks,
+    chunk_ids: np.ndarray,
+    recipe: Recipe,
+    facts: TokenFacts,
+    config: EvaluateConfig,
+    accelerator: Accelerator,
+) -> Evaluation:
+    """Measures `model` on the chunks `chunk_ids` [n], cut into contiguous shares over the processes."""
+    n, rank, world = len(chunk_ids), accelerator.process_index, accelerator.num_processes
+    start, end = n * rank // world, n * (rank + 1) // world
+    was_training = model.training
+    model.eval()
+    nats, hits, rows = [], [], []
+    for first in range(start, end, config.per_device_eval_batch_size):
+        part = chunk_ids[first : min(first + config.per_device_eval_batch_size, end)]
+        batch = mask_chunks(chunks, part, np.zeros(len(part), np.int64), config.eval_mask_seed, recipe, facts.ordinary)
+        rows.append(first + batch.positions.numpy() // batch.input_ids.shape[1])
+        batch = batch.to(accelerator.device)
+        with accelerator.autocast():
+            batch_nats, batch_hits = model(batch.input_ids, batch.positions, batch.targets, batch.attention_mask)
+        nats.append(batch_nats)
+        hits.append(batch_hits)
+    model.train(was_training)
+
+    sums = np.zeros((3, n))  # float64: nats, hits and counts of every chunk, zero for those of other processes
+    if rows:
+        row = np.concatenate(rows)  # [masked tokens of this share] which chunk each belongs to
+        sums[0] = np.bincount(row, torch.cat(nats).cpu().double().numpy(), n)  # the pass's one synchronisation
+        sums[1] = np.bincount(row, torch.cat(hits).cpu().numpy(), n)
+        sums[2] = np.bincount(row, minlength=n)
+    if world > 1:
+        sums = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device)).cpu().numpy()
+    return Evaluation(chunk_ids, sums[0], sums[2].astype(np.int64), sums[1].astype(np.int64))

@@ -1,0 +1,231 @@
+"""What a run leaves behind: the run directory.
+
+    <output_dir>/config.json, model.safetensors, tokenizer.json, …   as save_pretrained writes them
+                 all_results.json    perplexity before and after, losses, tokens/s
+                 metrics.jsonl       one JSON object a line, each with an `event` and a `step`
+                 run.json            full configuration, versions, hardware, commit, fingerprints
+                 checkpoints/        see checkpoint.py
+                 README.md           a model card
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub import HfApi, ModelCardData
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mlm.errors import UserError
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    output_dir: str | None = None  # the run directory (default: runs/DATE-TIME)
+    overwrite_output_dir: bool = False  # write into a directory that is not empty, replacing an earlier run
+    logging_steps: int = 10  # steps between two lines of training metrics
+    with_tracking: bool = False  # send the metrics to experiment trackers too
+    report_to: str = "all"  # which trackers: all, tensorboard, wandb, …
+    push_to_hub: bool = False  # upload the run directory to the Hub when it is done
+    hub_model_id: str | None = None  # name of the repository to upload to (default: the name of output_dir)
+
+    def __post_init__(self) -> None:
+        if self.logging_steps < 1:
+            raise UserError(f"--logging_steps {self.logging_steps}: at least 1")
+
+
+class Run:
+    """The run directory while a run goes on. Only the main process writes and speaks."""
+
+    def __init__(self, config: RecordConfig, accelerator: Accelerator, resumes: bool) -> None:
+        self.config = config
+        self.speaks = accelerator.is_main_process
+        self.folder = Path(config.output_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
+        self.accelerator = accelerator
+        self.started = time.perf_counter()
+        # Every process looks and none of them writes yet: a mistake found later must not have cost what is here.
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--output_dir {self.folder}: this is a file")
+        occupied = self.folder.is_dir() and any(self.folder.iterdir())
+        if config.output_dir and occupied and not (config.overwrite_output_dir or resumes):
+            raise UserError(
+                f"--output_dir {self.folder} is not empty; give --overwrite_output_dir to replace what is there, "
+                "or --resume_from_checkpoint latest to go on with it"
+            )
+        nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise UserError(f"--output_dir {self.folder}: cannot write in {nearest}")
+        if self.speaks and config.push_to_hub:
+            self.hub_id = _create_repository(config.hub_model_id or self.folder.name)
+
+    def say(self, text: str) -> None:
+        if self.speaks:
+            print(text, flush=True)
+
+    def begin(self, configuration: Any, step: int, facts: dict[str, Any]) -> None:
+        """Makes the directory and writes run.json: what has to be known to repeat the run.
+
+        step: 0, or where a resumed run goes on; lines of metrics.jsonl after it are dropped, to be written again.
+        """
+        described = dataclasses.asdict(configuration)
+        if self.speaks:
+            metrics = self.folder / "metrics.jsonl"
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if step == 0:
+                    metrics.unlink(missing_ok=True)
+                    shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+                elif metrics.is_file():
+                    kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
+                    metrics.write_text("".join(f"{line}\n" for line in kept))
+                about = {"configuration": described, **facts, "environment": environment(self.accelerator)}
+                write_json(self.folder / "run.json", about)
+            except OSError as error:
+                raise UserError(f"--output_dir {self.folder}: cannot write there ({error.strerror})") from None
+        if self.config.with_tracking:
+            self.accelerator.init_trackers("mlm", config=_flat(described))
+
+    def log(self, event: str, step: int, **values: Any) -> None:
+        """Appends a line to metrics.jsonl, and sends its numbers to the trackers."""
+        if not self.speaks:
+            return
+        line = {"event": event, "step": step, "seconds": round(time.perf_counter() - self.started, 3), **values}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.config.with_tracking:
+            numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+            self.accelerator.log(numbers, step=step)
+
+    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any], about: dict) -> None:
+        """The adapted model as an ordinary checkpoint, its results and its card; then, if asked for, the Hub."""
+        if self.config.with_tracking:
+            self.accelerator.end_training()
+        if not self.speaks:
+            return
+        model.save_pretrained(self.folder)
+        tokenizer.save_pretrained(self.folder)
+        write_json(self.folder / "all_results.json", results)
+        (self.folder / "README.md").write_text(model_card(self.folder.name, results, about), encoding="utf-8")
+        if self.config.push_to_hub:
+            HfApi().upload_folder(repo_id=self.hub_id, folder_path=self.folder, ignore_patterns=["checkpoints/**"])
+            self.say(f"uploaded to {self.hub_id}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a file by a JSON text, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    partial.replace(path)
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions, hardware and commit."""
+    device = accelerator.device
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "mixed_precision": accelerator.mixed_precision,
+        "commit": _commit(),
+        "command": sys.argv,
+    }
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory so far: of the device where it has its own, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def model_card(name: str, results: dict[str, Any], about: dict[str, Any]) -> str:
+    """The text of README.md as the Hub shows it. about: base_model, dataset, recipe (a line a fact)."""
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="fill-mask",
+        base_model=about["base_model"] if "/" not in (about["base_model"] or "/")[:1] else None,
+        tags=["masked-language-modeling", "domain-adaptation"],
+    )
+    before = results.get("perplexity_before")
+    rows = [("perplexity", before, results["perplexity"]), ("accuracy", results.get("accuracy_before"), results["accuracy"])]
+    table = "\n".join(
+        f"| {what} | {'' if old is None else format(old, '.4g')} | {new:.4g} |" for what, old, new in rows
+    )
+    facts = "\n".join(f"- {line}" for line in about["recipe"])
+    return f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+{about["base_model"] or "A model trained from scratch"}, adapted to {about["dataset"]} by masked language modelling.
+
+On held-out documents, under fixed masks ({results["eval_masked_tokens"]:,} masked tokens):
+
+| | before | after |
+| --- | --- | --- |
+{table}
+
+```python
+from transformers import pipeline
+
+fill = pipeline("fill-mask", "{name}")
+```
+
+{facts}
+"""
+
+
+def _create_repository(name: str) -> str:
+    try:
+        return HfApi().create_repo(name, exist_ok=True).repo_id
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--push_to_hub: cannot create {name} on the Hub; log in with `hf auth login` ({reason})") from None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file is part of, with a + where files differ from it."""
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+        return head + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"loop": {"seed": 1}} -> {"loop.seed": 1}, which every tracker takes."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in flat.items()}

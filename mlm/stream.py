@@ -1,0 +1,336 @@
+"""The token store: a split's documents as one stream of tokens on disk, made once per (corpus, tokenizer).
+
+    <token_store>/<key>/train/ids.npy               [N] the smallest unsigned type that holds the vocabulary
+                             word_starts.npy        [N] bool, 1: a word of the tokenizer begins here
+                             document_offsets.npy   [D + 1] int64, document d is ids[offsets[d] : offsets[d + 1]]
+                             header.json            what it was made from, sizes, fingerprints
+                       validation/…
+
+The key names the corpus (paths, sizes and times, or the Hub's revision) and the tokenizer, so that a second run finds its
+store without reading a document. A store is built beside its place and renamed, so that a half-built one is never found.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from mlm import corpus
+from mlm.corpus import CorpusConfig
+from mlm.errors import UserError
+from mlm.tokenizer import TokenFacts, text_encoder
+
+FORMAT_VERSION = 1
+ARRAYS = ("ids", "word_starts", "document_offsets")
+BATCH_DOCUMENTS = 1000
+BATCH_CHARACTERS = 4_000_000  # what is held in memory at a time, unless one document is longer
+MAX_MEAN_WORD = 10  # tokens; whole words longer than this on average are no words
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    token_store: str | None = None  # folder that keeps token stores between runs (default: ~/.cache/mlm)
+    overwrite_cache: bool = False  # build the token store anew even where a valid one lies
+    preprocessing_num_workers: int | None = None  # threads that tokenise (default: all cores)
+
+    def __post_init__(self) -> None:
+        if self.preprocessing_num_workers is not None and self.preprocessing_num_workers < 1:
+            raise UserError(f"--preprocessing_num_workers {self.preprocessing_num_workers}: at least 1")
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """One split, memory-mapped: nothing is read before it is used."""
+
+    header: dict[str, Any]
+    ids: np.ndarray  # [N] uint8, uint16 or uint32
+    word_starts: np.ndarray  # [N] bool
+    document_offsets: np.ndarray  # [D + 1] int64
+
+    @property
+    def mean_word(self) -> float:
+        """Ordinary tokens a word; infinite where there is no word."""
+        return self.header["ordinary_tokens"] / self.header["words"] if self.header["words"] else float("inf")
+
+
+class Encoded(NamedTuple):
+    """A batch of documents as one stream of n tokens."""
+
+    ids: np.ndarray  # [n] int64
+    word_starts: np.ndarray  # [n] bool
+    lengths: np.ndarray  # [documents] int64, none of them 0
+
+
+def prepare(
+    source: CorpusConfig, tokenizer: PreTrainedTokenizerBase, facts: TokenFacts, config: StreamConfig
+) -> dict[str, TokenStore]:
+    """The token stores of the corpus's splits: found, or built now.
+
+    Raises UserError where the corpus cannot be read or the store cannot be written.
+    """
+    identity = corpus.identify(source)
+    key = hashlib.sha256(json.dumps([identity, facts.fingerprint], sort_keys=True).encode()).hexdigest()[:20]
+    folder = store_folder(config) / key
+    if not config.overwrite_cache:
+        found = _open_splits(folder, identity, facts)
+        if found:
+            return found
+
+    if config.preprocessing_num_workers is not None:  # read once, when the tokenizers library starts its pool
+        os.environ["RAYON_NUM_THREADS"] = str(config.preprocessing_num_workers)
+    documents = corpus.load(source)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        workspace = Path(tempfile.mkdtemp(prefix=f"{key}.building.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"--token_store {folder.parent}: cannot write there ({error.strerror})") from None
+    try:
+        for split, dataset in documents.splits.items():
+            texts = (row for batch in dataset.iter(BATCH_DOCUMENTS) for row in batch["text"])
+            progress = tqdm(texts, f"tokenising {split}", len(dataset), unit=" documents", disable=None)
+            origin = {"split": split, "identity": identity, "empty_documents": documents.dropped.get(split, 0)}
+            build(progress, tokenizer, facts, workspace / split, origin)
+        shutil.rmtree(folder, ignore_errors=True)
+        workspace.rename(folder)
+    except OSError as error:
+        if folder.exists() and (found := _open_splits(folder, identity, facts)):
+            return found  # another run was quicker
+        raise UserError(f"--token_store {folder.parent}: cannot write there ({error.strerror})") from None
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+    return _open_splits(folder, identity, facts)
+
+
+def store_folder(config: StreamConfig) -> Path:
+    """Where token stores are kept between runs."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mlm")
+    return Path(config.token_store or default).expanduser()
+
+
+def _open_splits(folder: Path, identity: dict[str, Any], facts: TokenFacts) -> dict[str, TokenStore]:
+    stores = {}
+    for split in ("train", "validation"):
+        if (folder / split).is_dir():
+            store = open_store(folder / split, facts.fingerprint)
+            if store is None or store.header["identity"] != json.loads(json.dumps(identity)):
+                return {}
+            stores[split] = store
+    return stores
+
+
+def open_store(folder: Path, tokenizer_fingerprint: str) -> TokenStore | None:
+    """The store in `folder`, or None where it is truncated, of another version or of another tokenizer."""
+    try:
+        header = json.loads((folder / "header.json").read_text())
+        sizes = {name: (folder / f"{name}.npy").stat().st_size for name in ARRAYS}
+        if (header["version"], header["tokenizer"], header["bytes"]) != (
+            FORMAT_VERSION,
+            tokenizer_fingerprint,
+            sizes,
+        ):
+            return None
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return TokenStore(header, **arrays)
+
+
+def build(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    facts: TokenFacts,
+    folder: Path,
+    origin: dict[str, Any],
+) -> TokenStore:
+    """Tokenises `texts` into `folder`, batch by batch; memory does not grow with the corpus.
+
+    origin: goes into the header as it is. A text without a single token (control characters, say) is left out.
+    """
+    started = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if facts.size - 1 <= np.iinfo(kind).max)
+    digest = hashlib.sha256()
+    tokens = documents = words = ordinary_tokens = unknown = longest = 0
+    with (
+        _Appender(folder / "ids.npy", dtype) as ids_file,
+        _Appender(folder / "word_starts.npy", np.bool_) as starts_file,
+        _Appender(folder / "document_offsets.npy", np.int64) as offsets_file,
+    ):
+        offsets_file.append(np.zeros(1, np.int64))
+        for encoded in _encode_all(_batches(texts, digest), tokenizer, facts):
+            ids_file.append(encoded.ids.astype(dtype))
+            starts_file.append(encoded.word_starts)
+            offsets_file.append(tokens + np.cumsum(encoded.lengths))
+            ordinary = facts.ordinary[encoded.ids]
+            tokens += len(encoded.ids)
+            documents += len(encoded.lengths)
+            words += int((encoded.word_starts & ordinary).sum())
+            ordinary_tokens += int(ordinary.sum())
+            unknown += int((encoded.ids == facts.unknown_id).sum()) if facts.unknown_id is not None else 0
+            spans = np.diff(np.flatnonzero(encoded.word_starts), append=len(encoded.ids))
+            longest = max(longest, int(spans.max(initial=0)))
+    seconds = time.perf_counter() - started
+    header = {
+        "version": FORMAT_VERSION,
+        "tokenizer": facts.fingerprint,
+        "corpus": digest.hexdigest(),
+        "bytes": {name: (folder / f"{name}.npy").stat().st_size for name in ARRAYS},
+        "documents": documents,
+        "tokens": tokens,
+        "ordinary_tokens": ordinary_tokens,
+        "unknown_tokens": unknown,
+        "words": words if facts.has_words else None,
+        "longest_word": longest,
+        "seconds": seconds,
+        **origin,
+    }
+    (folder / "header.json").write_text(json.dumps(header, indent=1))
+    store = open_store(folder, facts.fingerprint)
+    assert store is not None
+    return store
+
+
+def check_words(store: TokenStore) -> None:
+    """Raises UserError where masking whole words would be masking something else."""
+    if store.header["words"] is None:
+        raise UserError(
+            "--whole_word_mask: this tokenizer is a slow one, which does not know the words it cut; "
+            "choose a fast one with --tokenizer_name, or mask tokens"
+        )
+    if store.mean_word > MAX_MEAN_WORD:
+        raise UserError(
+            f"--whole_word_mask: this tokenizer sees words of {store.mean_word:.0f} tokens on average here (at most "
+            f"{MAX_MEAN_WORD} make sense), as in text without spaces; mask tokens instead"
+        )
+
+
+def _batches(texts: Iterable[str], digest: "hashlib._Hash") -> Iterator[list[str]]:
+    """Batches by number and by characters; `digest` sees every text, with its length so that borders count."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encode_all(
+    batches: Iterator[list[str]], tokenizer: PreTrainedTokenizerBase, facts: TokenFacts
+) -> Iterator[Encoded]:
+    """Encodes the batches in order. The tokenizer's threads work on the next batch while Python unpacks this one."""
+    if not tokenizer.is_fast:
+        for batch in batches:
+            yield _encode_slow(batch, tokenizer, facts)
+        return
+    backend = text_encoder(tokenizer)
+    with ThreadPoolExecutor(1) as ahead:
+        waiting: tuple[list[str], Future] | None = None
+        for batch in itertools.chain(batches, [None]):
+            following = batch and (batch, ahead.submit(backend.encode_batch, batch, add_special_tokens=False))
+            if waiting:
+                yield _unpack(waiting[0], waiting[1].result(), backend, facts)
+            waiting = following
+
+
+def _unpack(batch: list[str], encodings: list[Encoding], backend: Tokenizer, facts: TokenFacts) -> Encoded:
+    chain = itertools.chain.from_iterable
+    lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
+    ids = np.fromiter(chain(e.ids for e in encodings), np.int64, lengths.sum())
+    if facts.special[ids[ids != facts.unknown_id]].any():
+        # A vocabulary can hold its special tokens as pieces (XLM-R's does), and so find them in text.
+        encodings = [_as_text(text, e, backend, facts) for text, e in zip(batch, encodings, strict=True)]
+        lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
+        ids = np.fromiter(chain(e.ids for e in encodings), np.int64, lengths.sum())
+    words = np.fromiter(chain(e.word_ids for e in encodings), np.int64, lengths.sum())
+    word_starts = np.diff(words, prepend=-1) != 0
+    return _close_documents(ids, word_starts, lengths, facts)
+
+
+def _as_text(text: str, encoding: Encoding, backend: Tokenizer, facts: TokenFacts) -> Encoding:
+    """The same document with a space inside each literal special token (`<s>` becomes `< s>`), so that it is text."""
+    where = [
+        start
+        for token_id, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
+        if facts.special[token_id] and token_id != facts.unknown_id
+    ]
+    for start in reversed(where):
+        text = f"{text[: start + 1]} {text[start + 1 :]}"
+    return backend.encode(text, add_special_tokens=False) if where else encoding
+
+
+def _encode_slow(batch: list[str], tokenizer: PreTrainedTokenizerBase, facts: TokenFacts) -> Encoded:
+    """A slow tokenizer knows no words: every token counts as one."""
+    literal = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens))
+    batch = [literal.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text) for text in batch]
+    rows = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    ids = np.fromiter(itertools.chain.from_iterable(rows), np.int64, lengths.sum())
+    return _close_documents(ids, np.ones(len(ids), bool), lengths, facts)
+
+
+def _close_documents(ids: np.ndarray, word_starts: np.ndarray, lengths: np.ndarray, facts: TokenFacts) -> Encoded:
+    """Puts the tokenizer's special tokens around each document that has tokens, and a word start at its head."""
+    lengths = lengths[lengths > 0]
+    before, after = len(facts.prefix), len(facts.suffix)
+    offsets = np.concatenate([[0], np.cumsum(lengths + before + after)])
+    document = np.repeat(np.arange(len(lengths)), lengths)  # [tokens of the text] which document each belongs to
+    place = np.arange(len(ids)) + before * (document + 1) + after * document
+    out = np.empty(offsets[-1], np.int64)
+    starts = np.ones(offsets[-1], bool)
+    out[place] = ids
+    starts[place] = word_starts
+    for i, token_id in enumerate(facts.prefix):
+        out[offsets[:-1] + i] = token_id
+    for i, token_id in enumerate(facts.suffix):
+        out[offsets[1:] - after + i] = token_id
+    starts[offsets[:-1] + before] = True
+    return Encoded(out, starts, np.diff(offsets))
+
+
+class _Appender:
+    """A one-dimensional .npy file that grows: NumPy leaves room in the header for the final length."""
+
+    def __init__(self, path: Path, dtype: type) -> None:
+        self.dtype, self.length = np.dtype(dtype), 0
+        self.file: IO[bytes] = path.open("wb")
+        self._write_header()
+
+    def append(self, values: np.ndarray) -> None:
+        self.file.write(np.ascontiguousarray(values, self.dtype).data)
+        self.length += len(values)
+
+    def _write_header(self) -> None:
+        described = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
+        self.file.seek(0)
+        np.lib.format.write_array_header_1_0(self.file, described)
+
+    def __enter__(self) -> "_Appender":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self.file:
+            if exception[0] is None:
+                self._write_header()
+                self.file.flush()
+                os.fsync(self.file.fileno())

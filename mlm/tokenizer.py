@@ -1,0 +1,159 @@
+"""A fast tokenizer, loaded or trained, and what the other rooms have to know of it, in one place."""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from mlm import corpus
+from mlm.corpus import CorpusConfig
+from mlm.errors import UserError, explain_load_failure
+
+# Placeholders that no text has taught the model anything about: BERT's and ModernBERT's, Gemma's, fairseq's.
+UNUSED = re.compile(r"\[unused\d+\]|<unused\d+>|madeupword\d+")
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """What masking, chunking and the model have to know of a tokenizer.
+
+    size:      largest id + 1
+    special:   [size] bool; 1: a special token, padding and unknown included
+    ordinary:  [size] bool; 1: a token that may be masked, predicted and drawn as a replacement;
+               0: a special one, an unused one, or an id without a token
+    prefix, suffix: the special ids that the tokenizer puts around a document ([CLS] and [SEP])
+    unknown_id: None where the vocabulary covers everything (byte-level)
+    has_words: whether it is a fast tokenizer, which knows the words it cut
+    fingerprint: changes with anything that changes ids or words
+    """
+
+    size: int
+    special: np.ndarray
+    ordinary: np.ndarray
+    mask_id: int
+    pad_id: int
+    unknown_id: int | None
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    has_words: bool
+    fingerprint: str
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, by Hub name or folder. Raises UserError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise explain_load_failure("tokenizer", name, error) from error
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A lower-case WordPiece vocabulary in BERT's manner, learnt from the documents."""
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=specials, show_progress=False)
+    backend.train_from_iterator(documents, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def corpus_tokenizer(source: CorpusConfig, vocab_size: int, folder: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer trained on the corpus's training documents, once: later runs find it in `folder`."""
+    identity = json.dumps([corpus.identify(source), vocab_size], sort_keys=True)
+    place = folder / f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:20]}"
+    if not place.is_dir():
+        documents = corpus.load(source).splits["train"]
+        tokenizer = train_tokenizer((text for batch in documents.iter(1000) for text in batch["text"]), vocab_size)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = tempfile.mkdtemp(prefix=f"{place.name}.", dir=folder)
+            tokenizer.save_pretrained(partial)
+            os.rename(partial, place)
+        except OSError as error:
+            if not place.is_dir():  # else another run was quicker
+                raise UserError(f"--token_store {folder}: cannot write there ({error.strerror})") from None
+    return load_tokenizer(str(place))
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A private copy of a fast tokenizer's engine that encodes documents whole and takes special tokens as text.
+
+    A literal `[MASK]` or `</s>` in a document is what its author wrote, not an instruction to the model.
+    """
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def token_facts(tokenizer: PreTrainedTokenizerBase) -> TokenFacts:
+    """Reads the facts off a tokenizer. Raises UserError where it has no mask token."""
+    if tokenizer.mask_token_id is None:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no mask token; "
+            "masked language models need one, choose another with --tokenizer_name"
+        )
+    vocabulary = tokenizer.get_vocab()
+    size = max(vocabulary.values()) + 1
+    special = np.zeros(size, dtype=bool)
+    special[tokenizer.all_special_ids] = True
+    special[[token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
+    ordinary = np.zeros(size, dtype=bool)
+    ordinary[[token_id for token, token_id in vocabulary.items() if not UNUSED.fullmatch(token)]] = True
+    ordinary &= ~special
+    if not ordinary.any():
+        raise UserError(f"the tokenizer {tokenizer.name_or_path} knows no token besides its special ones")
+
+    prefix, suffix = _template(tokenizer)
+    pad_id = tokenizer.pad_token_id
+    return TokenFacts(
+        size=size,
+        special=special,
+        ordinary=ordinary,
+        mask_id=tokenizer.mask_token_id,
+        pad_id=pad_id if pad_id is not None else tokenizer.mask_token_id,  # behind the attention mask in any case
+        unknown_id=tokenizer.unk_token_id,
+        prefix=prefix,
+        suffix=suffix,
+        has_words=tokenizer.is_fast,
+        fingerprint=_fingerprint(tokenizer, vocabulary, special),
+    )
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """([CLS], [SEP]) of `[CLS] a [SEP]`: the special ids before and after the text."""
+    bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"]
+    extra = len(full) - len(bare)
+    start = next((i for i in range(extra + 1) if full[i : i + len(bare)] == bare), 0)
+    return tuple(full[:start]), tuple(full[start + len(bare) :])
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int], special: np.ndarray) -> str:
+    engine: Any = text_encoder(tokenizer).to_str() if tokenizer.is_fast else sorted(vocabulary.items())
+    roles = [np.flatnonzero(special).tolist(), tokenizer.mask_token_id, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps([engine, roles]).encode()).hexdigest()
