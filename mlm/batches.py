@@ -1,8 +1,8 @@
 """Which chunks a step sees, and with which masks: a pure function of (seed, step).
 
-    epochs             | epoch 0: 3 0 4 1 2 | epoch 1: 1 4 2 0 3 | …    a permutation each, by (seed, epoch)
-    global batch of 4  | 3 0 4 1 | 2 1 4 2 | 0 3 …                      step s takes places 4s … 4s + 3
-    2 processes        | 3 0, 4 1 | …                                   contiguous shares, as even as they come
+epochs             | epoch 0: 3 0 4 1 2 | epoch 1: 1 4 2 0 3 | …    a permutation each, by (seed, epoch)
+global batch of 4  | 3 0 4 1 | 2 1 4 2 | 0 3 …                      step s takes places 4s … 4s + 3
+2 processes        | 3 0, 4 1 | …                                   contiguous shares, as even as they come
 """
 
 from dataclasses import dataclass
@@ -31,13 +31,15 @@ class Batch(NamedTuple):
 def mask_chunks(
     chunks: Chunks, chunk_ids: np.ndarray, epochs: np.ndarray, seed: int, recipe: Recipe, ordinary: np.ndarray
 ) -> Batch:
-    """chunk_ids [B], epochs [B] (the epoch in which each is seen) -> a Batch. ordinary: [V] bool, what may be masked."""
+    """chunk_ids [B], epochs [B] in which each is seen -> a Batch. ordinary: [V] bool, 1: may be masked."""
     rows = chunks.take(chunk_ids)
     draws = _draw_rows(seed, epochs, chunk_ids, rows.ids.shape[1])
     corrupted = corrupt(rows.ids, ordinary[rows.ids], draws, recipe, rows.word_starts)
     attention_mask = None
     if rows.lengths is not None and (rows.lengths < rows.ids.shape[1]).any():
-        attention_mask = torch.from_numpy((np.arange(rows.ids.shape[1]) < rows.lengths[:, None]).astype(np.int64))
+        attention_mask = torch.from_numpy(
+            (np.arange(rows.ids.shape[1]) < rows.lengths[:, None]).astype(np.int64)
+        )
     return Batch(*map(torch.from_numpy, corrupted), attention_mask)
 
 
@@ -69,17 +71,21 @@ class Batches:
         chunk_ids = np.empty_like(index)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            chunk_ids[here] = epoch_order(self.seed, int(epoch), len(self.chunks), self.num_chunks)[index[here]]
+            chunk_ids[here] = epoch_order(self.seed, int(epoch), len(self.chunks), self.num_chunks)[
+                index[here]
+            ]
         return chunk_ids, epochs
 
     def load(self, step: int) -> tuple[list[Batch], int]:
-        """This process's micro-batches of step s (none if its share is empty), and the masked tokens of the whole
-        global batch, which the mean loss is over. Every process counts them for itself: nothing has to be exchanged.
+        """This process's micro-batches of step s (none if its share is empty), and how many tokens are masked in
+        the whole global batch, which the mean loss is over: each process counts for itself, none has to ask.
         """
         chunk_ids, epochs = self.places(step)
         start, end = (self.global_batch * r // self.world for r in (self.rank, self.rank + 1))
         share = [
-            self._mask(chunk_ids[i : min(i + self.micro_batch, end)], epochs[i : min(i + self.micro_batch, end)])
+            self._mask(
+                chunk_ids[i : min(i + self.micro_batch, end)], epochs[i : min(i + self.micro_batch, end)]
+            )
             for i in range(start, end, self.micro_batch)
         ]
         others = np.r_[0:start, end : self.global_batch]

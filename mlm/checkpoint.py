@@ -27,7 +27,9 @@ from mlm.errors import UserError
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    checkpointing_steps: int | Literal["epoch"] | None = None  # write a checkpoint every so many steps, or each epoch
+    checkpointing_steps: int | Literal["epoch"] | None = (
+        None  # write a checkpoint every so many steps, or each epoch
+    )
     resume_from_checkpoint: str | None = None  # `latest`, or the folder of a checkpoint, to go on from
 
     def __post_init__(self) -> None:
@@ -55,7 +57,7 @@ def save(
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
     with _whole(folder) as partial:
-        save_file({name: t.contiguous() for name, t in tensors(model).items()}, partial / "model.safetensors")
+        _save_tensors(partial, model)
         torch.save(state, partial / "state.pt")
         (partial / "progress.json").write_text(json.dumps(progress, indent=1))
 
@@ -63,11 +65,11 @@ def save(
 def save_weights(folder: Path, model: torch.nn.Module) -> None:
     """Writes the parameters alone, whole or not at all."""
     with _whole(folder) as partial:
-        save_file({name: t.contiguous() for name, t in tensors(model).items()}, partial / "model.safetensors")
+        _save_tensors(partial, model)
 
 
 def find(config: CheckpointConfig, checkpoints: Path) -> Path | None:
-    """The checkpoint to resume from; None without --resume_from_checkpoint. Raises UserError where there is none."""
+    """The checkpoint to go on from; None where none is asked for. Raises UserError where it is not there."""
     if config.resume_from_checkpoint is None:
         return None
     if config.resume_from_checkpoint == "latest":
@@ -107,6 +109,10 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])
+
+
+def _save_tensors(folder: Path, model: torch.nn.Module) -> None:
+    save_file({name: t.contiguous() for name, t in tensors(model).items()}, folder / "model.safetensors")
 
 
 @contextmanager

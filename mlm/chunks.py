@@ -19,10 +19,10 @@ from mlm.tokenizer import TokenFacts
 
 @dataclass(frozen=True)
 class ChunkConfig:
-    max_seq_length: int | None = None  # tokens in a chunk; by default 128, or what the model takes if that is less
+    max_seq_length: int | None = None  # tokens in a chunk (default: 128, or what the model takes if less)
     remainder: Literal["drop", "pad"] = "drop"  # the split's last, incomplete chunk
     line_by_line: bool = False  # one document a row, cut and padded, instead of concatenated text
-    pad_to_max_length: bool = False  # pad to max_seq_length, not to the longest row of a batch (one static shape)
+    pad_to_max_length: bool = False  # pad to max_seq_length, not to a batch's longest row (static shapes)
 
     def __post_init__(self) -> None:
         if self.max_seq_length is not None and self.max_seq_length < 1:
@@ -30,7 +30,7 @@ class ChunkConfig:
 
 
 def chunk_length(config: ChunkConfig, max_positions: int | None) -> int:
-    """Tokens in a chunk. Raises UserError where the model's position table is shorter than what was asked for."""
+    """Tokens in a chunk. Raises UserError where the model's position table is shorter than what is asked for."""
     if config.max_seq_length is None:
         return min(128, max_positions or 128)
     if max_positions is not None and config.max_seq_length > max_positions:

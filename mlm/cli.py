@@ -3,19 +3,23 @@
     mlm/masking.py:  mlm_probability: float = 0.15  # share of the tokens that are masked
     command line:    --mlm_probability 0.2
 
-`--config FILE.yaml` sets any flag. Its values take the same way through argparse as the flags do, so that a
-YAML `5e-5` (a string to YAML) is a number, and flags win because they come after.
+`--config FILE.yaml` sets any flag. Its values stay the words that the file has and take the same way through
+argparse as the flags do, so that a `5e-5` is a number and a `no` what the flag makes of it (to YAML they are a
+string and a boolean), and flags win because they come after.
 """
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import inspect
+import io
 import json
 import logging
 import os
-import re
 import sys
+import textwrap
+import tokenize
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -23,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
+from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 from mlm.errors import UserError
@@ -36,19 +41,25 @@ class _Parser(argparse.ArgumentParser):
 def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.ArgumentParser) -> list[Any]:
     """Reads `argv` into one instance of each dataclass, in their order, and a namespace of what else `parser` knew.
 
-    Raises UserError on an unknown flag (naming the nearest known one) and on a value that does not convert.
+    Positional arguments may stand between flags. Raises UserError on an unknown flag (naming the nearest known
+    one) and on a value that does not convert.
     """
     group = parser.add_argument_group("flags")
-    group.add_argument("--config", metavar="FILE.yaml", help="sets any of these flags; flags win over the file")
+    group.add_argument(
+        "--config", metavar="FILE.yaml", help="sets any of these flags; flags win over the file"
+    )
     for config in configs:
         _add_flags(group, config)
     known = [option for action in parser._actions for option in action.option_strings]
 
     argv = [*_file_flags(argv, known), *argv]
-    values, unknown = parser.parse_known_args(argv)
+    values, unknown = parser.parse_known_intermixed_args(argv)
+    for word in unknown:
+        if word.startswith("-"):
+            flag = word.partition("=")[0]
+            raise UserError(f"unknown flag {flag}{_nearest(flag, known)}")
     if unknown:
-        flags = [word for word in unknown if word.startswith("-")] or unknown
-        raise UserError(f"unknown flag {flags[0]}{_nearest(flags[0].partition('=')[0], known)}")
+        raise UserError(f"{unknown[0]!r} belongs to no flag; --help lists the flags")
 
     instances = []
     for config in configs:
@@ -65,13 +76,15 @@ def command(description: str) -> argparse.ArgumentParser:
 def run(body: Callable[[Sequence[str]], dict[str, Any]]) -> None:
     """A script's outermost call: `body(argv)`, then its result as the last line of standard output, in JSON.
 
-    A UserError becomes one line on standard error and exit status 2. Only the main process speaks.
+    A UserError becomes one line on standard error and exit status 2. Only the main process speaks; the
+    libraries keep their hints to themselves.
     """
     speaks = int(os.environ.get("RANK", "0")) == 0
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stderr)
     logging.getLogger("mlm").setLevel(logging.INFO if speaks else logging.ERROR)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     try:
         result = body(sys.argv[1:])
     except UserError as error:
@@ -83,7 +96,7 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]]) -> None:
 
 
 def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:
-    comments = dict(re.findall(r"^    (\w+): [^#\n]*?#\s*(.+)$", inspect.getsource(config), re.MULTILINE))
+    comments = _comments(config)
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         hint, default = hints[field.name], field.default
@@ -93,9 +106,23 @@ def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:
             default=default,
             type=_converter(hint),
             metavar=_placeholder(hint),
-            help=f"{comments.get(field.name, '')} (default: {default})".replace("%", "%%").strip(),
+            help=f"{comments[field.name]} (default: {default})".replace("%", "%%"),
             **extra,
         )
+
+
+def _comments(config: type) -> dict[str, str]:
+    """The comment of each field, wherever the formatter has put it: anywhere on the lines of its definition."""
+    source = textwrap.dedent(inspect.getsource(config))
+    words = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {word.start[0]: word.string.lstrip("# ") for word in words if word.type == tokenize.COMMENT}
+    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+    return {
+        node.target.id: " ".join(
+            text for line, text in comments.items() if node.lineno <= line <= node.end_lineno
+        )
+        for node in fields
+    }
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -115,11 +142,11 @@ def _placeholder(hint: Any) -> str:
 
 def _converter(hint: Any) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
-        for kind in _alternatives(hint):
-            if kind is types.NoneType:
-                if text.lower() in ("none", "null"):
-                    return None
-            elif typing.get_origin(kind) is Literal:
+        kinds = _alternatives(hint)
+        if types.NoneType in kinds and text.lower() in ("none", "null", "~", ""):
+            return None
+        for kind in kinds:
+            if typing.get_origin(kind) is Literal:
                 if text in typing.get_args(kind):
                     return text
             elif kind is bool:
@@ -127,7 +154,7 @@ def _converter(hint: Any) -> Callable[[str], Any]:
                     return True
                 if text.lower() in ("false", "no", "off", "0"):
                     return False
-            else:
+            elif kind is not types.NoneType:
                 try:
                     return kind(text)
                 except ValueError:
@@ -148,17 +175,20 @@ def _file_flags(argv: Sequence[str], known: Sequence[str]) -> list[str]:
     if path is None:
         return []
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        # The base loader leaves every value the text that it is in the file.
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not a YAML file ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected lines of the form `flag_name: value`")
-    for name in values:
-        if f"--{name}" not in known or name == "config":
+    for name, value in values.items():
+        if f"--{name}" not in known or name in ("config", "help"):
             raise UserError(f"--config {path}: unknown flag {name}{_nearest(f'--{name}', known)}")
-    return [f"--{name}={'none' if value is None else value}" for name, value in values.items()]
+        if not isinstance(value, str):
+            raise UserError(f"--config {path}: {name} takes one value, not a list or a mapping")
+    return [f"--{name}={value}" for name, value in values.items()]
 
 
 def _nearest(flag: str, known: Sequence[str]) -> str:

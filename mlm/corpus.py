@@ -68,10 +68,10 @@ def identify(config: CorpusConfig) -> dict[str, Any]:
     identity: dict[str, Any] = {"text_column": config.text_column}
     if config.dataset_name:
         identity["dataset_config_name"] = config.dataset_config_name
-        if os.path.isdir(config.dataset_name):
-            identity["dataset"] = [_stamp(file) for file in _files_under(config.dataset_name)]
-        else:
+        if _on_hub(config.dataset_name):
             identity["dataset"] = [config.dataset_name, _hub_revision(config.dataset_name)]
+        else:
+            identity["dataset"] = [_stamp(file) for file in _files_under(config.dataset_name)]
     elif not files:
         identity["built_in"] = [sys.version, sysconfig.get_path("stdlib")]
     if config.train_file:
@@ -97,7 +97,7 @@ def load(config: CorpusConfig, num_proc: int | None = None) -> Corpus:
     held-out share outside (0, 100) where one is needed.
     """
     _check(config)
-    with _quiet_datasets():
+    with _quiet_datasets(from_hub=_on_hub(config.dataset_name)):
         import datasets
 
         sources = _sources(config, num_proc)
@@ -194,14 +194,14 @@ def _origin(config: CorpusConfig, split: str) -> str:
 def _read_dataset(name: str, config: CorpusConfig, num_proc: int | None) -> dict[str, "datasets.Dataset"]:
     import datasets
 
-    if not os.path.isdir(name):
+    if _on_hub(name):
         _hub_revision(name)  # with no network this fails at once, load_dataset after 23 s of trying
     with _explained(name):
         if _is_saved(name):
             saved = datasets.load_from_disk(name)
             splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         else:
-            path = os.path.abspath(name) if os.path.isdir(name) else name
+            path = name if _on_hub(name) else os.path.abspath(name)
             splits = _convert(path, config, num_proc, name=config.dataset_config_name)
     sources = {split: splits[split] for split in ("train", "validation") if split in splits}
     if not sources:
@@ -233,7 +233,9 @@ def _convert(path: str, config: CorpusConfig, num_proc: int | None, **where: Any
     options: dict[str, Any] = {}
     if hasattr(reader.config, "sample_by"):
         options["sample_by"] = config.sample_by
-    if hasattr(reader.config, "converters"):  # .csv, where "null" and "12" are texts, too
+    # In a .csv file a text of digits stays a text. NA, NaN, null and None are empty documents, as pandas has
+    # it: told otherwise, it would turn gaps in the other columns to strings, and their types would clash.
+    if hasattr(reader.config, "converters"):
         options["converters"] = {config.text_column: str}
     return datasets.load_dataset(path, num_proc=num_proc, **where, **options)
 
@@ -273,9 +275,11 @@ def _built_in_documents() -> list[str]:
     """
     library = Path(sysconfig.get_path("stdlib"))
     texts = _topics(library / "pydoc_data" / "topics.py")
-    for path in sorted(library.rglob("*.py")):
-        if NOT_LIBRARY.isdisjoint(path.relative_to(library).parts):
-            texts += _docstrings(path)
+    for folder, subfolders, files in os.walk(library):
+        subfolders[:] = sorted(set(subfolders) - NOT_LIBRARY)
+        for file in sorted(files):
+            if file.endswith(".py"):
+                texts += _docstrings(Path(folder, file))
     clean = map(cleandoc, texts)
     return list(dict.fromkeys(text for text in clean if len(text) >= SHORTEST_DOCUMENT))
 
@@ -302,9 +306,13 @@ def _docstrings(path: Path) -> list[str]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             found.append(ast.get_docstring(node, clean=False) or "")
         # Bodies alone: no definition is inside an expression, and expressions are most of a tree.
-        for field in ("finalbody", "orelse", "handlers", "body"):
+        for field in ("finalbody", "orelse", "handlers", "cases", "body"):
             nodes += reversed(getattr(node, field, []))
     return found
+
+
+def _on_hub(name: str | None) -> bool:
+    return bool(name) and not os.path.isdir(name)
 
 
 def _hub_revision(name: str) -> str:
@@ -334,7 +342,7 @@ def _known() -> str:
 
 
 def _is_saved(folder: str) -> bool:
-    """Whether `save_to_disk` wrote the folder: a DatasetDict has the first of these files, a Dataset the other."""
+    """Whether `save_to_disk` wrote the folder, from a DatasetDict (the first file) or a Dataset."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_dict.json", "state.json"))
 
 
@@ -349,16 +357,23 @@ def _stamp(file: str) -> list[str | int]:
 
 
 @contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """No bars and no chatter of the datasets library inside; as it was afterwards."""
+def _quiet_datasets(from_hub: bool) -> Iterator[None]:
+    """No bars and no chatter of the datasets library inside; as it was afterwards.
+
+    For local files nor does it count a download on the Hub, which takes seconds where there is no network.
+    """
+    import datasets
     from datasets import utils
 
+    counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     verbosity, had_bars = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts and from_hub
     utils.logging.set_verbosity(utils.logging.CRITICAL)  # what it logs as an error it raises as well
     utils.disable_progress_bars()
     try:
         yield
     finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         utils.logging.set_verbosity(verbosity)
         if had_bars:
             utils.enable_progress_bars()
@@ -408,8 +423,8 @@ def _fault(file: str) -> str | None:
                 return _json_fault(lines.read().decode().removeprefix("\ufeff"), 1)
     except (EOFError, gzip.BadGzipFile, zlib.error):
         return "not a whole gzip file"
-    header = reader == "csv"
-    return "holds no document" if filled <= header else None
+    headers = 1 if reader == "csv" else 0
+    return "holds no document" if filled <= headers else None
 
 
 def _json_fault(text: str, number: int) -> str | None:
@@ -419,4 +434,6 @@ def _json_fault(text: str, number: int) -> str | None:
     except json.JSONDecodeError as error:
         return f"line {number + error.lineno - 1} is broken JSON ({error.msg}, column {error.colno})"
     rows = value if isinstance(value, list) else [value]
+    if not rows:
+        return "holds no document"
     return None if all(isinstance(row, dict) for row in rows) else f"line {number} is JSON, but no object"

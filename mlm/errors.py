@@ -1,6 +1,8 @@
 """Mistakes that the user can mend, each in one line."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -8,6 +10,17 @@ class UserError(Exception):
 
     The scripts print it on standard error without a traceback and exit with status 2.
     """
+
+
+def at_least(config: Any, least: int, *names: str) -> None:
+    """Raises UserError where one of these settings of a configuration is below `least`, infinite or NaN.
+
+    A setting that is None or a word ("epoch") is not looked at.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, int | float) and not least <= value < math.inf:
+            raise UserError(f"--{name} {value}: at least {least}")
 
 
 def explain_load_failure(what: str, name: str, error: Exception) -> UserError:

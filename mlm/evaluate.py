@@ -2,7 +2,7 @@
 
     perplexity = exp(total nats / total masked tokens)
 
-A mean of batch means is not this number: batches hold different counts of masked tokens, the last one fewer chunks.
+A mean of batch means is not this number: batches hold different counts of masked tokens.
 """
 
 import math
@@ -12,19 +12,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from mlm.batches import mask_chunks
+from mlm.batches import Batch, mask_chunks
 from mlm.chunks import Chunks
 from mlm.errors import UserError
 from mlm.masking import Recipe
 from mlm.model import SparseMaskedLM
+from mlm.stream import TokenStore
 from mlm.tokenizer import TokenFacts
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     per_device_eval_batch_size: int = 32  # chunks at a time; no figure depends on it
-    max_eval_samples: int | None = None  # evaluate on that many chunks only, drawn by the seed
-    eval_mask_seed: int = 0  # names the fixed masks
+    max_eval_samples: int | None = None  # evaluate on that many chunks only, drawn by --eval_mask_seed
+    eval_mask_seed: int = 0  # names the fixed masks; the same for every run that is compared
 
     def __post_init__(self) -> None:
         for name in ("per_device_eval_batch_size", "max_eval_samples"):
@@ -64,6 +65,41 @@ class Evaluation:
         }
 
 
+def unigram_perplexity(
+    train: TokenStore,
+    chunks: Chunks,
+    chunk_ids: np.ndarray,
+    recipe: Recipe,
+    facts: TokenFacts,
+    config: EvaluateConfig,
+) -> float:
+    """What a model that knows nothing but frequencies makes of the very tokens that `evaluate` masks.
+
+    Maximum likelihood over the ordinary tokens of the training stream, with add-one smoothing (Laplace):
+    p(token) = (count + 1) / (ordinary tokens + size of the ordinary vocabulary).
+    """
+    counts = np.zeros(facts.size, np.int64)
+    for start in range(0, len(train.ids), 1 << 24):  # so that a corpus larger than memory works
+        counts += np.bincount(train.ids[start : start + (1 << 24)], minlength=facts.size)
+    smoothed = (counts + 1)[facts.ordinary]
+    logs = np.zeros(facts.size)
+    logs[facts.ordinary] = np.log(smoothed) - np.log(smoothed.sum())
+    total, masked = 0.0, 0
+    for first in range(0, len(chunk_ids), config.per_device_eval_batch_size):
+        part = chunk_ids[first : first + config.per_device_eval_batch_size]
+        targets = mask_held_out(chunks, part, recipe, facts, config).targets.numpy()
+        total, masked = total - logs[targets].sum(), masked + len(targets)
+    return math.exp(total / max(masked, 1))
+
+
+def mask_held_out(
+    chunks: Chunks, chunk_ids: np.ndarray, recipe: Recipe, facts: TokenFacts, config: EvaluateConfig
+) -> Batch:
+    """Held-out chunks under their fixed masks: those of epoch 0 of --eval_mask_seed."""
+    epochs = np.zeros(len(chunk_ids), np.int64)
+    return mask_chunks(chunks, chunk_ids, epochs, config.eval_mask_seed, recipe, facts.ordinary)
+
+
 @torch.inference_mode()
 def evaluate(
     model: SparseMaskedLM,
@@ -82,19 +118,25 @@ def evaluate(
     nats, hits, rows = [], [], []
     for first in range(start, end, config.per_device_eval_batch_size):
         part = chunk_ids[first : min(first + config.per_device_eval_batch_size, end)]
-        batch = mask_chunks(chunks, part, np.zeros(len(part), np.int64), config.eval_mask_seed, recipe, facts.ordinary)
+        batch = mask_held_out(chunks, part, recipe, facts, config)
         rows.append(first + batch.positions.numpy() // batch.input_ids.shape[1])
         batch = batch.to(accelerator.device)
         with accelerator.autocast():
-            batch_nats, batch_hits = model(batch.input_ids, batch.positions, batch.targets, batch.attention_mask)
+            batch_nats, batch_hits = model(
+                batch.input_ids, batch.positions, batch.targets, batch.attention_mask
+            )
         nats.append(batch_nats)
         hits.append(batch_hits)
     model.train(was_training)
 
-    sums = np.zeros((3, n))  # float64: nats, hits and counts of every chunk, zero for those of other processes
+    sums = np.zeros(
+        (3, n)
+    )  # float64: nats, hits and counts of every chunk, zero for those of other processes
     if rows:
         row = np.concatenate(rows)  # [masked tokens of this share] which chunk each belongs to
-        sums[0] = np.bincount(row, torch.cat(nats).cpu().double().numpy(), n)  # the pass's one synchronisation
+        sums[0] = np.bincount(
+            row, torch.cat(nats).cpu().double().numpy(), n
+        )  # the pass's one synchronisation
         sums[1] = np.bincount(row, torch.cat(hits).cpu().numpy(), n)
         sums[2] = np.bincount(row, minlength=n)
     if world > 1:

@@ -1,15 +1,16 @@
 """Masks from a counter-based hash: drawing is apart from corrupting.
 
-    draws = draw(seed, epoch, chunk_ids, length)            one 64-bit number a token, from where the token stands
+    draws = draw(seed, epoch, chunk_ids, length)            64 random bits for each token's place
     corrupted = corrupt(ids, maskable, draws, recipe)       a pure function of these
 
-No generator carries state, so a mask depends on (seed, epoch, chunk id, position) and the recipe, and on nothing else:
-not on batch size, worker, process, device or restart. NumPy and torch compute the same bits, since both wrap int64.
+No generator carries state: a mask depends on (seed, epoch, chunk id, position) and the recipe alone, and not on
+batch size, worker, process, device or restart. NumPy and torch compute the same bits: both wrap at 64.
 
-The mixing is SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014): position t
-of a stream is mix(key + (t + 1) * GOLDEN), with the finalizer of Stafford's variant 13.
+The mixing is SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014):
+position t of a stream is mix(key + (t + 1) * GOLDEN), with the finalizer of Stafford's variant 13.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,18 +48,24 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `corrupt` does with a draw, in integers. Thresholds are shares of 2**32: p = 1 takes every draw."""
+    """What `corrupt` does with a draw, in integers; thresholds are shares of 2**32, so that 1 takes all."""
 
-    select: int  # a token is predicted where the upper half of its draw, in [0, 2**32), lies below
+    select: int  # a token is predicted where the upper half of its draw lies below this
     replace: int  # a predicted token becomes the mask token where its second draw lies below this,
     randomise: int  # a random ordinary token where it lies below that; otherwise it stays
     mask_id: int
     ordinary_ids: np.ndarray  # [R] int64, the ids a random replacement is drawn from
     whole_word: bool
 
+    @property
+    def digest(self) -> str:
+        """A fingerprint: equal digests make equal masks of equal draws."""
+        thresholds = f"{self.select} {self.replace} {self.randomise} {self.mask_id} {self.whole_word} "
+        return hashlib.sha256(thresholds.encode() + self.ordinary_ids.tobytes()).hexdigest()[:16]
+
 
 class Corrupted(NamedTuple):
-    """A corrupted batch; M is the number of predicted tokens. NumPy arrays or torch tensors, as the input was."""
+    """A corrupted batch, M tokens of it to be predicted: NumPy arrays or torch tensors, as the input was."""
 
     ids: np.ndarray  # [B, T] int64, what the model sees
     positions: np.ndarray  # [M] int64 into the flat B * T, ascending
@@ -116,12 +123,14 @@ def select(
 
     maskable:    [B, T] bool, 1: an ordinary token
     draws:       [B, T] uint64
-    word_starts: [B, T] bool, 1: a word begins here; needed for whole words, which share the draw of their first
-                 token in the chunk
+    word_starts: [B, T] bool, 1: a word begins here; for whole words, which share the draw of
+                 their first token in the chunk
     """
     if recipe.whole_word:
         column = np.arange(draws.shape[1])
-        first = np.maximum.accumulate(np.where(word_starts, column, 0), axis=1)  # [B, T] where each token's word begins
+        first = np.maximum.accumulate(
+            np.where(word_starts, column, 0), axis=1
+        )  # [B, T] where each token's word begins
         draws = np.take_along_axis(draws, first, axis=1)
     return (draws >> np.uint64(32) < recipe.select) & maskable
 
@@ -133,7 +142,7 @@ def corrupt(
     recipe: Recipe,
     word_starts: np.ndarray | None = None,
 ) -> Corrupted:
-    """ids [B, T] int64 -> what the model sees, which positions it predicts, and what stood there. See `select`."""
+    """ids [B, T] int64 -> what the model sees, where it predicts, and what stood there. As in `select`."""
     positions = np.flatnonzero(select(maskable, draws, recipe, word_starts))  # [M]
     targets = ids.reshape(-1)[positions]
     second = _mix(draws.reshape(-1)[positions])  # fresh bits: the first draw was used up on the selection
@@ -153,7 +162,7 @@ def corrupt_torch(
     recipe: Recipe,
     word_starts: torch.Tensor | None = None,
 ) -> Corrupted:
-    """`corrupt` on tensors of any device (draws int64), equal to the bit. `nonzero` synchronises an accelerator."""
+    """`corrupt` on tensors of any device (draws int64), to the bit. `nonzero` synchronises the device."""
     chosen = draws
     if recipe.whole_word:
         column = torch.arange(draws.shape[1], device=draws.device)

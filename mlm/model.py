@@ -31,6 +31,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as KNOWN
 
 from mlm.errors import UserError
+from mlm.hub import local_files_only
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ POSITIONS_AFTER_PADDING = (
     *("camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta"),
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
+
+DEMO_VOCABULARY = 8192  # tokens
 
 # What a configuration or weights that are missing, damaged or unsafe, or need another package, raise.
 UNUSABLE = (
@@ -106,8 +109,23 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
 def vocabulary_size(config: ModelConfig) -> int:
     """Tokens of the vocabulary to train for a model that starts from nothing: its default, or the demo's."""
     if config.config_name or config.model_type:
-        return _from_nothing(config).get_text_config().vocab_size
+        return _named_config(config).get_text_config().vocab_size
     return DEMO_VOCABULARY
+
+
+def check_embeddings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError where the tokenizer gives ids beyond the embedding table of the named checkpoint.
+
+    To be asked before `load_model`, which enlarges the table for training: a model that is only used knows
+    nothing of the rows it would add.
+    """
+    rows = getattr(_named_config(config).get_text_config(), "vocab_size", None)
+    largest = _vocab_size(tokenizer) - 1
+    if rows is not None and largest >= rows:
+        raise UserError(
+            f"{config.model_name_or_path}: the tokenizer's ids go up to {largest}, the model's embedding table has "
+            f"{rows} rows; use the tokenizer that the model was trained with"
+        )
 
 
 def demo_config(tokenizer: PreTrainedTokenizerBase) -> BertConfig:
@@ -273,27 +291,35 @@ def _freeze(model: PreTrainedModel, names: list[str]) -> None:
         log.info("frozen, as the masked-LM loss does not reach them: %s", _listed(names))
 
 
-def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The configuration to build from; without a checkpoint, with the tokenizer's size and special ids."""
+def _named_config(config: ModelConfig) -> PreTrainedConfig:
+    """The configuration of the name or type that `config` gives, as it is."""
     if source := config.config_name or config.model_name_or_path:
         try:
-            arch = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+            arch = AutoConfig.from_pretrained(
+                source,
+                trust_remote_code=config.trust_remote_code,
+                local_files_only=local_files_only(source),
+            )
         except UNUSABLE as error:
             raise UserError(_unusable(source, error)) from error
         named_by_remote_code = getattr(arch, "auto_map", None) or ()
         if arch.model_type not in KNOWN and "AutoModelForMaskedLM" not in named_by_remote_code:
             raise UserError(f"{source}: a model of type {arch.model_type} is no masked language model")
-    elif config.model_type:
-        if config.model_type not in KNOWN:
-            near = difflib.get_close_matches(config.model_type, KNOWN, n=5) or sorted(KNOWN)
-            raise UserError(
-                f"--model_type {config.model_type}: transformers has no masked language model of this name; "
-                f"it has {', '.join(near)}"
-            )
-        arch = CONFIG_MAPPING[config.model_type]()
-    else:
-        return demo_config(tokenizer)
+        return arch
+    if config.model_type not in KNOWN:
+        near = difflib.get_close_matches(config.model_type, KNOWN, n=5) or sorted(KNOWN)
+        raise UserError(
+            f"--model_type {config.model_type}: transformers has no masked language model of this name; "
+            f"it has {', '.join(near)}"
+        )
+    return CONFIG_MAPPING[config.model_type]()
 
+
+def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The configuration to build from; without a checkpoint, with the tokenizer's size and special ids."""
+    if not (config.model_name_or_path or config.config_name or config.model_type):
+        return demo_config(tokenizer)
+    arch = _named_config(config)
     if not config.model_name_or_path:
         text = arch.get_text_config()
         text.vocab_size = _vocab_size(tokenizer)
@@ -312,6 +338,7 @@ def _from_checkpoint(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedM
             dtype=torch.float32,  # master weights, whatever the checkpoint stores
             weights_only=True,  # a pickle may hold tensors, no code
             trust_remote_code=config.trust_remote_code,
+            local_files_only=local_files_only(name),
             output_loading_info=True,
         )
     except UNUSABLE as error:

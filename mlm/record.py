@@ -1,15 +1,16 @@
 """What a run leaves behind: the run directory.
 
-    <output_dir>/config.json, model.safetensors, tokenizer.json, …   as save_pretrained writes them
-                 all_results.json    perplexity before and after, losses, tokens/s
-                 metrics.jsonl       one JSON object a line, each with an `event` and a `step`
-                 run.json            full configuration, versions, hardware, commit, fingerprints
-                 checkpoints/        see checkpoint.py
-                 README.md           a model card
+<output_dir>/config.json, model.safetensors, tokenizer.json, …   as save_pretrained writes them
+             all_results.json    perplexity before and after, losses, tokens/s
+             metrics.jsonl       one JSON object a line, each with an `event` and a `step`
+             run.json            full configuration, versions, hardware, commit, fingerprints
+             checkpoints/        see checkpoint.py
+             README.md           a model card
 """
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import resource
@@ -20,14 +21,17 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from huggingface_hub import HfApi, ModelCardData
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mlm.batches import Batches
 from mlm.errors import UserError
+from mlm.model import SparseMaskedLM
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
@@ -56,14 +60,15 @@ class Run:
         self.folder = Path(config.output_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
         self.accelerator = accelerator
         self.started = time.perf_counter()
-        # Every process looks and none of them writes yet: a mistake found later must not have cost what is here.
+        self.bar: tqdm | None = None
+        # Every process looks, none writes yet: a mistake found later must not have cost what is here.
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output_dir {self.folder}: this is a file")
         occupied = self.folder.is_dir() and any(self.folder.iterdir())
         if config.output_dir and occupied and not (config.overwrite_output_dir or resumes):
             raise UserError(
-                f"--output_dir {self.folder} is not empty; give --overwrite_output_dir to replace what is there, "
-                "or --resume_from_checkpoint latest to go on with it"
+                f"--output_dir {self.folder} is not empty; give --overwrite_output_dir to replace "
+                "what is there, or --resume_from_checkpoint latest to go on with it"
             )
         nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
@@ -78,7 +83,7 @@ class Run:
     def begin(self, configuration: Any, step: int, facts: dict[str, Any]) -> None:
         """Makes the directory and writes run.json: what has to be known to repeat the run.
 
-        step: 0, or where a resumed run goes on; lines of metrics.jsonl after it are dropped, to be written again.
+        step: 0, or where a resumed run goes on; later lines of metrics.jsonl are dropped, to come again.
         """
         described = dataclasses.asdict(configuration)
         if self.speaks:
@@ -89,12 +94,16 @@ class Run:
                     metrics.unlink(missing_ok=True)
                     shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
                 elif metrics.is_file():
-                    kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
+                    kept = [
+                        line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step
+                    ]
                     metrics.write_text("".join(f"{line}\n" for line in kept))
                 about = {"configuration": described, **facts, "environment": environment(self.accelerator)}
                 write_json(self.folder / "run.json", about)
             except OSError as error:
-                raise UserError(f"--output_dir {self.folder}: cannot write there ({error.strerror})") from None
+                raise UserError(
+                    f"--output_dir {self.folder}: cannot write there ({error.strerror})"
+                ) from None
         if self.config.with_tracking:
             self.accelerator.init_trackers("mlm", config=_flat(described))
 
@@ -102,15 +111,47 @@ class Run:
         """Appends a line to metrics.jsonl, and sends its numbers to the trackers."""
         if not self.speaks:
             return
-        line = {"event": event, "step": step, "seconds": round(time.perf_counter() - self.started, 3), **values}
+        line = {
+            "event": event,
+            "step": step,
+            "seconds": round(time.perf_counter() - self.started, 3),
+            **values,
+        }
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.config.with_tracking:
             numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
             self.accelerator.log(numbers, step=step)
 
-    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any], about: dict) -> None:
-        """The adapted model as an ordinary checkpoint, its results and its card; then, if asked for, the Hub."""
+    def advance(self, step: int, last_step: int) -> None:
+        """Moves the bar, which is there on a terminal only."""
+        if self.bar is None:
+            self.bar = tqdm(
+                total=last_step,
+                initial=step - 1,
+                desc="training",
+                unit=" steps",
+                disable=None if self.speaks else True,
+            )
+        self.bar.update()
+
+    def report(self, step: int, window: "Window", learning_rate: float) -> None:
+        """A line of training metrics, shown on the bar, or printed where there is none."""
+        speed, perplexity = window.tokens / window.seconds, math.exp(min(window.loss, 700))
+        self.log("train", step, loss=window.loss, learning_rate=learning_rate, tokens_per_second=speed)
+        seen = f"loss {window.loss:.4f}, perplexity {perplexity:.4g}, lr {learning_rate:.2e}, "
+        seen += f"{speed:,.0f} tokens/s"
+        self.bar.set_postfix_str(seen)
+        if self.bar.disable:
+            self.say(f"step {step}/{self.bar.total}: {seen}")
+
+    def finish(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Any, results: dict[str, Any]
+    ) -> None:
+        """The adapted model as an ordinary checkpoint, its results and its card; then, if asked, the Hub."""
+        if self.bar is not None:
+            self.bar.close()
+        self.log("end", results["steps"], **results)
         if self.config.with_tracking:
             self.accelerator.end_training()
         if not self.speaks:
@@ -118,10 +159,82 @@ class Run:
         model.save_pretrained(self.folder)
         tokenizer.save_pretrained(self.folder)
         write_json(self.folder / "all_results.json", results)
-        (self.folder / "README.md").write_text(model_card(self.folder.name, results, about), encoding="utf-8")
+        card = model_card(self.folder.name, config, results)
+        (self.folder / "README.md").write_text(card, encoding="utf-8")
+        before = f"{results['perplexity_before']:.4g} before, " if "perplexity_before" in results else ""
+        self.say(
+            f"held-out perplexity: {before}{results['perplexity']:.4g} after "
+            f"(knowing frequencies alone: {results['perplexity_unigram']:.4g}); saved to {self.folder}"
+        )
         if self.config.push_to_hub:
-            HfApi().upload_folder(repo_id=self.hub_id, folder_path=self.folder, ignore_patterns=["checkpoints/**"])
+            HfApi().upload_folder(
+                repo_id=self.hub_id, folder_path=self.folder, ignore_patterns=["checkpoints/**"]
+            )
             self.say(f"uploaded to {self.hub_id}")
+
+
+class Window(NamedTuple):
+    """The training between two readings, over all processes."""
+
+    nats: float  # summed over the masked tokens
+    masked: int
+    tokens: int
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        return self.nats / max(self.masked, 1)
+
+
+class Meter:
+    """Adds up the loss on the device, so that no step has to wait until it is read."""
+
+    def __init__(self, accelerator: Accelerator, tokens_per_step: int) -> None:
+        self.accelerator, self.tokens_per_step = accelerator, tokens_per_step
+        self.restart()
+
+    def restart(self) -> None:
+        self.nats: list[torch.Tensor] = []
+        self.masked, self.started = 0, time.perf_counter()
+
+    def add(self, nats: torch.Tensor, masked: int) -> None:
+        """nats: [] float32, this process's share of a step; masked: tokens of the whole step."""
+        self.nats.append(nats)
+        self.masked += masked
+
+    def read(self) -> Window:
+        """Here the host waits for the device."""
+        nats = torch.stack(self.nats)
+        if self.accelerator.num_processes > 1:
+            nats = self.accelerator.reduce(nats)
+        total = nats.cpu().double().sum().item()
+        return Window(
+            total, self.masked, len(self.nats) * self.tokens_per_step, time.perf_counter() - self.started
+        )
+
+
+def plan(
+    config: Any, model: SparseMaskedLM, batches: Batches, held_out: int, steps: int, accelerator: Accelerator
+) -> str:
+    """What is about to happen, for a person to read before it does."""
+    every = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    name = config.model.model_name_or_path or f"{model.model.config.model_type} from scratch"
+    G, world = batches.global_batch, batches.world
+    share = -(-G // world)
+    passes = -(-share // batches.micro_batch)
+    lines = {
+        "model": f"{name} ({type(model.model).__name__}), {every:,} parameters, {trained:,} of them trained",
+        "head": "on the masked positions" if model.sparse else "on all positions",
+        "chunks": f"{batches.num_chunks:,} to train on, {held_out:,} held out, "
+        f"of {batches.chunks.chunk_size} tokens",
+        "batch": f"{G} chunks a step: {world} process(es) of {share} chunks, in {passes} pass(es) of at most "
+        f"{min(batches.micro_batch, share)}",
+        "steps": f"{steps:,} ({steps * G / batches.num_chunks:.3g} epochs), {config.loop.lr_scheduler_type} "
+        f"learning rate, peak {config.loop.learning_rate:g}",
+        "precision": f"{accelerator.mixed_precision} on {accelerator.device}",
+    }
+    return "\n".join(f"{what:<10} {text}" for what, text in lines.items())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -157,41 +270,54 @@ def peak_memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def model_card(name: str, results: dict[str, Any], about: dict[str, Any]) -> str:
-    """The text of README.md as the Hub shows it. about: base_model, dataset, recipe (a line a fact)."""
+def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
+    """The text of README.md as the Hub shows it."""
+    base, corpus = config.model.model_name_or_path, config.corpus
+    local = base is not None and Path(base).exists()
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="fill-mask",
-        base_model=about["base_model"] if "/" not in (about["base_model"] or "/")[:1] else None,
+        base_model=None if local else base,
+        datasets=None
+        if corpus.dataset_name is None or Path(corpus.dataset_name).exists()
+        else corpus.dataset_name,
         tags=["masked-language-modeling", "domain-adaptation"],
     )
-    before = results.get("perplexity_before")
-    rows = [("perplexity", before, results["perplexity"]), ("accuracy", results.get("accuracy_before"), results["accuracy"])]
-    table = "\n".join(
-        f"| {what} | {'' if old is None else format(old, '.4g')} | {new:.4g} |" for what, old, new in rows
-    )
-    facts = "\n".join(f"- {line}" for line in about["recipe"])
+    files = [Path(file).name for file in (corpus.dataset_name, corpus.train_file) if file]
+    text = files[0] if files else "the prose that every Python installation carries"
+    model = Path(base).name if local else base or f"A {config.model.model_type or 'small BERT'} from scratch"
+    rows = [
+        f"| {what} | {results[f'{key}_before']:.4g} | {results[key]:.4g} |"
+        if f"{key}_before" in results
+        else f"| {what} | | {results[key]:.4g} |"
+        for what, key in (("perplexity", "perplexity"), ("accuracy", "accuracy"))
+    ]
+    table, rate = "\n".join(rows), config.loop.learning_rate
     return f"""---
 {data.to_yaml()}
 ---
 
 # {name}
 
-{about["base_model"] or "A model trained from scratch"}, adapted to {about["dataset"]} by masked language modelling.
+{model}, adapted to {text} by masked language modelling.
 
-On held-out documents, under fixed masks ({results["eval_masked_tokens"]:,} masked tokens):
+On {results["eval_masked_tokens"]:,} masked tokens of held-out documents, under fixed masks:
 
 | | before | after |
 | --- | --- | --- |
 {table}
 
+A model that knows token frequencies alone has a perplexity of {results["perplexity_unigram"]:.4g} on them.
+
 ```python
 from transformers import pipeline
 
-fill = pipeline("fill-mask", "{name}")
+fill = pipeline("fill-mask", "{config.record.hub_model_id or name}")
 ```
 
-{facts}
+- {results["steps"]:,} steps of AdamW ({results["epochs"]:.3g} epochs), learning rate {rate:g}
+- {config.masking.mlm_probability:.3g} of the {"words" if config.masking.whole_word_mask else "tokens"} masked
+- training loss {results["train_loss"]:.4g} nats, {results["tokens_per_second"]:,.0f} tokens/s
 """
 
 
@@ -200,7 +326,9 @@ def _create_repository(name: str) -> str:
         return HfApi().create_repo(name, exist_ok=True).repo_id
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--push_to_hub: cannot create {name} on the Hub; log in with `hf auth login` ({reason})") from None
+        raise UserError(
+            f"--push_to_hub: cannot create {name} on the Hub; log in with `hf auth login` ({reason})"
+        ) from None
 
 
 def _processor() -> str:
@@ -216,8 +344,12 @@ def _commit() -> str | None:
     here = Path(__file__).parent
     try:
         git = ["git", "-C", str(here)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True
+        ).stdout.strip()
         return head + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -228,4 +360,7 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in flat.items()}
+    return {
+        key: value if isinstance(value, int | float | str | bool) else str(value)
+        for key, value in flat.items()
+    }

@@ -1,15 +1,17 @@
 """The token store: a split's documents as one stream of tokens on disk, made once per (corpus, tokenizer).
 
-    <token_store>/<key>/train/ids.npy               [N] the smallest unsigned type that holds the vocabulary
-                             word_starts.npy        [N] bool, 1: a word of the tokenizer begins here
-                             document_offsets.npy   [D + 1] int64, document d is ids[offsets[d] : offsets[d + 1]]
-                             header.json            what it was made from, sizes, fingerprints
-                       validation/…
+    <token_store>/<key>/train/ids.npy              [N] the smallest unsigned type that holds the vocabulary
+                              word_starts.npy      [N] bool, 1: a word of the tokenizer begins here
+                              document_offsets.npy [D + 1] int64, document d: ids[offsets[d] : offsets[d + 1]]
+                              header.json          what it was made from, sizes, fingerprints
+                        validation/…
 
-The key names the corpus (paths, sizes and times, or the Hub's revision) and the tokenizer, so that a second run finds its
-store without reading a document. A store is built beside its place and renamed, so that a half-built one is never found.
+The key names the corpus (paths, sizes and times, or the Hub's revision) and the tokenizer, so that a second
+run finds its store without reading a document. A store is built beside its place and renamed, so that a
+half-built one is never found.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -95,23 +97,24 @@ def prepare(
     documents = corpus.load(source)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=f"{key}.building.", dir=folder.parent))
+        with tempfile.TemporaryDirectory(prefix=f"{key}.building.", dir=folder.parent) as workspace:
+            built = Path(workspace, "store")  # the folder around it is its owner's alone
+            for split, dataset in documents.splits.items():
+                texts = (row for batch in dataset.iter(BATCH_DOCUMENTS) for row in batch["text"])
+                progress = tqdm(texts, f"tokenising {split}", len(dataset), unit=" documents", disable=None)
+                origin = {
+                    "split": split,
+                    "splits": list(documents.splits),
+                    "identity": identity,
+                    "empty_documents": documents.dropped.get(split, 0),
+                }
+                build(progress, tokenizer, facts, built / split, origin)
+            if folder.exists() and (config.overwrite_cache or not _open_splits(folder, identity, facts)):
+                shutil.rmtree(folder)
+            built.rename(folder)
     except OSError as error:
-        raise UserError(f"--token_store {folder.parent}: cannot write there ({error.strerror})") from None
-    try:
-        for split, dataset in documents.splits.items():
-            texts = (row for batch in dataset.iter(BATCH_DOCUMENTS) for row in batch["text"])
-            progress = tqdm(texts, f"tokenising {split}", len(dataset), unit=" documents", disable=None)
-            origin = {"split": split, "identity": identity, "empty_documents": documents.dropped.get(split, 0)}
-            build(progress, tokenizer, facts, workspace / split, origin)
-        shutil.rmtree(folder, ignore_errors=True)
-        workspace.rename(folder)
-    except OSError as error:
-        if folder.exists() and (found := _open_splits(folder, identity, facts)):
-            return found  # another run was quicker
-        raise UserError(f"--token_store {folder.parent}: cannot write there ({error.strerror})") from None
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # these two: another run was quicker
+            raise UserError(f"--token_store {folder.parent}: cannot write there ({error.strerror})") from None
     return _open_splits(folder, identity, facts)
 
 
@@ -122,14 +125,16 @@ def store_folder(config: StreamConfig) -> Path:
 
 
 def _open_splits(folder: Path, identity: dict[str, Any], facts: TokenFacts) -> dict[str, TokenStore]:
+    """All splits of a whole, valid store of this corpus and tokenizer; none where anything is amiss."""
     stores = {}
     for split in ("train", "validation"):
         if (folder / split).is_dir():
             store = open_store(folder / split, facts.fingerprint)
-            if store is None or store.header["identity"] != json.loads(json.dumps(identity)):
+            if store is None or store.header.get("identity") != json.loads(json.dumps(identity)):
                 return {}
             stores[split] = store
-    return stores
+    # A store that is being removed loses its splits one after the other.
+    return stores if all(set(store.header["splits"]) == set(stores) for store in stores.values()) else {}
 
 
 def open_store(folder: Path, tokenizer_fingerprint: str) -> TokenStore | None:
@@ -158,7 +163,7 @@ def build(
 ) -> TokenStore:
     """Tokenises `texts` into `folder`, batch by batch; memory does not grow with the corpus.
 
-    origin: goes into the header as it is. A text without a single token (control characters, say) is left out.
+    origin: goes into the header as it is. A text without a token (of control characters, say) is left out.
     """
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -213,13 +218,13 @@ def check_words(store: TokenStore) -> None:
         )
     if store.mean_word > MAX_MEAN_WORD:
         raise UserError(
-            f"--whole_word_mask: this tokenizer sees words of {store.mean_word:.0f} tokens on average here (at most "
-            f"{MAX_MEAN_WORD} make sense), as in text without spaces; mask tokens instead"
+            f"--whole_word_mask: this tokenizer sees words of {store.mean_word:.0f} tokens on average here "
+            f"(at most {MAX_MEAN_WORD} make sense), as in text without spaces; mask tokens instead"
         )
 
 
 def _batches(texts: Iterable[str], digest: "hashlib._Hash") -> Iterator[list[str]]:
-    """Batches by number and by characters; `digest` sees every text, with its length so that borders count."""
+    """Batches by number and by characters; `digest` sees each text and, so that borders count, its length."""
     batch: list[str] = []
     characters = 0
     for text in texts:
@@ -238,7 +243,7 @@ def _batches(texts: Iterable[str], digest: "hashlib._Hash") -> Iterator[list[str
 def _encode_all(
     batches: Iterator[list[str]], tokenizer: PreTrainedTokenizerBase, facts: TokenFacts
 ) -> Iterator[Encoded]:
-    """Encodes the batches in order. The tokenizer's threads work on the next batch while Python unpacks this one."""
+    """Encodes the batches in order: the tokenizer's threads are at the next while Python unpacks this one."""
     if not tokenizer.is_fast:
         for batch in batches:
             yield _encode_slow(batch, tokenizer, facts)
@@ -268,33 +273,40 @@ def _unpack(batch: list[str], encodings: list[Encoding], backend: Tokenizer, fac
 
 
 def _as_text(text: str, encoding: Encoding, backend: Tokenizer, facts: TokenFacts) -> Encoding:
-    """The same document with a space inside each literal special token (`<s>` becomes `< s>`), so that it is text."""
+    """The same document with each literal special token broken up, so that it is text."""
     where = [
-        start
-        for token_id, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
+        span
+        for token_id, span in zip(encoding.ids, encoding.offsets, strict=True)
         if facts.special[token_id] and token_id != facts.unknown_id
     ]
-    for start in reversed(where):
-        text = f"{text[: start + 1]} {text[start + 1 :]}"
+    for start, end in reversed(where):
+        text = text[:start] + _broken(text[start:end]) + text[end:]
     return backend.encode(text, add_special_tokens=False) if where else encoding
+
+
+def _broken(literal: str) -> str:
+    """`<s>` becomes `< s>`; a special token of a single character can only be left out."""
+    return f"{literal[0]} {literal[1:]}" if len(literal) > 1 else " "
 
 
 def _encode_slow(batch: list[str], tokenizer: PreTrainedTokenizerBase, facts: TokenFacts) -> Encoded:
     """A slow tokenizer knows no words: every token counts as one."""
     literal = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens))
-    batch = [literal.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text) for text in batch]
+    batch = [literal.sub(lambda match: _broken(match[0]), text) for text in batch]
     rows = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     ids = np.fromiter(itertools.chain.from_iterable(rows), np.int64, lengths.sum())
     return _close_documents(ids, np.ones(len(ids), bool), lengths, facts)
 
 
-def _close_documents(ids: np.ndarray, word_starts: np.ndarray, lengths: np.ndarray, facts: TokenFacts) -> Encoded:
-    """Puts the tokenizer's special tokens around each document that has tokens, and a word start at its head."""
+def _close_documents(
+    ids: np.ndarray, word_starts: np.ndarray, lengths: np.ndarray, facts: TokenFacts
+) -> Encoded:
+    """Puts the special tokens around each document that has tokens, and a word start at its head."""
     lengths = lengths[lengths > 0]
     before, after = len(facts.prefix), len(facts.suffix)
     offsets = np.concatenate([[0], np.cumsum(lengths + before + after)])
-    document = np.repeat(np.arange(len(lengths)), lengths)  # [tokens of the text] which document each belongs to
+    document = np.repeat(np.arange(len(lengths)), lengths)  # [n] each token's document
     place = np.arange(len(ids)) + before * (document + 1) + after * document
     out = np.empty(offsets[-1], np.int64)
     starts = np.ones(offsets[-1], bool)

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from mlm import corpus
 from mlm.corpus import CorpusConfig
 from mlm.errors import UserError, explain_load_failure
+from mlm.hub import local_files_only
 
 # Placeholders that no text has taught the model anything about: BERT's and ModernBERT's, Gemma's, fairseq's.
 UNUSED = re.compile(r"\[unused\d+\]|<unused\d+>|madeupword\d+")
@@ -51,7 +52,9 @@ class TokenFacts:
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, by Hub name or folder. Raises UserError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code, local_files_only=local_files_only(name)
+        )
     except Exception as error:
         raise explain_load_failure("tokenizer", name, error) from error
 
@@ -85,13 +88,17 @@ def corpus_tokenizer(source: CorpusConfig, vocab_size: int, folder: Path) -> Pre
     identity = json.dumps([corpus.identify(source), vocab_size], sort_keys=True)
     place = folder / f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:20]}"
     if not place.is_dir():
-        documents = corpus.load(source).splits["train"]
-        tokenizer = train_tokenizer((text for batch in documents.iter(1000) for text in batch["text"]), vocab_size)
+        splits = corpus.load(source).splits
+        if "train" not in splits:
+            raise UserError("no text to learn a vocabulary from: give --train_file, or --tokenizer_name")
+        batches = splits["train"].iter(1000)
+        tokenizer = train_tokenizer((text for batch in batches for text in batch["text"]), vocab_size)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            partial = tempfile.mkdtemp(prefix=f"{place.name}.", dir=folder)
-            tokenizer.save_pretrained(partial)
-            os.rename(partial, place)
+            with tempfile.TemporaryDirectory(prefix=f"{place.name}.", dir=folder) as workspace:
+                partial = os.path.join(workspace, "tokenizer")  # the folder around it is its owner's alone
+                tokenizer.save_pretrained(partial)
+                os.rename(partial, place)
         except OSError as error:
             if not place.is_dir():  # else another run was quicker
                 raise UserError(f"--token_store {folder}: cannot write there ({error.strerror})") from None
@@ -99,7 +106,7 @@ def corpus_tokenizer(source: CorpusConfig, vocab_size: int, folder: Path) -> Pre
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A private copy of a fast tokenizer's engine that encodes documents whole and takes special tokens as text.
+    """A private copy of a fast tokenizer's engine: documents stay whole, and special tokens in them are text.
 
     A literal `[MASK]` or `</s>` in a document is what its author wrote, not an instruction to the model.
     """
@@ -135,7 +142,7 @@ def token_facts(tokenizer: PreTrainedTokenizerBase) -> TokenFacts:
         special=special,
         ordinary=ordinary,
         mask_id=tokenizer.mask_token_id,
-        pad_id=pad_id if pad_id is not None else tokenizer.mask_token_id,  # behind the attention mask in any case
+        pad_id=tokenizer.mask_token_id if pad_id is None else pad_id,  # behind the attention mask in any case
         unknown_id=tokenizer.unk_token_id,
         prefix=prefix,
         suffix=suffix,
@@ -154,6 +161,8 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tupl
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int], special: np.ndarray) -> str:
-    engine: Any = text_encoder(tokenizer).to_str() if tokenizer.is_fast else sorted(vocabulary.items())
+    engine: Any = [type(tokenizer).__name__, sorted(vocabulary.items())]
+    if tokenizer.is_fast:
+        engine = text_encoder(tokenizer).to_str()
     roles = [np.flatnonzero(special).tolist(), tokenizer.mask_token_id, tokenizer.pad_token_id]
     return hashlib.sha256(json.dumps([engine, roles]).encode()).hexdigest()

@@ -1,12 +1,11 @@
-"""Adapts a masked language model to a domain: the rooms wired in order, then the loop. This is the file to fork.
+"""Adapts a masked language model to a domain: the rooms in order, then the loop. This is the file to fork.
 
-    accelerate launch scripts/train.py --model_name_or_path distilbert-base-uncased --dataset_name imdb
+accelerate launch scripts/train.py --model_name_or_path distilbert-base-uncased --dataset_name imdb
 """
 
 import math
 import os
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,6 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from mlm import checkpoint
@@ -22,11 +20,11 @@ from mlm.batches import Batches, subset
 from mlm.checkpoint import CheckpointConfig
 from mlm.chunks import ChunkConfig, chunk_length, cut_into_chunks
 from mlm.corpus import CorpusConfig
-from mlm.errors import UserError
-from mlm.evaluate import EvaluateConfig, evaluate
-from mlm.masking import DROPOUT, MASKS, MaskingConfig, make_recipe, stream_key
+from mlm.errors import UserError, at_least
+from mlm.evaluate import EvaluateConfig, evaluate, unigram_perplexity
+from mlm.masking import DROPOUT, MaskingConfig, make_recipe, stream_key
 from mlm.model import ModelConfig, SparseMaskedLM, load_model, max_positions, vocabulary_size
-from mlm.record import RecordConfig, Run, peak_memory_mib
+from mlm.record import Meter, RecordConfig, Run, peak_memory_mib, plan
 from mlm.stream import StreamConfig, check_words, prepare, store_folder
 from mlm.tokenizer import corpus_tokenizer, load_tokenizer, token_facts
 
@@ -39,7 +37,9 @@ class LoopConfig:
     # the batch
     train_batch_size: int | None = None  # chunks a step (default: next two flags × processes)
     per_device_train_batch_size: int = 8  # chunks that go through the model at a time
-    gradient_accumulation_steps: int = 1  # passes through the model a step, where --train_batch_size is not given
+    gradient_accumulation_steps: int = (
+        1  # passes through the model a step, where --train_batch_size is not given
+    )
     # the length
     num_train_epochs: float = 3.0  # passes over the training chunks
     max_train_steps: int | None = None  # steps to take, instead of epochs
@@ -49,11 +49,19 @@ class LoopConfig:
     weight_decay: float = 0.0  # not on biases and norms
     max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it; 0: never
     lr_scheduler_type: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
     ] = "linear"  # linear ends at 0
     num_warmup_steps: int = 0  # steps in which the learning rate rises to its peak
     # arithmetic
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # default: what accelerate was configured for
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = (
+        None  # default: what accelerate was configured for
+    )
     deterministic: bool = False  # deterministic kernels only, so that a GPU repeats a run to the bit
     # evaluation
     eval_on_start: bool = True  # measure the model before the first step
@@ -61,17 +69,11 @@ class LoopConfig:
     load_best_model_at_end: bool = False  # keep the weights of the lowest evaluation loss, not the last ones
 
     def __post_init__(self) -> None:
-        for name in ("train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps",
-                     "max_train_steps", "max_train_samples", "eval_steps"):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise UserError(f"--{name} {value}: at least 1")
-        for name in ("learning_rate", "num_train_epochs"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"--{name} {getattr(self, name)}: a positive number")
-        for name in ("num_warmup_steps", "weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name} {getattr(self, name)}: zero or more")
+        at_least(self, 1, "train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+        at_least(self, 1, "max_train_steps", "max_train_samples", "eval_steps")
+        at_least(
+            self, 0, "learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "num_warmup_steps"
+        )
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
+
+
+ROOMS = [room.default_factory for room in fields(Config)]  # what the command line is made of
 
 
 @dataclass(frozen=True)
@@ -123,12 +128,14 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         facts = token_facts(tokenizer)
         stores = prepare(config.corpus, tokenizer, facts, config.stream)
     if "train" not in stores:
-        raise UserError("--validation_file alone leaves nothing to train on; give --train_file or --dataset_name")
+        raise UserError("--validation_file alone leaves nothing to train on; give --train_file too")
     if config.masking.whole_word_mask:
         check_words(stores["train"])
     net = load_model(config.model, tokenizer, loop.seed)
     length = chunk_length(config.chunks, max_positions(net.config))
-    chunks, held_out = (cut_into_chunks(stores[s], config.chunks, length, facts) for s in ("train", "validation"))
+    chunks, held_out = (
+        cut_into_chunks(stores[s], config.chunks, length, facts) for s in ("train", "validation")
+    )
     recipe = make_recipe(config.masking, facts)
     batches = Batches(
         chunks, recipe, facts.ordinary, loop.seed, global_batch(loop, accelerator.num_processes),
@@ -137,7 +144,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     )  # fmt: skip
     G, n = batches.global_batch, batches.num_chunks
     last_step = loop.max_train_steps or math.ceil(loop.num_train_epochs * n / G)
-    held_out_ids = subset(loop.seed, len(held_out), config.evaluate.max_eval_samples)
+    held_out_ids = subset(config.evaluate.eval_mask_seed, len(held_out), config.evaluate.max_eval_samples)
 
     model = SparseMaskedLM(net).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -151,15 +158,17 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     run.begin(config, progress.step, {
         "corpus": {name: store.header["corpus"] for name, store in stores.items()},
         "tokenizer": facts.fingerprint,
-        "masks": {"train": stream_key(loop.seed, 0, MASKS), "eval": stream_key(config.evaluate.eval_mask_seed, 0, MASKS)},
+        "masks": recipe.digest,
     })  # fmt: skip
-    run.say(plan(config, model, batches, len(held_out_ids), length, last_step, accelerator))
+    run.say(plan(config, model, batches, len(held_out_ids), last_step, accelerator))
     run.log("start", progress.step, steps=last_step, global_batch=G, chunks=n)
 
     def measure() -> dict[str, float]:
         found = evaluate(model, held_out, held_out_ids, recipe, facts, config.evaluate, accelerator).summary()
         run.log("eval", progress.step, **found)
-        run.say(f"step {progress.step}: held-out perplexity {found['perplexity']:.4g}, loss {found['loss']:.4f}")
+        run.say(
+            f"step {progress.step}: held-out perplexity {found['perplexity']:.4g}, loss {found['loss']:.4f}"
+        )
         if progress.best is None or found["loss"] < progress.best["loss"]:
             progress.best = found
             if loop.load_best_model_at_end and main:
@@ -175,9 +184,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     if loop.eval_on_start and progress.step == 0:
         progress.before = measure()
     after = None  # the evaluation of the current weights
-    unread: list[torch.Tensor] = []  # summed nats of each step since the last reading, on the device
-    unread_masked, clock = 0, time.perf_counter()
-    bar = tqdm(total=last_step, initial=progress.step, desc="training", unit=" steps", disable=None if main else True)
+    meter = Meter(accelerator, tokens_per_step=G * length)
     model.train()
     while progress.step < last_step:
         # The gradient of the mean loss over all masked tokens of the global batch, however it is cut.
@@ -200,39 +207,24 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
             continue
         scheduler.step()
         progress.step += 1
-        progress.masked += masked
-        bar.update()
-        unread.append(nats)
-        unread_masked += masked
+        meter.add(nats, masked)
+        run.advance(progress.step, last_step)
 
         evaluates, saves = due(loop.eval_steps), due(config.checkpoint.checkpointing_steps)
-        if evaluates or saves or due(config.record.logging_steps) or progress.step == last_step:
-            # The device synchronises here and nowhere else in the loop (under fp16, the scaler does at every step).
-            read = torch.stack(unread)
-            if accelerator.num_processes > 1:
-                torch.distributed.all_reduce(read)
-            window = read.double().sum().item() if device.type != "mps" else read.sum().item()
-            seconds = time.perf_counter() - clock
-            speed = len(unread) * G * length / seconds
-            loss, rate = window / max(unread_masked, 1), scheduler.get_last_lr()[0]
-            progress.nats += window
-            progress.seconds += seconds
-            perplexity = math.exp(min(loss, 700))
-            run.log("train", progress.step, loss=loss, learning_rate=rate, tokens_per_second=speed)
-            bar.set_postfix_str(f"loss {loss:.3f}, ppl {perplexity:.4g}, lr {rate:.2e}, {speed:,.0f} tokens/s")
-            if bar.disable:
-                run.say(f"step {progress.step}/{last_step}: loss {loss:.4f}, perplexity {perplexity:.4g}, "
-                        f"learning rate {rate:.2e}, {speed:,.0f} tokens/s")  # fmt: skip
-            unread, unread_masked = [], 0
-            after = measure() if evaluates else None
-            if saves and main:
-                checkpoint.save(
-                    run.folder / "checkpoints" / f"step_{progress.step}", net, optimizer, scheduler,
-                    accelerator.scaler, asdict(progress),
-                )  # fmt: skip
-                run.log("checkpoint", progress.step)
-            clock = time.perf_counter()
-    bar.close()
+        if not (evaluates or saves or due(config.record.logging_steps) or progress.step == last_step):
+            continue
+        # The device synchronises here and nowhere else (but under fp16, where the scaler asks at every step).
+        window = meter.read()
+        progress.nats += window.nats
+        progress.masked += window.masked
+        progress.seconds += window.seconds
+        run.report(progress.step, window, scheduler.get_last_lr()[0])
+        after = measure() if evaluates else None
+        if saves and main:
+            place = run.folder / "checkpoints" / f"step_{progress.step}"
+            checkpoint.save(place, net, optimizer, scheduler, accelerator.scaler, asdict(progress))
+            run.log("checkpoint", progress.step)
+        meter.restart()
 
     after = after or measure()
     if loop.load_best_model_at_end and progress.best["loss"] < after["loss"]:
@@ -242,6 +234,9 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     results = {
         **named(after),
         **{f"{name}_before": value for name, value in named(progress.before or {}).items()},
+        "perplexity_unigram": unigram_perplexity(
+            stores["train"], held_out, held_out_ids, recipe, facts, config.evaluate
+        ),
         "eval_masked_tokens": after["masked_tokens"],
         "train_loss": progress.nats / max(progress.masked, 1),
         "tokens_per_second": progress.step * G * length / max(progress.seconds, 1e-9),
@@ -251,11 +246,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         "skipped_steps": progress.skipped,
         "peak_memory_mib": peak_memory_mib(device),
     }
-    run.log("end", progress.step, **results)
-    run.finish(net, tokenizer, results, describe(config, results))
-    if progress.before:
-        run.say(f"perplexity {progress.before['perplexity']:.4g} before, {after['perplexity']:.4g} after")
-    run.say(f"saved to {run.folder}")
+    run.finish(net, tokenizer, config, results)
     accelerator.wait_for_everyone()
     return Result(net, tokenizer, results, run.folder)
 
@@ -267,7 +258,7 @@ def named(evaluation: dict[str, float]) -> dict[str, float]:
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """The Accelerator that the launcher and the configuration ask for. Raises UserError where it cannot train as asked."""
+    """The Accelerator that launcher and configuration ask for. Raises UserError where it cannot train so."""
     if config.loop.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
         torch.use_deterministic_algorithms(True)
@@ -278,16 +269,23 @@ def make_accelerator(config: Config) -> Accelerator:
             project_dir=config.record.output_dir,
             # The micro-batches are summed here: accelerate would divide by its own count of them.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-            # The others wait while one process tokenises the corpus.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+            # The others wait while one process tokenises the corpus; longer ones are for scripts/prepare.py.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
     except ValueError as error:  # accelerate's own words, on a precision that the device lacks
         raise UserError(" ".join(str(error).split())) from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU; on a CPU, use bf16 or no")
-    plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
+    plain = (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+        DistributedType.MULTI_XPU,
+    )
     if accelerator.distributed_type not in plain:
-        raise UserError(f"accelerate is configured for {accelerator.distributed_type.value}; this loop is data-parallel only")
+        raise UserError(
+            f"accelerate is set up for {accelerator.distributed_type.value}: this loop is data-parallel"
+        )
     return accelerator
 
 
@@ -300,7 +298,10 @@ def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 def global_batch(loop: LoopConfig, processes: int) -> int:
     """Chunks a step, over all processes."""
-    return loop.train_batch_size or loop.per_device_train_batch_size * loop.gradient_accumulation_steps * processes
+    return (
+        loop.train_batch_size
+        or loop.per_device_train_batch_size * loop.gradient_accumulation_steps * processes
+    )
 
 
 def make_optimizer(model: torch.nn.Module, loop: LoopConfig, fused: bool) -> torch.optim.AdamW:
@@ -320,8 +321,8 @@ def make_optimizer(model: torch.nn.Module, loop: LoopConfig, fused: bool) -> tor
 def sum_gradients(parameters: list[torch.nn.Parameter], processes: int, piece: int = 2**24) -> None:
     """Adds up the gradients of all processes, in flat pieces of about `piece` elements.
 
-    One explicit reduction a step, in place of DistributedDataParallel's during backward: a process may have had
-    several passes through the model, or none. It costs the overlap of the two.
+    One explicit reduction a step, in place of DistributedDataParallel's during backward: a process may
+    have had several passes through the model, or none. It costs the overlap of the two.
     """
     if processes == 1:
         return
@@ -339,35 +340,3 @@ def sum_gradients(parameters: list[torch.nn.Parameter], processes: int, piece: i
         for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(total.view_as(grad))
         start = end
-
-
-def plan(
-    config: Config, model: SparseMaskedLM, batches: Batches, held_out: int, length: int, steps: int, accelerator: Accelerator
-) -> str:
-    """What is about to happen, for a person to read before it does."""
-    every = [p.numel() for p in model.parameters()]
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    name = config.model.model_name_or_path or f"{model.model.config.model_type} from scratch"
-    share = -(-batches.global_batch // batches.world)
-    passes = -(-share // batches.micro_batch)
-    head = "masked positions only" if model.sparse else "all positions"
-    return f"""model      {name}: {type(model.model).__name__}, {sum(every):,} parameters, {sum(trained):,} trainable; head on {head}
-chunks     {batches.num_chunks:,} to train on, {held_out:,} held out, of {length} tokens
-batch      {batches.global_batch} chunks a step: {batches.world} process(es), {share} chunks each, in {passes} pass(es) of at most {batches.micro_batch}
-steps      {steps:,} ({steps * batches.global_batch / batches.num_chunks:.3g} epochs), {config.loop.lr_scheduler_type} learning rate, peak {config.loop.learning_rate:g}
-precision  {accelerator.mixed_precision} on {accelerator.device}"""
-
-
-def describe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
-    """What the model card says of the run."""
-    c = config.corpus
-    masked = "whole words" if config.masking.whole_word_mask else "tokens"
-    return {
-        "base_model": config.model.model_name_or_path,
-        "dataset": c.dataset_name or (Path(c.train_file).name if c.train_file else "the prose of a Python installation"),
-        "recipe": [
-            f"{results['steps']:,} steps of AdamW ({results['epochs']:.3g} epochs), peak learning rate {config.loop.learning_rate:g}",
-            f"{config.masking.mlm_probability:.3g} of the {masked} masked",
-            f"training loss {results['train_loss']:.4g}, {results['tokens_per_second']:,.0f} tokens/s",
-        ],
-    }

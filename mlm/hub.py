@@ -1,0 +1,27 @@
+"""The Hub, asked once whether it is there."""
+
+from functools import lru_cache
+from pathlib import Path
+
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
+
+PATIENCE = 5.0  # seconds to wait for the Hub to answer
+
+
+def local_files_only(name: str) -> bool:
+    """What to tell `from_pretrained` under this name: whether a model is to come from the Hub's cache or not at all.
+
+    The libraries ask an unreachable Hub six times for each file, 47 s in all. Told so, they take the model from
+    the cache where it is there, and fail at once where it is not.
+    """
+    return not Path(name).is_dir() and not _answers()
+
+
+@lru_cache
+def _answers() -> bool:
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception:  # the transport, and so its exceptions, changes from version to version; offline mode
+        return False
+    return True

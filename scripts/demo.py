@@ -1,0 +1,39 @@
+"""The built-in demo: a small BERT learns the prose of this Python installation and shows what it learnt."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlm import cli
+from mlm.fill_mask import fill, table
+from mlm.model import SparseMaskedLM, load_model
+from mlm.train import ROOMS, Config, train
+
+DEMO = Path(__file__).with_name("demo.yaml")
+SENTENCES = (
+    "Return the number of [MASK] in the list.",
+    "If the file does not exist, an [MASK] is raised.",
+    "The default value is [MASK].",
+)
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    *rooms, _ = cli.parse(ROOMS, ["--config", str(DEMO), *argv], cli.command(__doc__))
+    config = Config(*rooms)
+    result = train(config)
+    fresh = load_model(
+        config.model, result.tokenizer, config.loop.seed
+    )  # the same draws as before the first step
+    fillers = [
+        fill(SparseMaskedLM(model), result.tokenizer, SENTENCES, top_k=3) for model in (fresh, result.model)
+    ]
+    for sentence, *columns in zip(SENTENCES, *fillers, strict=True):
+        print(table(sentence, ["before", "after"], columns))
+    before, after, unigram = (result.results[f"perplexity{when}"] for when in ("_before", "", "_unigram"))
+    print(f"perplexity {before:.4g} before, {after:.4g} after, {unigram:.4g} for a model that has learnt")
+    print(f"nothing but how frequent each token is: {after / unigram:.2f} of it")
+    return {"output_dir": str(result.output_dir), **result.results}
+
+
+if __name__ == "__main__":
+    cli.run(main)

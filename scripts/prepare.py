@@ -1,0 +1,122 @@
+"""Builds the token store of a corpus, says what is in it, and shows some of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mlm import cli
+from mlm.batches import mask_chunks
+from mlm.chunks import ChunkConfig, Chunks, cut_into_chunks
+from mlm.corpus import CorpusConfig
+from mlm.errors import UserError
+from mlm.masking import MaskingConfig, Recipe, make_recipe
+from mlm.model import ModelConfig
+from mlm.stream import StreamConfig, TokenStore, check_words, prepare
+from mlm.tokenizer import TokenFacts, token_facts
+from mlm.train import Config, open_tokenizer
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    show: int = 0  # random documents and chunks of each split to print, with their masks
+    seed: int = 42  # names the order in which they are drawn, and the masks
+
+    def __post_init__(self) -> None:
+        if self.show < 0:
+            raise UserError(f"--show {self.show}: zero or more")
+
+
+ROOMS = (ModelConfig, CorpusConfig, StreamConfig, ChunkConfig, MaskingConfig, ShowConfig)
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    model, corpus, stream, chunking, masking, look, _ = cli.parse(ROOMS, argv, cli.command(__doc__))
+    tokenizer = open_tokenizer(Config(model=model, corpus=corpus, stream=stream))
+    facts = token_facts(tokenizer)
+    stores = prepare(corpus, tokenizer, facts, stream)
+    recipe = make_recipe(masking, facts)
+    length = chunking.max_seq_length or 128
+    summary = {}
+    for split, store in stores.items():
+        if masking.whole_word_mask:
+            check_words(store)
+        chunks = cut_into_chunks(store, chunking, length, facts)
+        summary[split] = describe(store, chunks)
+        print(f"{split}\n" + "\n".join(f"  {name:<22} {value:,}" for name, value in summary[split].items()))
+        draw = np.random.default_rng(look.seed)
+        for number in draw.choice(
+            store.header["documents"], min(look.show, store.header["documents"]), replace=False
+        ):
+            start, end = store.document_offsets[number : number + 2]
+            print(
+                f"\n{split} document {number}:",
+                tokenizer.decode(store.ids[start:end], skip_special_tokens=True),
+            )
+        for number in draw.choice(len(chunks), min(look.show, len(chunks)), replace=False):
+            print(
+                f"\n{split} chunk {number}: {show_chunk(number, chunks, tokenizer, facts, recipe, look.seed)}"
+            )
+    if look.show:
+        print(
+            "\nto be predicted: ‹word› became the mask token, ‹word→other› another token, ‹word=› stays"
+        )
+    return {"token_store": str(Path(next(iter(stores.values())).ids.filename).parents[1]), **summary}
+
+
+def describe(store: TokenStore, chunks: Chunks) -> dict[str, Any]:
+    """The counts that a person looks at before training."""
+    header = store.header
+    return {
+        "documents": header["documents"],
+        "empty documents": header["empty_documents"],
+        "tokens": header["tokens"],
+        "words": header["words"],
+        "tokens per word": round(store.mean_word, 3) if header["words"] else None,
+        "unknown-token share": round(header["unknown_tokens"] / max(header["tokens"], 1), 6),
+        f"chunks of {chunks.chunk_size}": len(chunks),
+        "seconds": round(header["seconds"], 2),
+        "tokens per second": round(header["tokens"] / max(header["seconds"], 1e-9)),
+    }
+
+
+def show_chunk(
+    number: int,
+    chunks: Chunks,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: TokenFacts,
+    recipe: Recipe,
+    seed: int,
+) -> str:
+    """A chunk as epoch 0 masks it, a word at a time, its pieces together."""
+    chunk_ids = np.array([number])
+    rows = chunks.take(chunk_ids)
+    seen = mask_chunks(chunks, chunk_ids, np.zeros(1, np.int64), seed, recipe, facts.ordinary)
+    ids, seen_ids, starts = rows.ids[0], seen.input_ids[0].tolist(), rows.word_starts[0].copy()
+    predicted = set(seen.positions.tolist())
+    starts[0] = True
+    words = []
+    for word in np.split(np.arange(len(ids)), np.flatnonzero(starts)[1:]):
+        pieces = ""
+        for place in word:
+            text = tokenizer.decode([ids[place]]).strip().removeprefix("##")
+            if place in predicted:
+                other = tokenizer.decode([seen_ids[place]]).strip()
+                fate = (
+                    ""
+                    if seen_ids[place] == facts.mask_id
+                    else "="
+                    if seen_ids[place] == ids[place]
+                    else f"→{other}"
+                )
+                text = f"‹{text}{fate}›"
+            pieces += text
+        words.append(pieces.replace("›‹", ""))
+    return " ".join(words)
+
+
+if __name__ == "__main__":
+    cli.run(main)

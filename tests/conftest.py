@@ -1,0 +1,118 @@
+"""A toy world for the tests that train: sentences with something to learn, a small vocabulary, a tiny BERT."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+from transformers.utils import logging as transformers_logging
+
+from mlm.chunks import ChunkConfig
+from mlm.corpus import CorpusConfig
+from mlm.model import ModelConfig
+from mlm.record import RecordConfig
+from mlm.stream import StreamConfig
+from mlm.train import Config, LoopConfig
+from tests.tokenizers_for_tests import wordpiece
+
+ANIMALS = {"cat": "milk", "dog": "bones", "cow": "grass", "bee": "honey", "fox": "grapes", "owl": "mice"}
+REPOSITORY = Path(__file__).parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+# One thread, here and in the processes that tests start: sums have the same order in both, and toys are no faster
+# on more. Chatter of the libraries' progress bars would bury a failure.
+torch.set_num_threads(1)
+os.environ.update(OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error")
+transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory):
+    """Nothing is read from or written to the user's caches, by this process or by those that it starts."""
+    folder = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "xdg"))
+        patch.setenv("HF_HOME", str(folder / "hf"))
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "datasets"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield folder
+
+
+class Toy:
+    """<folder>/train.txt, validation.txt and checkpoint/: what a run needs, and no more."""
+
+    def __init__(self, folder: Path) -> None:
+        self.train_file, self.validation_file = folder / "train.txt", folder / "validation.txt"
+        self.checkpoint = folder / "checkpoint"
+        rng = random.Random(0)
+        for path, count in ((self.train_file, 400), (self.validation_file, 60)):
+            path.write_text("".join(f"{self.sentence(rng)}\n" for _ in range(count)))
+        tokenizer = wordpiece(self.train_file.read_text().splitlines(), 200)
+        tokenizer.save_pretrained(self.checkpoint)
+        self.new_model(tokenizer).save_pretrained(self.checkpoint)
+
+    @staticmethod
+    def sentence(rng: random.Random) -> str:
+        animal = rng.choice(sorted(ANIMALS))
+        return f"the {rng.choice(['old', 'young', 'small'])} {animal} likes {ANIMALS[animal]} every day ."
+
+    @staticmethod
+    def new_model(tokenizer) -> BertForMaskedLM:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return BertForMaskedLM(
+                BertConfig(
+                    vocab_size=len(tokenizer),
+                    hidden_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    intermediate_size=64,
+                    max_position_embeddings=64,
+                )
+            )
+
+    def config(
+        self, output_dir: Path | None = None, *, dropout=0.0, chunks=None, rooms=None, **loop
+    ) -> Config:
+        """A run over the toy world: chunks of 16 tokens, 12 steps of 8 chunks unless told otherwise."""
+        rooms = {
+            "model": ModelConfig(model_name_or_path=str(self.checkpoint), dropout=dropout),
+            "corpus": CorpusConfig(
+                train_file=str(self.train_file), validation_file=str(self.validation_file)
+            ),
+            "stream": StreamConfig(token_store=str(self.checkpoint.parent / "stores")),
+            "chunks": ChunkConfig(max_seq_length=16) if chunks is None else chunks,
+            "record": RecordConfig(output_dir=output_dir and str(output_dir)),
+            **(rooms or {}),
+        }
+        defaults = {
+            "max_train_steps": 12,
+            "train_batch_size": 8,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-2,
+        }
+        return Config(loop=LoopConfig(**{**defaults, **loop}), **rooms)
+
+    def flags(self, output_dir: Path, **more) -> list[str]:
+        """The command line of `config`."""
+        flags = {
+            "model_name_or_path": self.checkpoint,
+            "dropout": 0,
+            "train_file": self.train_file,
+            "validation_file": self.validation_file,
+            "token_store": self.checkpoint.parent / "stores",
+            "max_seq_length": 16,
+            "max_train_steps": 12,
+            "train_batch_size": 8,
+            "learning_rate": 1e-2,
+            "output_dir": output_dir,
+            **more,
+        }
+        return [f"--{name}={value}" for name, value in flags.items()]
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Toy:
+    return Toy(tmp_path_factory.mktemp("toy"))

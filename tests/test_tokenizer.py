@@ -1,0 +1,199 @@
+"""Claims about what the rooms know of a tokenizer: which ids are special, unused or missing (law 6)."""
+
+import copy
+import os
+import stat
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.models.esm.tokenization_esm import EsmTokenizer
+
+from mlm import corpus
+from mlm.corpus import CorpusConfig
+from mlm.errors import UserError
+from mlm.tokenizer import corpus_tokenizer, load_tokenizer, text_encoder, token_facts, train_tokenizer
+from tests.tokenizers_for_tests import byte_level_bpe, unigram, wordpiece
+
+TEXTS = ["the old fox likes grapes", "the young owl likes mice", "a small unlikely fox"] * 5
+KINDS = [wordpiece, byte_level_bpe, unigram]
+kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+
+
+def word_level(vocabulary, **roles):
+    """A vocabulary taken as it is: each whitespace-separated word is a token."""
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", mask_token="[MASK]", **roles)
+
+
+def test_an_example_to_check_by_eye():
+    names = ["[PAD]", "[UNK]", "[MASK]", "fox", "##es", "[unused0]", "owl", None, "mice"]  # no token has id 7
+    vocabulary = {name: token_id for token_id, name in enumerate(names) if name}
+    facts = token_facts(word_level(vocabulary, pad_token="[PAD]"))
+    assert facts.size == 9
+    assert facts.special.astype(int).tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0]
+    assert facts.ordinary.astype(int).tolist() == [0, 0, 0, 1, 1, 0, 1, 0, 1]
+    assert (facts.mask_id, facts.pad_id, facts.unknown_id) == (2, 0, 1)
+    assert (facts.prefix, facts.suffix) == ((), ())
+    assert facts.has_words
+
+
+@kinds
+def test_all_special_tokens_are_special_and_none_is_ordinary(kind):
+    tokenizer = kind(TEXTS)
+    facts = token_facts(tokenizer)
+    names = [tokenizer.convert_ids_to_tokens(int(token_id)) for token_id in np.flatnonzero(facts.special)]
+    if kind is wordpiece:
+        assert names == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    else:
+        assert names == ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    assert not (facts.special & facts.ordinary).any()
+    assert facts.ordinary.sum() == len(tokenizer) - 5
+
+
+@kinds
+def test_prefix_and_suffix_are_what_the_tokenizer_puts_around_a_text(kind):
+    tokenizer = kind(TEXTS)
+    facts = token_facts(tokenizer)
+    assert facts.prefix == (tokenizer.cls_token_id,)
+    assert facts.suffix == (tokenizer.sep_token_id,)
+
+
+def test_special_tokens_that_a_user_added_are_special():
+    tokenizer = wordpiece(TEXTS)
+    learnt = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[DOSE]"]})
+    tokenizer.add_tokens([AddedToken("[DRUG]", special=True), AddedToken("aspirin")])
+    facts = token_facts(tokenizer)
+    for name, special in (("[DOSE]", True), ("[DRUG]", True), ("aspirin", False)):
+        token_id = tokenizer.convert_tokens_to_ids(name)
+        assert token_id >= learnt
+        assert facts.special[token_id] == special
+        assert facts.ordinary[token_id] != special
+
+
+@pytest.mark.parametrize("placeholder", ["[unused5]", "[unused993]", "<unused7>", "madeupword0002"])
+def test_placeholders_are_not_ordinary(placeholder):
+    vocabulary = {"[UNK]": 0, "[MASK]": 1, "fox": 2, placeholder: 3, f"{placeholder}s": 4}
+    assert token_facts(word_level(vocabulary)).ordinary.tolist() == [False, False, True, False, True]
+
+
+def test_a_tokenizer_without_padding_pads_with_a_token_that_is_never_drawn():
+    facts = token_facts(word_level({"[UNK]": 0, "[MASK]": 1, "fox": 2}))
+    assert facts.special[facts.pad_id]
+
+
+def test_a_tokenizer_without_a_mask_token_is_refused():
+    tokenizer = wordpiece(TEXTS)
+    tokenizer.mask_token = None
+    with pytest.raises(UserError, match=r"no mask token.*--tokenizer_name"):
+        token_facts(tokenizer)
+
+
+def test_a_tokenizer_of_special_tokens_alone_is_refused():
+    with pytest.raises(UserError, match="no token besides its special ones"):
+        token_facts(word_level({"[UNK]": 0, "[MASK]": 1}))
+
+
+@kinds
+def test_the_fingerprint_survives_saving_and_calls(kind, tmp_path):
+    tokenizer = kind(TEXTS)
+    fingerprint = token_facts(tokenizer).fingerprint
+    tokenizer("the old fox", truncation=True, max_length=3, padding="max_length")
+    assert token_facts(tokenizer).fingerprint == fingerprint
+    for place in ("here", "there"):
+        tokenizer.save_pretrained(tmp_path / place)
+        loaded = load_tokenizer(str(tmp_path / place))
+        assert token_facts(loaded).fingerprint == fingerprint
+
+
+def test_the_fingerprint_changes_with_whatever_changes_ids():
+    tokenizer = wordpiece(TEXTS)
+    added, special, bare = (copy.deepcopy(tokenizer) for _ in range(3))
+    assert token_facts(bare).fingerprint == token_facts(tokenizer).fingerprint
+    added.add_tokens(["aspirin"])
+    special.add_tokens([AddedToken("aspirin", special=True)])
+    bare.backend_tokenizer.post_processor = None
+    several = [tokenizer, added, special, bare, wordpiece([*TEXTS, "beekeeper " * 9])]
+    fingerprints = {token_facts(one).fingerprint for one in several}
+    assert len(fingerprints) == len(several)
+
+
+def test_a_slow_tokenizer_has_facts_but_no_words(tmp_path):
+    tokens = ["<cls>", "<pad>", "<eos>", "<unk>", "L", "A", "G", "<mask>"]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens))
+    facts = token_facts(EsmTokenizer(str(tmp_path / "vocab.txt")))
+    assert not facts.has_words
+    assert np.flatnonzero(facts.ordinary).tolist() == [4, 5, 6]
+    assert (facts.prefix, facts.suffix, facts.mask_id, facts.pad_id) == ((0,), (2,), 7, 1)
+
+
+def test_the_text_encoder_leaves_the_tokenizer_as_it_is():
+    tokenizer = wordpiece(TEXTS)
+    tokenizer("the old fox", truncation=True, max_length=3)
+    encoder = text_encoder(tokenizer)
+    long = "the old fox [MASK] grapes"
+    assert tokenizer.mask_token_id not in encoder.encode(long).ids
+    assert len(encoder.encode(long).ids) > 3
+    assert tokenizer.mask_token_id in tokenizer(long)["input_ids"]
+
+
+def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
+    for name in (str(tmp_path), str(tmp_path / "nowhere")):
+        with pytest.raises(UserError) as error:
+            load_tokenizer(name)
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_vocabulary_is_learnt_to_the_size_asked_for():
+    words = [f"{a}{b}{c}" for a in "bcdfg" for b in "aeiou" for c in "lmnrst"]
+    tokenizer = train_tokenizer(words, 120)
+    assert len(tokenizer) == token_facts(tokenizer).size == 120
+    assert tokenizer.decode(tokenizer("BAL fer")["input_ids"], skip_special_tokens=True) == "bal fer"
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{text} number {number}\n" for number, text in enumerate(TEXTS * 5)))
+    return CorpusConfig(train_file=str(path), validation_file=str(path))
+
+
+def test_a_corpus_has_its_vocabulary_learnt_once(source, tmp_path, monkeypatch):
+    folder = tmp_path / "stores"
+    first = corpus_tokenizer(source, 90, folder)
+    assert len(first) == 90
+    (place,) = folder.iterdir()
+    before = {path.name: path.stat().st_mtime_ns for path in place.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.delattr(corpus, "load")
+        second = corpus_tokenizer(source, 90, folder)
+    assert {path.name: path.stat().st_mtime_ns for path in place.iterdir()} == before
+    assert token_facts(second).fingerprint == token_facts(first).fingerprint
+
+    assert len(corpus_tokenizer(source, 80, folder)) == 80, "another size is another vocabulary"
+    os.utime(source.train_file, (0, 0))
+    corpus_tokenizer(source, 90, folder)
+    assert len(list(folder.iterdir())) == 3, "so is that of another corpus"
+
+
+def test_colleagues_can_read_a_vocabulary_that_was_kept(source, tmp_path):
+    folder = tmp_path / "stores"
+    folder.mkdir()
+    corpus_tokenizer(source, 90, folder)
+    (place,) = folder.iterdir()
+    assert stat.S_IMODE(place.stat().st_mode) == stat.S_IMODE(folder.stat().st_mode)
+
+
+def test_a_corpus_with_nothing_to_train_on_teaches_no_vocabulary(source, tmp_path):
+    with pytest.raises(UserError, match="--train_file"):
+        corpus_tokenizer(CorpusConfig(validation_file=source.validation_file), 90, tmp_path / "stores")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(source, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--token_store .*file/store"):
+        corpus_tokenizer(source, 90, tmp_path / "file" / "store")

@@ -1,0 +1,318 @@
+"""The loop: token-exact steps, a schedule that keeps its word, an ordinary checkpoint at the end (laws 2, 3, 9, 10)."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, get_scheduler
+
+from mlm.batches import Batches
+from mlm.checkpoint import CheckpointConfig
+from mlm.chunks import ChunkConfig, cut_into_chunks
+from mlm.errors import UserError
+from mlm.masking import MaskingConfig, make_recipe
+from mlm.record import RecordConfig
+from mlm.stream import prepare
+from mlm.tokenizer import load_tokenizer, token_facts
+from mlm.train import make_optimizer, train
+from tests.conftest import REPOSITORY
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+CPU = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def metrics(folder, event):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == event]
+
+
+def assert_same_weights(one, other, rtol=1e-3, atol=5e-5):
+    """To what rounding leaves: weights move by 0.1 here. (Adam turns the rounding of a gradient that should be zero,
+    such as that of the keys' biases, into small steps.)"""
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def slow_training(config):
+    """The stock model with its dense head, the whole global batch at once, nothing of Accelerate."""
+    tokenizer = load_tokenizer(config.model.model_name_or_path)
+    facts = token_facts(tokenizer)
+    store = prepare(config.corpus, tokenizer, facts, config.stream)["train"]
+    chunks = cut_into_chunks(store, config.chunks, 16, facts)
+    G = config.loop.train_batch_size
+    batches = Batches(chunks, make_recipe(config.masking, facts), facts.ordinary, config.loop.seed, G, G)
+    model = AutoModelForMaskedLM.from_pretrained(
+        config.model.model_name_or_path, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    ).train()
+    optimizer = make_optimizer(model, config.loop, fused=False)
+    scheduler = get_scheduler("linear", optimizer, config.loop.num_warmup_steps, config.loop.max_train_steps)
+    for step in range(config.loop.max_train_steps):
+        [batch], _ = batches.load(step)
+        logits = model(batch.input_ids).logits.flatten(0, 1)  # [B * T, V]
+        labels = torch.full((len(logits),), -100)
+        labels[batch.positions] = batch.targets
+        F.cross_entropy(logits, labels).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.loop.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    return model
+
+
+@pytest.mark.parametrize("micro_batch", [8, 3, 1])
+def test_the_weights_are_those_of_the_slow_loop_however_the_batch_is_cut(toy, tmp_path, micro_batch):
+    """Micro-batches hold different counts of masked tokens: a mean of their means would not do."""
+    config = toy.config(tmp_path / "run", per_device_train_batch_size=micro_batch, num_warmup_steps=3)
+    assert_same_weights(train(config).model, slow_training(config))
+
+
+def test_gradient_accumulation_means_what_it_says(toy, tmp_path):
+    whole = train(toy.config(tmp_path / "a"))
+    cut = train(
+        toy.config(
+            tmp_path / "b",
+            train_batch_size=None,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+        )
+    )
+    assert_same_weights(whole.model, cut.model)
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_weights_and_the_perplexity_of_one(toy, tmp_path):
+    """11 chunks a step over two processes: six and five, in passes of four."""
+    flags = {"train_batch_size": 11, "per_device_train_batch_size": 4, "eval_steps": 6}
+    one = train(toy.config(tmp_path / "one", **flags))
+    command = [*TORCHRUN, "scripts/train.py", *toy.flags(tmp_path / "two", **flags)]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=CPU)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == len(set(lines)), "only the main process speaks"
+    two = AutoModelForMaskedLM.from_pretrained(tmp_path / "two")
+    assert_same_weights(one.model, two)
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["perplexity"] == pytest.approx(one.results["perplexity"], rel=1e-5)
+    assert found["perplexity_before"] == pytest.approx(one.results["perplexity_before"], rel=1e-6)
+    assert found["train_loss"] == pytest.approx(one.results["train_loss"], rel=1e-5)
+    for event in ("train", "eval", "end"):
+        steps = [line["step"] for line in metrics(tmp_path / "two", event)]
+        assert len(steps) == len(set(steps)), "only the main process writes"
+
+
+@pytest.mark.slow
+def test_a_process_with_an_empty_share_takes_part(toy, tmp_path):
+    one = train(toy.config(tmp_path / "one", train_batch_size=1, max_train_steps=3))
+    command = [
+        *TORCHRUN,
+        "scripts/train.py",
+        *toy.flags(tmp_path / "two", train_batch_size=1, max_train_steps=3),
+    ]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=CPU)
+    assert run.returncode == 0, run.stderr
+    assert_same_weights(one.model, AutoModelForMaskedLM.from_pretrained(tmp_path / "two"))
+
+
+@pytest.mark.parametrize(("warmup", "steps", "micro_batch"), [(0, 12, 8), (4, 12, 2), (0, 1, 8), (3, 7, 3)])
+def test_the_linear_schedule_ends_at_exactly_zero(toy, tmp_path, warmup, steps, micro_batch):
+    config = toy.config(tmp_path / "run", num_warmup_steps=warmup, max_train_steps=steps,
+                        per_device_train_batch_size=micro_batch, eval_steps=100)  # fmt: skip
+    train(dataclasses.replace(config, record=RecordConfig(str(tmp_path / "run"), logging_steps=1)))
+    rates = [line["learning_rate"] for line in metrics(tmp_path / "run", "train")]
+    peak = config.loop.learning_rate
+    expected = [
+        peak * min((s / warmup) if warmup else 1, (steps - s) / (steps - warmup)) for s in range(1, steps + 1)
+    ]
+    assert rates == pytest.approx(expected)
+    assert rates[-1] == 0.0
+
+
+def half_precision(init_scale):
+    """fp16 with a real scaler, on the CPU, where accelerate itself would offer none."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.native_amp = True
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    return accelerator
+
+
+def test_a_step_that_the_scaler_skips_is_taken_again_and_moves_nothing(toy, tmp_path):
+    config = dataclasses.replace(toy.config(), record=RecordConfig(str(tmp_path / "calm"), logging_steps=1))
+    calm = train(config, half_precision(2.0**10))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = dataclasses.replace(config, record=RecordConfig(str(tmp_path / "stormy"), logging_steps=1))
+    stormy = train(config, half_precision(2.0**40))
+
+    assert calm.results["skipped_steps"] == 0
+    assert stormy.results["skipped_steps"] > 5
+    assert stormy.results["steps"] == 12
+    rates = [
+        [line["learning_rate"] for line in metrics(tmp_path / run, "train")] for run in ("calm", "stormy")
+    ]
+    assert rates[0] == rates[1]
+    losses = [[line["loss"] for line in metrics(tmp_path / run, "train")] for run in ("calm", "stormy")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)  # other batches, or other weights, differ by far more
+
+
+def test_training_fills_masks_better(toy, tmp_path):
+    result = train(toy.config(tmp_path / "run", max_train_steps=150))
+    assert result.results["perplexity_before"] > 100  # about the vocabulary's size
+    assert result.results["perplexity"] < 8
+
+
+def test_a_run_repeats_to_the_bit(toy, tmp_path):
+    runs = [train(toy.config(tmp_path / name, dropout=0.1)) for name in "ab"]
+    for a, b in zip(runs[0].model.state_dict().values(), runs[1].model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_run_leaves_the_records_of_the_design(toy, tmp_path):
+    checkpoints = CheckpointConfig(checkpointing_steps=5)
+    result = train(dataclasses.replace(toy.config(tmp_path / "run", eval_steps=6), checkpoint=checkpoints))
+    folder = tmp_path / "run"
+    assert json.loads((folder / "all_results.json").read_text()) == result.results
+    assert {
+        "perplexity",
+        "perplexity_before",
+        "eval_loss",
+        "train_loss",
+        "tokens_per_second",
+    } <= result.results.keys()
+    assert [line["step"] for line in metrics(folder, "eval")] == [0, 6, 12]
+    assert [line["step"] for line in metrics(folder, "checkpoint")] == [5, 10]
+    assert [line["step"] for line in metrics(folder, "end")] == [12]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_10", "step_5"]
+    run = json.loads((folder / "run.json").read_text())
+    assert run["configuration"]["loop"]["learning_rate"] == 1e-2
+    assert {"corpus", "tokenizer", "masks", "environment"} <= run.keys()
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert f"{result.results['perplexity']:.4g}" in card
+
+
+def test_the_first_evaluation_can_be_left_out(toy, tmp_path):
+    result = train(toy.config(tmp_path / "run", eval_on_start=False))
+    assert "perplexity_before" not in result.results
+    assert [line["step"] for line in metrics(tmp_path / "run", "eval")] == [12]
+
+
+def test_evaluation_follows_the_epochs(toy, tmp_path):
+    """n chunks in batches of 8: an epoch ends with the step that reaches its last chunk."""
+    config = toy.config(tmp_path / "run", max_train_steps=None, num_train_epochs=2, max_train_samples=20)
+    assert train(config).results["steps"] == 5  # ceil(2 * 20 / 8)
+    assert [line["step"] for line in metrics(tmp_path / "run", "eval")] == [0, 3, 5]
+
+
+def test_the_best_weights_are_kept_where_asked(toy, tmp_path):
+    """A learning rate that ruins the model: the best evaluation is not the last."""
+    loop = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "eval_steps": 1, "max_train_steps": 3}
+    last = train(toy.config(tmp_path / "last", **loop))
+    best = train(toy.config(tmp_path / "best", load_best_model_at_end=True, **loop))
+    losses = [line["loss"] for line in metrics(tmp_path / "best", "eval")]
+    assert last.results["eval_loss"] == losses[-1] > min(losses) == best.results["eval_loss"]
+    untouched = AutoModelForMaskedLM.from_pretrained(toy.checkpoint)
+    assert losses.index(min(losses)) == 0
+    assert_same_weights(AutoModelForMaskedLM.from_pretrained(tmp_path / "best"), untouched, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("setting", [{"whole_word_mask": True}, {"mlm_probability": 0.0}])
+def test_other_masks_train_too(toy, tmp_path, setting):
+    """With nothing masked every loss is zero and nothing becomes NaN."""
+    config = dataclasses.replace(toy.config(tmp_path / "run"), masking=MaskingConfig(**setting))
+    result = train(config)
+    assert all(math.isfinite(value) for value in result.results.values())
+    assert all(tensor.isfinite().all() for tensor in result.model.state_dict().values())
+
+
+@pytest.mark.parametrize("chunks", [ChunkConfig(16, remainder="pad"), ChunkConfig(12, line_by_line=True)])
+def test_padded_chunks_train_too(toy, tmp_path, chunks):
+    assert train(toy.config(tmp_path / "run", chunks=chunks, max_train_steps=40)).results["perplexity"] < 60
+
+
+def test_bf16_trains_close_to_fp32(toy, tmp_path):
+    results = []
+    for precision in ("no", "bf16"):
+        config = toy.config(tmp_path / precision, mixed_precision=precision, max_train_steps=60)
+        results.append(train(config).results["eval_loss"])
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert results[1] == pytest.approx(results[0], abs=0.3)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_resumed_run_ends_in_the_bits_of_the_uninterrupted_one(toy, tmp_path, dropout):
+    whole = train(toy.config(tmp_path / "whole", dropout=dropout, eval_steps=4))
+    config = toy.config(tmp_path / "cut", dropout=dropout, eval_steps=4)
+    config = dataclasses.replace(config, checkpoint=CheckpointConfig(checkpointing_steps=5))
+    train(config)
+    (tmp_path / "cut" / "checkpoints" / "step_10").rename(tmp_path / "out_of_the_way")
+    resumed = train(
+        dataclasses.replace(config, checkpoint=CheckpointConfig(5, resume_from_checkpoint="latest"))
+    )
+    for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert resumed.results["train_loss"] == whole.results["train_loss"]
+    for event in ("train", "eval", "checkpoint", "end"):
+        steps = [line["step"] for line in metrics(tmp_path / "cut", event)]
+        assert steps == sorted(set(steps)), event
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_checkpoint(toy, tmp_path):
+    whole = train(toy.config(tmp_path / "whole", max_train_steps=300, eval_on_start=False))
+    flags = toy.flags(tmp_path / "killed", max_train_steps=300, checkpointing_steps=20, eval_on_start="false")
+    command = [sys.executable, "scripts/train.py", *flags]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "checkpoints" / "step_40").is_dir() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "all_results.json").exists()
+    subprocess.run(
+        [*command, "--resume_from_checkpoint", "latest"], cwd=REPOSITORY, check=True, capture_output=True
+    )
+    killed = load_file(tmp_path / "killed" / "model.safetensors")
+    for name, tensor in AutoModelForMaskedLM.from_pretrained(tmp_path / "killed").state_dict().items():
+        assert torch.equal(tensor, whole.model.state_dict()[name]), name
+    assert killed
+
+
+@pytest.mark.slow
+def test_the_output_loads_where_this_project_is_not_installed(toy, tmp_path):
+    """Stock from_pretrained and pipeline, in a process that cannot import mlm."""
+    train(toy.config(tmp_path / "run"))
+    script = """
+import sys
+sys.modules["mlm"] = None
+from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+AutoModelForMaskedLM.from_pretrained(sys.argv[1]); AutoTokenizer.from_pretrained(sys.argv[1])
+print(pipeline("fill-mask", sys.argv[1])("the old [MASK] likes milk every day .")[0]["score"])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "run")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert 0 < float(run.stdout) <= 1
+
+
+def test_fp16_on_a_cpu_is_refused_and_bf16_offered(toy, tmp_path):
+    with pytest.raises(UserError, match=r"fp16.*bf16"):
+        train(toy.config(tmp_path / "run", mixed_precision="fp16"))
+    assert not (tmp_path / "run").exists()
+    PartialState._reset_state()
