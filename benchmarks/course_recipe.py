@@ -63,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mlm_probability", type=float, default=0.15)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--dropout", type=float, help="of every kind; the checkpoint's own by default")
+    parser.add_argument("--output_dir", help="where to save the adapted model; nowhere by default")
     return parser.parse_args()
 
 
@@ -207,6 +208,9 @@ def main() -> None:
             perplexity = evaluate(accelerator, model, eval_batches, args.batch_size)
         print(f"perplexity after epoch {epoch + 1}: {perplexity:.2f}")
     progress.close()
+    if args.output_dir:
+        accelerator.unwrap_model(model).save_pretrained(args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     train_tokens = args.num_train_epochs * len(train_chunks) * args.max_seq_length

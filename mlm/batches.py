@@ -77,8 +77,8 @@ class Batches:
         return chunk_ids, epochs
 
     def load(self, step: int) -> tuple[list[Batch], int]:
-        """This process's micro-batches of step s (none if its share is empty), and how many tokens are masked in
-        the whole global batch, which the mean loss is over: each process counts for itself, none has to ask.
+        """This process's micro-batches of step s (none if its share is empty), and how many tokens are masked
+        in the whole batch, which the mean loss is over: each process counts for itself, none has to ask.
         """
         chunk_ids, epochs = self.places(step)
         start, end = (self.global_batch * r // self.world for r in (self.rank, self.rank + 1))

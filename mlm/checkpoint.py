@@ -78,8 +78,8 @@ def find(config: CheckpointConfig, checkpoints: Path) -> Path | None:
             raise UserError(f"--resume_from_checkpoint latest: no checkpoint in {checkpoints}")
         return max(steps, key=lambda p: int(p.name.removeprefix("step_")))
     folder = Path(config.resume_from_checkpoint)
-    if not (folder / "progress.json").is_file():
-        raise UserError(f"--resume_from_checkpoint {folder}: no checkpoint there")
+    if not all((folder / name).is_file() for name in ("model.safetensors", "state.pt", "progress.json")):
+        raise UserError(f"--resume_from_checkpoint {folder}: no whole checkpoint there")
     return folder
 
 

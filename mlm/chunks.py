@@ -1,9 +1,9 @@
 """From one long stream of tokens to rows of equal length.
 
-    ids                [ a b c d | e f g h | i j ]      documents: abc, defghi, j
-    concatenate        abcd, efgh                       remainder="drop": i j are dropped, once a split
-                       abcd, efgh, ij__                 remainder="pad"
-    line_by_line       abc_, defg, j___                 one document a row, cut and padded
+ids                [ a b c d | e f g h | i j ]      documents: abc, defghi, j
+concatenate        abcd, efgh                       remainder="drop": i j are dropped, once a split
+                   abcd, efgh, ij__                 remainder="pad"
+line_by_line       abc_, defg, j___                 one document a row, cut and padded
 """
 
 import dataclasses
@@ -30,12 +30,13 @@ class ChunkConfig:
 
 
 def chunk_length(config: ChunkConfig, max_positions: int | None) -> int:
-    """Tokens in a chunk. Raises UserError where the model's position table is shorter than what is asked for."""
+    """Tokens in a chunk. Raises UserError where the model's position table is shorter than asked for."""
     if config.max_seq_length is None:
         return min(128, max_positions or 128)
     if max_positions is not None and config.max_seq_length > max_positions:
         raise UserError(
-            f"--max_seq_length {config.max_seq_length}: the model's position table takes {max_positions} tokens"
+            f"--max_seq_length {config.max_seq_length}: "
+            f"the model's position table takes {max_positions} tokens"
         )
     return config.max_seq_length
 
@@ -45,7 +46,7 @@ class Rows(NamedTuple):
 
     ids: np.ndarray  # [B, T] int64
     word_starts: np.ndarray  # [B, T] bool, 1: a word begins here
-    lengths: np.ndarray | None  # [B] int64 real tokens in each row, the rest is padding; None: every row is full
+    lengths: np.ndarray | None  # [B] int64 real tokens of each row, before padding; None: all are full
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def cut_into_chunks(store: TokenStore, config: ChunkConfig, chunk_size: int, fac
         chunks = concatenate(store.ids, store.word_starts, chunk_size, facts.pad_id, config.remainder)
     if len(chunks) == 0:
         raise UserError(
-            f"the {store.header['split']} split has {len(store.ids)} tokens, less than one chunk of {chunk_size}; "
-            "use a shorter --max_seq_length, or --remainder pad"
+            f"the {store.header['split']} split has {len(store.ids)} tokens, "
+            f"less than one chunk of {chunk_size}; use a shorter --max_seq_length, or --remainder pad"
         )
     return dataclasses.replace(chunks, pad_to_max_length=config.pad_to_max_length)
 

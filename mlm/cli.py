@@ -3,9 +3,9 @@
     mlm/masking.py:  mlm_probability: float = 0.15  # share of the tokens that are masked
     command line:    --mlm_probability 0.2
 
-`--config FILE.yaml` sets any flag. Its values stay the words that the file has and take the same way through
-argparse as the flags do, so that a `5e-5` is a number and a `no` what the flag makes of it (to YAML they are a
-string and a boolean), and flags win because they come after.
+`--config FILE.yaml` sets any flag. Its values stay the words that are in the file and take the same way
+through argparse as the flags do, so that `5e-5` is a number and `no` is what the flag makes of it (to YAML
+they are a string and a boolean), and flags win because they come after.
 """
 
 import argparse
@@ -35,14 +35,14 @@ from mlm.errors import UserError
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(message.removeprefix("argument "))
 
 
 def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.ArgumentParser) -> list[Any]:
-    """Reads `argv` into one instance of each dataclass, in their order, and a namespace of what else `parser` knew.
+    """Reads `argv` into an instance of each dataclass, in their order; last, the namespace of all values.
 
-    Positional arguments may stand between flags. Raises UserError on an unknown flag (naming the nearest known
-    one) and on a value that does not convert.
+    Positional arguments may stand between flags. Raises UserError on an unknown flag (naming the nearest
+    known one) and on a value that does not convert.
     """
     group = parser.add_argument_group("flags")
     group.add_argument(
@@ -52,8 +52,7 @@ def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.Argumen
         _add_flags(group, config)
     known = [option for action in parser._actions for option in action.option_strings]
 
-    argv = [*_file_flags(argv, known), *argv]
-    values, unknown = parser.parse_known_intermixed_args(argv)
+    values, unknown = parser.parse_known_intermixed_args([*_file_flags(argv, parser, known), *argv])
     for word in unknown:
         if word.startswith("-"):
             flag = word.partition("=")[0]
@@ -100,19 +99,20 @@ def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         hint, default = hints[field.name], field.default
+        told = comments[field.name] + ("" if default is None else f" (default: {default})")
         extra: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
         group.add_argument(
             f"--{field.name}",
             default=default,
             type=_converter(hint),
             metavar=_placeholder(hint),
-            help=f"{comments[field.name]} (default: {default})".replace("%", "%%"),
+            help=told.replace("%", "%%"),
             **extra,
         )
 
 
 def _comments(config: type) -> dict[str, str]:
-    """The comment of each field, wherever the formatter has put it: anywhere on the lines of its definition."""
+    """The comment of each field, wherever on the lines of its definition the formatter has put it."""
     source = textwrap.dedent(inspect.getsource(config))
     words = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {word.start[0]: word.string.lstrip("# ") for word in words if word.type == tokenize.COMMENT}
@@ -164,10 +164,10 @@ def _converter(hint: Any) -> Callable[[str], Any]:
     return convert
 
 
-def _file_flags(argv: Sequence[str], known: Sequence[str]) -> list[str]:
+def _file_flags(argv: Sequence[str], parser: argparse.ArgumentParser, known: Sequence[str]) -> list[str]:
     """The flags that the YAML file behind --config stands for."""
     path = None
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
+    for word, following in zip(argv, [*argv, None][1:], strict=True):
         if word == "--config":
             path = following
         elif word.startswith("--config="):
@@ -188,7 +188,12 @@ def _file_flags(argv: Sequence[str], known: Sequence[str]) -> list[str]:
             raise UserError(f"--config {path}: unknown flag {name}{_nearest(f'--{name}', known)}")
         if not isinstance(value, str):
             raise UserError(f"--config {path}: {name} takes one value, not a list or a mapping")
-    return [f"--{name}={value}" for name, value in values.items()]
+    flags = [f"--{name}={value}" for name, value in values.items()]
+    try:
+        parser.parse_known_intermixed_args(flags)
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
+    return flags
 
 
 def _nearest(flag: str, known: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 
@@ -24,15 +25,14 @@ def at_least(config: Any, least: int, *names: str) -> None:
 
 
 def explain_load_failure(what: str, name: str, error: Exception) -> UserError:
-    """Words for a `from_pretrained` that failed: no such folder, no network, or the library's own first line."""
+    """Words for a `from_pretrained` that failed: no such folder, no network, or the library's own words."""
     if isinstance(error, UserError):
         return error
     if Path(name).exists():
-        reason = " ".join(str(error).split())[:300]
-        return UserError(f"cannot load the {what} in {name}: {reason}")
+        return UserError(f"cannot load the {what} in {name}: {shorten(str(error), 300, placeholder=' …')}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return UserError(f"no such folder: {name} (where a {what} was to be loaded from)")
     return UserError(
         f"cannot load the {what} {name}: there is no such local folder, and the Hub did not give it "
-        f"(no network, no such name, or no access: {type(error).__name__})"
+        f"(no network, no such name, or no access: {type(error).__name__}); check the name, or give a folder"
     )

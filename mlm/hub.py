@@ -10,9 +10,9 @@ PATIENCE = 5.0  # seconds to wait for the Hub to answer
 
 
 def local_files_only(name: str) -> bool:
-    """What to tell `from_pretrained` under this name: whether a model is to come from the Hub's cache or not at all.
+    """What `from_pretrained` is to be told under this name: whether the Hub's cache is all there is to ask.
 
-    The libraries ask an unreachable Hub six times for each file, 47 s in all. Told so, they take the model from
+    The libraries ask an unreachable Hub six times for a file, 47 s in all. Told so, they take a model from
     the cache where it is there, and fail at once where it is not.
     """
     return not Path(name).is_dir() and not _answers()

@@ -3,7 +3,7 @@
     draws = draw(seed, epoch, chunk_ids, length)            64 random bits for each token's place
     corrupted = corrupt(ids, maskable, draws, recipe)       a pure function of these
 
-No generator carries state: a mask depends on (seed, epoch, chunk id, position) and the recipe alone, and not on
+No generator carries state: a mask depends on (seed, epoch, chunk id, position) and the recipe alone, not on
 batch size, worker, process, device or restart. NumPy and torch compute the same bits: both wrap at 64.
 
 The mixing is SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014):

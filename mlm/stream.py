@@ -113,7 +113,8 @@ def prepare(
                 shutil.rmtree(folder)
             built.rename(folder)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # these two: another run was quicker
+        quicker = error.errno in (errno.ENOTEMPTY, errno.EEXIST) and folder.is_dir()  # another run was
+        if not quicker:
             raise UserError(f"--token_store {folder.parent}: cannot write there ({error.strerror})") from None
     return _open_splits(folder, identity, facts)
 

@@ -60,14 +60,24 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A lower-case WordPiece vocabulary in BERT's manner, learnt from the documents."""
+    """A lower-case WordPiece vocabulary in BERT's manner, learnt from the documents, which are read twice.
+
+    The same documents give the same vocabulary. Left to itself, the trainer breaks ties between equally
+    frequent pairs by the ids of their characters, given out in a hash map's order: they are numbered first.
+    """
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=specials, show_progress=False)
+    backend = _bert_engine(models.WordPiece(unk_token="[UNK]"))
+    starts: set[str] = set()
+    inside: set[str] = set()
+    for text in documents:
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)):
+            starts.add(word[0])
+            inside.update(word[1:])
+    numbered = [*specials, *sorted(starts), *(f"##{character}" for character in sorted(inside))]
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=numbered, show_progress=False)
     backend.train_from_iterator(documents, trainer)
+    vocabulary = backend.get_vocab()
+    backend = _bert_engine(models.WordPiece(vocabulary, unk_token="[UNK]"))  # where letters are not special
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -83,6 +93,14 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     )
 
 
+def _bert_engine(model: models.WordPiece) -> Tokenizer:
+    engine = Tokenizer(model)
+    engine.normalizer = normalizers.BertNormalizer(lowercase=True)
+    engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    engine.decoder = decoders.WordPiece()
+    return engine
+
+
 def corpus_tokenizer(source: CorpusConfig, vocab_size: int, folder: Path) -> PreTrainedTokenizerBase:
     """A tokenizer trained on the corpus's training documents, once: later runs find it in `folder`."""
     identity = json.dumps([corpus.identify(source), vocab_size], sort_keys=True)
@@ -91,8 +109,7 @@ def corpus_tokenizer(source: CorpusConfig, vocab_size: int, folder: Path) -> Pre
         splits = corpus.load(source).splits
         if "train" not in splits:
             raise UserError("no text to learn a vocabulary from: give --train_file, or --tokenizer_name")
-        batches = splits["train"].iter(1000)
-        tokenizer = train_tokenizer((text for batch in batches for text in batch["text"]), vocab_size)
+        tokenizer = train_tokenizer(splits["train"]["text"], vocab_size)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f"{place.name}.", dir=folder) as workspace:

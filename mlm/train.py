@@ -1,11 +1,11 @@
 """Adapts a masked language model to a domain: the rooms in order, then the loop. This is the file to fork.
 
-accelerate launch scripts/train.py --model_name_or_path distilbert-base-uncased --dataset_name imdb
+accelerate launch scripts/train.py --model_name_or_path MODEL --dataset_name DATASET --output_dir FOLDER
 """
 
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -126,7 +126,8 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     with accelerator.local_main_process_first():  # one process a machine tokenises, the others find its store
         tokenizer = open_tokenizer(config)
         facts = token_facts(tokenizer)
-        stores = prepare(config.corpus, tokenizer, facts, config.stream)
+        builds = accelerator.is_local_main_process and config.stream.overwrite_cache
+        stores = prepare(config.corpus, tokenizer, facts, replace(config.stream, overwrite_cache=builds))
     if "train" not in stores:
         raise UserError("--validation_file alone leaves nothing to train on; give --train_file too")
     if config.masking.whole_word_mask:

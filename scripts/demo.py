@@ -11,9 +11,9 @@ from mlm.train import ROOMS, Config, train
 
 DEMO = Path(__file__).with_name("demo.yaml")
 SENTENCES = (
-    "Return the number of [MASK] in the list.",
-    "If the file does not exist, an [MASK] is raised.",
-    "The default value is [MASK].",
+    "Return [MASK] if the object is a string.",
+    "Raise a ValueError [MASK] the value is not found.",
+    "Return the number [MASK] elements.",
 )
 
 

@@ -12,7 +12,7 @@ from mlm import cli
 from mlm.batches import mask_chunks
 from mlm.chunks import ChunkConfig, Chunks, cut_into_chunks
 from mlm.corpus import CorpusConfig
-from mlm.errors import UserError
+from mlm.errors import at_least
 from mlm.masking import MaskingConfig, Recipe, make_recipe
 from mlm.model import ModelConfig
 from mlm.stream import StreamConfig, TokenStore, check_words, prepare
@@ -26,8 +26,7 @@ class ShowConfig:
     seed: int = 42  # names the order in which they are drawn, and the masks
 
     def __post_init__(self) -> None:
-        if self.show < 0:
-            raise UserError(f"--show {self.show}: zero or more")
+        at_least(self, 0, "show", "seed")
 
 
 ROOMS = (ModelConfig, CorpusConfig, StreamConfig, ChunkConfig, MaskingConfig, ShowConfig)
@@ -61,9 +60,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
                 f"\n{split} chunk {number}: {show_chunk(number, chunks, tokenizer, facts, recipe, look.seed)}"
             )
     if look.show:
-        print(
-            "\nto be predicted: ‹word› became the mask token, ‹word→other› another token, ‹word=› stays"
-        )
+        print("\nto be predicted: ‹word› became the mask token, ‹word→other› another token, ‹word=› stays")
     return {"token_store": str(Path(next(iter(stores.values())).ids.filename).parents[1]), **summary}
 
 

@@ -1,4 +1,4 @@
-"""A toy world for the tests that train: sentences with something to learn, a small vocabulary, a tiny BERT."""
+"""A toy world for the tests that train: sentences with something to learn, few words, a tiny BERT."""
 
 import os
 import random
@@ -21,8 +21,8 @@ ANIMALS = {"cat": "milk", "dog": "bones", "cow": "grass", "bee": "honey", "fox":
 REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
-# One thread, here and in the processes that tests start: sums have the same order in both, and toys are no faster
-# on more. Chatter of the libraries' progress bars would bury a failure.
+# One thread, here and in the processes that tests start: sums have the same order in both, and toys are as fast.
+# The libraries' progress bars would bury a failure.
 torch.set_num_threads(1)
 os.environ.update(OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error")
 transformers_logging.disable_progress_bar()

@@ -44,7 +44,7 @@ def measure(held_out, chunk_ids=None, **config) -> Evaluation:
 
 
 def slow_evaluation(held_out, mask_seed):
-    """One chunk at a time through the stock model with its dense head; a sum over single tokens, in Python."""
+    """One chunk at a time through the stock dense model; a sum over single tokens, in Python."""
     model, chunks, recipe, facts = held_out
     nats, count, hits = 0.0, 0, 0
     for chunk in range(len(chunks)):

@@ -552,9 +552,19 @@ def mistake(config: ModelConfig) -> str:
     return str(error.value)
 
 
+def test_any_integer_is_a_seed():
+    first = {}
+    for seed in (-1, 0, 2**64, 10**30):
+        model = load_model(ModelConfig(), tokenizer_of(), seed)
+        first[seed] = model.get_input_embeddings().weight[1, 0].item()
+    assert first[0] == first[2**64]  # they count modulo 2**64
+    assert len(set(first.values())) == 3
+
+
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, 7.0, float("nan")])
 def test_dropout_outside_its_range_is_a_mistake(dropout: float):
-    assert "--dropout" in mistake(ModelConfig(dropout=dropout))
+    with pytest.raises(UserError, match="--dropout"):
+        ModelConfig(dropout=dropout)
 
 
 def test_unknown_model_type_names_the_nearest():

@@ -197,3 +197,10 @@ def test_a_folder_that_cannot_be_written_is_one_line(source, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--token_store .*file/store"):
         corpus_tokenizer(source, 90, tmp_path / "file" / "store")
+
+
+def test_the_same_documents_give_the_same_vocabulary():
+    """Every pair of letters below is equally frequent, so that only the order of ties decides."""
+    words = [f"{a}{b}{c}" for a in "abcdefgh" for b in "abcdefgh" for c in "abcdefgh"]
+    trained = {train_tokenizer(words, 120).backend_tokenizer.to_str() for _ in range(5)}
+    assert len(trained) == 1

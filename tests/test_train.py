@@ -1,4 +1,4 @@
-"""The loop: token-exact steps, a schedule that keeps its word, an ordinary checkpoint at the end (laws 2, 3, 9, 10)."""
+"""The loop: token-exact steps, a schedule that keeps its word, an ordinary checkpoint (laws 2, 3, 9, 10)."""
 
 import dataclasses
 import json
@@ -44,8 +44,8 @@ def metrics(folder, event):
 
 
 def assert_same_weights(one, other, rtol=1e-3, atol=5e-5):
-    """To what rounding leaves: weights move by 0.1 here. (Adam turns the rounding of a gradient that should be zero,
-    such as that of the keys' biases, into small steps.)"""
+    """To what rounding leaves, where weights move by 0.1: Adam turns the rounding of a gradient that should be
+    zero, such as that of the keys' biases, into small steps."""
     for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -168,7 +168,7 @@ def test_a_step_that_the_scaler_skips_is_taken_again_and_moves_nothing(toy, tmp_
     ]
     assert rates[0] == rates[1]
     losses = [[line["loss"] for line in metrics(tmp_path / run, "train")] for run in ("calm", "stormy")]
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)  # other batches, or other weights, differ by far more
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)  # those of other batches differ by far more
 
 
 def test_training_fills_masks_better(toy, tmp_path):

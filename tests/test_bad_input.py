@@ -1,0 +1,371 @@
+"""Every mistake ends in one line on standard error and exit status 2, and costs nothing that is on disk."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import BertConfig, BertForMaskedLM, EsmTokenizer, PreTrainedTokenizerFast
+
+from mlm.tokenizer import load_tokenizer
+from tests.conftest import REPOSITORY
+from tests.tokenizers_for_tests import unigram
+
+CHINESE = ["这家酒店的房间很干净服务也很好下次还会再来住", "早餐的种类不多而且味道一般但是位置非常方便"] * 40
+
+# A process that has imported what takes seconds, and forks one to run a script for each line it is given:
+# each run is a process of its own, with its own standard error, in a fraction of a second.
+FORKS = """
+import json, os, runpy, sys, traceback
+import datasets, transformers.models.auto.modeling_auto, transformers.models.bert.modeling_bert
+import mlm.train, mlm.fill_mask
+for line in sys.stdin:
+    job = json.loads(line)
+    if os.fork() == 0:
+        os.chdir(job["folder"])
+        os.environ.update(job["environment"])
+        for number, name in enumerate((os.devnull, job["stdout"], job["stderr"])):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+        sys.argv = job["argv"]
+        status = 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+class Ended(NamedTuple):
+    status: int
+    stdout: str
+    stderr: str
+
+
+@contextmanager
+def scripts(environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def forks(caches) -> Iterator[subprocess.Popen]:
+    with scripts(dict(os.environ)) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def forks_without_network(caches) -> Iterator[subprocess.Popen]:
+    """They do not know that they are offline: the Hub is where nobody answers."""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    with scripts({**environment, "HF_ENDPOINT": "http://127.0.0.1:9"}) as process:
+        yield process
+
+
+class Place:
+    """A user's folder, with a file and an earlier run in it, from which scripts are started."""
+
+    def __init__(self, folder: Path, forks: subprocess.Popen, logs: Path) -> None:
+        self.folder, self.forks, self.logs = folder, forks, logs
+        (folder / "earlier").mkdir()
+        (folder / "earlier" / "model.safetensors").write_bytes(b"weeks of work")
+        (folder / "notes.txt").write_text("the old cat likes milk .\n")
+
+    def run(self, script: str, *flags: str, **environment: str) -> Ended:
+        job = {
+            "folder": str(self.folder),
+            "argv": [str(REPOSITORY / "scripts" / script), *map(str, flags)],
+            "environment": environment,
+            "stdout": str(self.logs / "stdout"),
+            "stderr": str(self.logs / "stderr"),
+        }
+        self.forks.stdin.write(json.dumps(job) + "\n")
+        self.forks.stdin.flush()
+        status = int(self.forks.stdout.readline())
+        return Ended(status, (self.logs / "stdout").read_text(), (self.logs / "stderr").read_text())
+
+    def contents(self) -> dict[str, bytes | None]:
+        paths = sorted(self.folder.rglob("*"))
+        return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
+
+    def refuses(self, words: list[str], script: str, *flags: str, **environment: str) -> None:
+        before = self.contents()
+        ended = self.run(script, *flags, **environment)
+        assert ended.stderr.count("\n") == 1, ended.stderr
+        assert ended.stderr.startswith("error: ")
+        for word in words:
+            assert word in ended.stderr
+        assert ended.status == 2
+        assert self.contents() == before
+
+
+@pytest.fixture
+def place(tmp_path, tmp_path_factory, forks) -> Place:
+    return Place(tmp_path, forks, tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture
+def place_without_network(tmp_path, tmp_path_factory, forks_without_network) -> Place:
+    return Place(tmp_path, forks_without_network, tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture(scope="module")
+def bad(toy, tmp_path_factory) -> Path:
+    """A folder of everything that can be wrong with a file, a tokenizer or a checkpoint."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty.txt").touch()
+    (folder / "blank.txt").write_text("\n \n\n")
+    (folder / "short.txt").write_text("the old cat\nthe young dog\n")
+    (folder / "latin1.txt").write_bytes("the cat\nthe dog\nthe café\n".encode("latin-1"))
+    (folder / "columns.csv").write_text("title,review\na,b\nc,d\n")
+    (folder / "broken.jsonl").write_text('{"text": "the cat"}\n{"text": "the dog"}\n{"text": "the \n')
+    (folder / "cut.parquet").write_bytes(b"PAR1 and no more")
+    (folder / "strange.pdf").write_text("%PDF")
+    (folder / "chinese.txt").write_text("\n".join(CHINESE))
+    (folder / "folder").mkdir()
+
+    (folder / "unknown_key.yaml").write_text("learning_rat: 1e-3\n")
+    (folder / "wrong_type.yaml").write_text("learning_rate: fast\n")
+    (folder / "list.yaml").write_text("learning_rate: [1, 2]\n")
+    (folder / "syntax.yaml").write_text("learning_rate: 1e-3\n  seed: : 3\n")
+    (folder / "words.yaml").write_text("just words\n")
+
+    backend = Tokenizer(models.BPE({"a": 0, "<|endoftext|>": 1}, []))
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>", unk_token="<|endoftext|>"
+    ).save_pretrained(folder / "gpt2")
+    (folder / "vocab.txt").write_text("\n".join(["<cls>", "<pad>", "<eos>", "<unk>", "L", "A", "<mask>"]))
+    EsmTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "slow")
+    unigram(CHINESE, 300).save_pretrained(folder / "unigram")
+    larger = load_tokenizer(str(toy.checkpoint))
+    larger.add_tokens(["cinematography"])
+    toy.new_model(load_tokenizer(str(toy.checkpoint))).save_pretrained(folder / "larger")
+    larger.save_pretrained(folder / "larger")
+    load_tokenizer(str(toy.checkpoint)).save_pretrained(folder / "damaged")
+    config = (toy.checkpoint / "config.json").read_bytes()
+    (folder / "damaged" / "config.json").write_bytes(config)
+    (folder / "damaged" / "model.safetensors").write_bytes(b"half of it")
+    tokenizer = load_tokenizer(str(toy.checkpoint))
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder / "other")
+    tokenizer.save_pretrained(folder / "other")
+    (folder / "t5").mkdir()
+    (folder / "t5" / "config.json").write_text('{"model_type": "t5"}')
+
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "progress.json").write_text('{"step": 3}')
+    return folder
+
+
+TRAINING = [
+    # what is wrong, flags instead of a good run's, what the message says
+    ("no such file", {"train_file": "{bad}/none.txt"}, ["{bad}/none.txt: no such file"]),
+    ("no such validation file", {"validation_file": "no.txt"}, ["--validation_file no.txt: no such file"]),
+    ("an empty file", {"train_file": "{bad}/empty.txt"}, ["{bad}/empty.txt is empty"]),
+    ("a file of blanks", {"train_file": "{bad}/blank.txt"}, ["{bad}/blank.txt", "no", "document"]),
+    ("a folder as a file", {"train_file": "{bad}/folder"}, ["is not a file", "--dataset_name"]),
+    ("a file of another kind", {"train_file": "{bad}/strange.pdf"}, ["strange.pdf", ".txt, .jsonl"]),
+    ("a damaged file", {"train_file": "{bad}/cut.parquet"}, ["cut.parquet"]),
+    ("less than one chunk", {"train_file": "{bad}/short.txt"}, ["10 tokens", "chunk of 16", "--remainder"]),
+    ("no text column", {"train_file": "{bad}/columns.csv"}, ["'text'", "title, review", "--text_column"]),
+    ("not UTF-8", {"train_file": "{bad}/latin1.txt"}, ["latin1.txt", "line 3", "UTF-8", "0xe9"]),
+    ("a broken JSON line", {"train_file": "{bad}/broken.jsonl"}, ["broken.jsonl", "line 3", "JSON"]),
+    ("two corpora", {"dataset_name": "imdb"}, ["--dataset_name imdb", "--train_file", "one of the two"]),
+    ("an empty dataset folder", {"train_file": "", "dataset_name": "{bad}/folder"}, ["holds no data files"]),
+    ("no mask token", {"tokenizer_name": "{bad}/gpt2"}, ["{bad}/gpt2", "no mask token", "--tokenizer_name"]),
+    (
+        "a slow tokenizer where words are needed",
+        {"tokenizer_name": "{bad}/slow", "whole_word_mask": "true"},
+        ["--whole_word_mask", "slow", "--tokenizer_name"],
+    ),
+    (
+        "whole words where the tokenizer sees none",
+        {"tokenizer_name": "{bad}/unigram", "train_file": "{bad}/chinese.txt", "whole_word_mask": "true"},
+        ["--whole_word_mask", "tokens on average", "at most 10"],
+    ),
+    ("no tokenizer there", {"tokenizer_name": "{bad}/folder"}, ["tokenizer", "{bad}/folder"]),
+    ("no such model folder", {"model_name_or_path": "./nowhere"}, ["no such folder", "./nowhere"]),
+    ("damaged weights", {"model_name_or_path": "{bad}/damaged"}, ["{bad}/damaged"]),
+    (
+        "no masked language model",
+        {"model_name_or_path": "{bad}/t5", "tokenizer_name": "{toy}"},
+        ["{bad}/t5", "t5 is no masked language model"],
+    ),
+    ("no such architecture", {"model_name_or_path": "", "model_type": "brt"}, ["--model_type brt", "bert"]),
+    ("a probability above 1", {"mlm_probability": "1.5"}, ["--mlm_probability 1.5", "between 0 and 1"]),
+    ("a probability below 0", {"mask_replace_prob": "-0.1"}, ["--mask_replace_prob -0.1"]),
+    ("a probability that is none", {"mlm_probability": "nan"}, ["--mlm_probability nan"]),
+    ("probabilities above 1 together", {"random_replace_prob": "0.3"}, ["0.8", "0.3", "sum to more than 1"]),
+    ("all of dropout", {"dropout": "1"}, ["--dropout 1"]),
+    ("nothing held out", {"validation_file": "", "validation_split_percentage": 0}, ["percentage 0"]),
+    ("a size of zero", {"max_seq_length": "0"}, ["--max_seq_length 0"]),
+    ("a negative size", {"train_batch_size": "-8"}, ["--train_batch_size -8"]),
+    ("no word of the choice", {"remainder": "keep"}, ["--remainder", "'keep'", "drop|pad"]),
+    ("no number", {"learning_rate": "abc"}, ["--learning_rate: 'abc' is not FLOAT"]),
+    ("a fraction where a count is due", {"max_train_steps": "1.5"}, ["--max_train_steps: '1.5' is not INT"]),
+    ("an unknown flag", {"learning-rate": "1"}, ["--learning-rate", "did you mean --learning_rate?"]),
+    ("a flag like no other", {"zzz": "1"}, ["--zzz", "--help"]),
+    ("more than the position table", {"max_seq_length": 65}, ["--max_seq_length 65", "takes 64 tokens"]),
+    ("an occupied directory", {"output_dir": "earlier"}, ["earlier is not empty", "--overwrite_output_dir"]),
+    (
+        "overwriting, with a mistake that shows late",
+        {"output_dir": "earlier", "overwrite_output_dir": "true", "max_seq_length": 65},
+        ["--max_seq_length 65"],
+    ),
+    ("a file as a directory", {"output_dir": "notes.txt"}, ["--output_dir notes.txt", "file"]),
+    ("a directory in a file", {"output_dir": "notes.txt/run"}, ["notes.txt/run", "cannot write"]),
+    ("a directory nobody can write", {"output_dir": "/proc/run"}, ["--output_dir /proc/run", "cannot write"]),
+    ("a store nobody can write", {"token_store": "/proc/x"}, ["--token_store /proc/x", "cannot write"]),
+    ("a file as a store", {"token_store": "notes.txt"}, ["--token_store notes.txt", "cannot write"]),
+    ("no checkpoint", {"resume_from_checkpoint": "latest"}, ["latest: no checkpoint"]),
+    (
+        "no checkpoint, and an occupied directory",
+        {"resume_from_checkpoint": "latest", "output_dir": "earlier"},
+        ["--resume_from_checkpoint latest", "earlier/checkpoints"],
+    ),
+    ("no such checkpoint", {"resume_from_checkpoint": "step_9"}, ["--resume_from_checkpoint step_9"]),
+    ("half a checkpoint", {"resume_from_checkpoint": "{bad}/checkpoint"}, ["{bad}/checkpoint"]),
+    ("fp16 on a CPU", {"mixed_precision": "fp16"}, ["fp16", "GPU", "bf16"]),
+    ("no such tracker", {"with_tracking": "true", "report_to": "paper"}, ["paper"]),
+    ("no such settings file", {"config": "none.yaml"}, ["--config none.yaml", "No such file"]),
+    ("a settings file of words", {"config": "{bad}/words.yaml"}, ["words.yaml", "flag_name: value"]),
+    ("broken settings", {"config": "{bad}/syntax.yaml"}, ["syntax.yaml", "line 2"]),
+    ("an unknown setting", {"config": "{bad}/unknown_key.yaml"}, ["learning_rat;", "--learning_rate?"]),
+    ("a setting of no type", {"config": "{bad}/wrong_type.yaml"}, ["type.yaml: --learning_rate: 'fast'"]),
+    ("a list as a setting", {"config": "{bad}/list.yaml"}, ["list.yaml", "learning_rate", "one value"]),
+    ("a Hub name offline", {"model_name_or_path": "org/none"}, ["org/none", "no network"]),
+    ("a dataset offline", {"train_file": "", "dataset_name": "org/none"}, ["org/none", "no network"]),
+    ("uploading offline", {"push_to_hub": "true"}, ["--push_to_hub"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [case[1:] for case in TRAINING], ids=[case[0] for case in TRAINING]
+)
+def test_training_refuses(flags, words, place, toy, bad):
+    names = {"bad": bad, "toy": toy.checkpoint}
+    flags = {name: str(value).format(**names) for name, value in flags.items()}
+    words = [word.format(**names) for word in words]
+    flags = {"output_dir": place.folder / "run", **flags}
+    place.refuses(words, "train.py", *toy.flags(**flags))
+
+
+def test_fp16_on_a_cpu_is_refused_from_the_launcher_too(place, toy):
+    flags = toy.flags(place.folder / "run")
+    place.refuses(["fp16", "bf16"], "train.py", *flags, ACCELERATE_MIXED_PRECISION="fp16")
+
+
+def test_a_mistake_on_resuming_costs_nothing_of_the_run(place, toy, bad):
+    flags = toy.flags(place.folder / "run", max_train_steps=2, checkpointing_steps=1)
+    assert place.run("train.py", *flags)[0::2] == (0, "")
+    flags.append("--resume_from_checkpoint=latest")
+    place.refuses(["step_2", "another model"], "train.py", *flags, f"--model_name_or_path={bad}/other")
+    place.refuses(["--max_seq_length 65"], "train.py", *flags, "--max_seq_length=65")
+    place.refuses(["is not empty"], "train.py", *flags, "--resume_from_checkpoint=none")
+
+
+OTHERS = [
+    ("nothing to measure", "evaluate.py", [], ["--model_name_or_path"]),
+    (
+        "measuring ids beyond the embeddings",
+        "evaluate.py",
+        ["--model_name_or_path={toy}", "--tokenizer_name={bad}/larger", "--train_file={text}"],
+        ["{toy}", "go up to", "rows"],
+    ),
+    (
+        "measuring under fp16 on a CPU",
+        "evaluate.py",
+        ["--model_name_or_path={toy}", "--train_file={text}", "--mixed_precision=fp16"],
+        ["fp16", "bf16"],
+    ),
+    (
+        "measuring with a GPT's tokenizer",
+        "evaluate.py",
+        ["--model_name_or_path={toy}", "--tokenizer_name={bad}/gpt2", "--train_file={text}"],
+        ["no mask token"],
+    ),
+    ("no model to fill with", "fill_mask.py", ["a [MASK]"], ["--model_name_or_path"]),
+    ("no sentence", "fill_mask.py", ["--model_name_or_path={toy}"], ["no sentence"]),
+    ("no mask", "fill_mask.py", ["--model_name_or_path={toy}", "a cat"], ["no mask", "[MASK]"]),
+    (
+        "filling with ids beyond the embeddings",
+        "fill_mask.py",
+        ["--model_name_or_path={bad}/larger", "a [MASK]"],
+        ["{bad}/larger", "go up to", "rows"],
+    ),
+    (
+        "filling with a Hub name offline",
+        "fill_mask.py",
+        ["--model_name_or_path=org/none", "a [MASK]"],
+        ["org/none", "no network"],
+    ),
+    ("a corpus that is not there", "prepare.py", ["--train_file=none.txt"], ["none.txt: no such file"]),
+    ("a negative number to show", "prepare.py", ["--show=-1"], ["--show -1"]),
+    ("a negative seed to show", "prepare.py", ["--seed=-1"], ["--seed -1"]),
+    (
+        "preparing words where the tokenizer sees none",
+        "prepare.py",
+        ["--tokenizer_name={bad}/unigram", "--train_file={bad}/chinese.txt", "--whole_word_mask"],
+        ["--whole_word_mask", "tokens on average"],
+    ),
+    (
+        "preparing less than one chunk",
+        "prepare.py",
+        ["--tokenizer_name={toy}", "--train_file={bad}/short.txt"],
+        ["tokens", "chunk of 128"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"), [case[1:] for case in OTHERS], ids=[case[0] for case in OTHERS]
+)
+def test_the_other_scripts_refuse(script, flags, words, place, toy, bad):
+    names = {"bad": bad, "toy": toy.checkpoint, "text": toy.train_file}
+    place.refuses([word.format(**names) for word in words], script, *(flag.format(**names) for flag in flags))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"model_name_or_path": "org/none"},
+        {"tokenizer_name": "org/none"},
+        {"train_file": "", "dataset_name": "org/none"},
+        {"push_to_hub": "true", "hub_model_id": "org/none"},
+    ],
+    ids=["model", "tokenizer", "dataset", "upload"],
+)
+def test_without_network_a_name_is_refused_at_once(flags, place_without_network, toy):
+    started = time.monotonic()
+    flags = toy.flags(place_without_network.folder / "run", **flags)
+    place_without_network.refuses(["org/none"], "train.py", *flags)
+    assert time.monotonic() - started < 10
+
+
+def test_without_network_a_model_comes_from_the_cache_at_once(place_without_network, toy, caches):
+    cached = caches / "hf" / "hub" / "models--org--cached"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(toy.checkpoint, cached / "snapshots" / ("0" * 40))
+    started = time.monotonic()
+    flags = ["--model_name_or_path", "org/cached", "the old [MASK] likes milk ."]
+    ended = place_without_network.run("fill_mask.py", *flags)
+    assert (ended.status, ended.stderr) == (0, "")
+    assert time.monotonic() - started < 10

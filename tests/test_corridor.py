@@ -1,0 +1,44 @@
+"""The whole corridor: text in, filled mask out, on the command line."""
+
+import json
+import subprocess
+import sys
+
+from tests.conftest import ANIMALS, REPOSITORY
+
+
+def script(name, *arguments):
+    command = [sys.executable, f"scripts/{name}.py", *map(str, arguments)]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1]), run.stdout
+
+
+def test_text_in_filled_mask_out(toy, tmp_path):
+    adapted = tmp_path / "adapted"
+    found, printed = script("train", *toy.flags(adapted, max_train_steps=120))
+    assert found["perplexity"] < found["perplexity_unigram"] < found["perplexity_before"]
+    assert f"{found['perplexity']:.4g} after" in printed
+
+    again, _ = script(
+        "evaluate",
+        *("--model_name_or_path", adapted, "--train_file", toy.train_file, "--max_seq_length", 16),
+        *("--validation_file", toy.validation_file, "--token_store", toy.checkpoint.parent / "stores"),
+    )
+    assert again["perplexity"] == found["perplexity"]
+
+    answer, _ = script(
+        "fill_mask", "--model_name_or_path", adapted, "the old [MASK] likes grapes every day ."
+    )
+    [[best, *_]] = answer["sentences"][0]["masks"]
+    assert best["token"] in ANIMALS
+
+
+def test_what_a_store_holds_is_shown(toy, tmp_path):
+    flags = ["--train_file", toy.train_file, "--validation_file", toy.validation_file, "--max_seq_length", 16]
+    store = ["--model_name_or_path", toy.checkpoint, "--token_store", tmp_path]
+    found, printed = script("prepare", *flags, *store, "--show", 3, "--whole_word_mask")
+    assert found["train"]["documents"] == 400
+    assert found["validation"]["documents"] == 60
+    assert printed.count("train document ") == printed.count("validation chunk ") == 3
+    assert "‹" in printed
