@@ -16,7 +16,7 @@ def script(name, *arguments):
 
 def test_text_in_filled_mask_out(toy, tmp_path):
     adapted = tmp_path / "adapted"
-    found, printed = script("train", *toy.flags(adapted, max_train_steps=120))
+    found, printed = script("train", *toy.flags(adapted, max_train_steps=700))
     assert found["perplexity"] < found["perplexity_unigram"] < found["perplexity_before"]
     assert f"{found['perplexity']:.4g} after" in printed
 

@@ -44,9 +44,11 @@ def metrics(folder, event):
 
 
 def assert_same_weights(one, other, rtol=1e-3, atol=5e-5):
-    """To what rounding leaves, where weights move by 0.1: Adam turns the rounding of a gradient that should be
-    zero, such as that of the keys' biases, into small steps."""
+    """To what rounding leaves, where weights move by 0.1. A key's bias shifts all scores of a row alike: its gradient
+    is the rounding of zero, which Adam turns into steps, and it changes nothing."""
     for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        if name.endswith("key.bias"):
+            continue
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -172,9 +174,9 @@ def test_a_step_that_the_scaler_skips_is_taken_again_and_moves_nothing(toy, tmp_
 
 
 def test_training_fills_masks_better(toy, tmp_path):
-    result = train(toy.config(tmp_path / "run", max_train_steps=150))
+    result = train(toy.config(tmp_path / "run", max_train_steps=600, eval_steps=600))
     assert result.results["perplexity_before"] > 100  # about the vocabulary's size
-    assert result.results["perplexity"] < 8
+    assert result.results["perplexity"] < 4
 
 
 def test_a_run_repeats_to_the_bit(toy, tmp_path):
@@ -200,7 +202,7 @@ def test_the_run_leaves_the_records_of_the_design(toy, tmp_path):
     assert [line["step"] for line in metrics(folder, "end")] == [12]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_10", "step_5"]
     run = json.loads((folder / "run.json").read_text())
-    assert run["configuration"]["loop"]["learning_rate"] == 1e-2
+    assert run["configuration"]["loop"]["learning_rate"] == 5e-3
     assert {"corpus", "tokenizer", "masks", "environment"} <= run.keys()
     card = (folder / "README.md").read_text()
     assert card.startswith("---\n")
