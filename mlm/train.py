@@ -4,15 +4,12 @@ accelerate launch scripts/train.py --model_name_or_path MODEL --dataset_name DAT
 """
 
 import math
-import os
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from mlm import checkpoint
@@ -22,6 +19,7 @@ from mlm.chunks import ChunkConfig, chunk_length, cut_into_chunks
 from mlm.corpus import CorpusConfig
 from mlm.errors import UserError, at_least
 from mlm.evaluate import EvaluateConfig, evaluate, unigram_perplexity
+from mlm.hardware import make_accelerator
 from mlm.masking import DROPOUT, MaskingConfig, make_recipe, stream_key
 from mlm.model import ModelConfig, SparseMaskedLM, load_model, max_positions, vocabulary_size
 from mlm.record import Meter, RecordConfig, Run, peak_memory_mib, plan
@@ -118,7 +116,10 @@ class Progress:
 def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     """Runs `config`. Raises UserError before the first step where it cannot be done."""
     loop = config.loop
-    accelerator = accelerator or make_accelerator(config)
+    trackers = config.record.report_to if config.record.with_tracking else None
+    accelerator = accelerator or make_accelerator(
+        loop.mixed_precision, loop.deterministic, trackers, config.record.output_dir
+    )
     device, main = accelerator.device, accelerator.is_main_process
     run = Run(config.record, accelerator, resumes=config.checkpoint.resume_from_checkpoint is not None)
 
@@ -256,38 +257,6 @@ def named(evaluation: dict[str, float]) -> dict[str, float]:
     """An evaluation's figures under the names that all_results.json gives them."""
     names = {"perplexity": "perplexity", "loss": "eval_loss", "accuracy": "accuracy"}
     return {names[key]: value for key, value in evaluation.items() if key in names}
-
-
-def make_accelerator(config: Config) -> Accelerator:
-    """The Accelerator that launcher and configuration ask for. Raises UserError where it cannot train so."""
-    if config.loop.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
-        torch.use_deterministic_algorithms(True)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.loop.mixed_precision,
-            log_with=config.record.report_to if config.record.with_tracking else None,
-            project_dir=config.record.output_dir,
-            # The micro-batches are summed here: accelerate would divide by its own count of them.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-            # The others wait while one process tokenises the corpus; longer ones are for scripts/prepare.py.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-        )
-    except ValueError as error:  # accelerate's own words, on a precision that the device lacks
-        raise UserError(" ".join(str(error).split())) from error
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("--mixed_precision fp16 needs a GPU; on a CPU, use bf16 or no")
-    plain = (
-        DistributedType.NO,
-        DistributedType.MULTI_CPU,
-        DistributedType.MULTI_GPU,
-        DistributedType.MULTI_XPU,
-    )
-    if accelerator.distributed_type not in plain:
-        raise UserError(
-            f"accelerate is set up for {accelerator.distributed_type.value}: this loop is data-parallel"
-        )
-    return accelerator
 
 
 def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:

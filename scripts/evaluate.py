@@ -10,11 +10,11 @@ from mlm.chunks import ChunkConfig, chunk_length, cut_into_chunks
 from mlm.corpus import CorpusConfig
 from mlm.errors import UserError
 from mlm.evaluate import EvaluateConfig, evaluate
+from mlm.hardware import make_accelerator
 from mlm.masking import MaskingConfig, make_recipe
 from mlm.model import ModelConfig, SparseMaskedLM, check_embeddings, load_model, max_positions
 from mlm.stream import StreamConfig, check_words, prepare
 from mlm.tokenizer import load_tokenizer, token_facts
-from mlm.train import Config, LoopConfig, make_accelerator
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     )
     if not model.model_name_or_path:
         raise UserError("nothing to measure; give --model_name_or_path")
-    accelerator = make_accelerator(Config(loop=LoopConfig(mixed_precision=precision.mixed_precision)))
+    accelerator = make_accelerator(precision.mixed_precision)
     with accelerator.local_main_process_first():
         tokenizer = load_tokenizer(model.tokenizer_name or model.model_name_or_path, model.trust_remote_code)
         facts = token_facts(tokenizer)

@@ -44,8 +44,8 @@ def metrics(folder, event):
 
 
 def assert_same_weights(one, other, rtol=1e-3, atol=5e-5):
-    """To what rounding leaves, where weights move by 0.1. A key's bias shifts all scores of a row alike: its gradient
-    is the rounding of zero, which Adam turns into steps, and it changes nothing."""
+    """To what rounding leaves, where weights move by 0.1. A key's bias shifts all scores of a row alike: its
+    gradient is the rounding of zero, which Adam turns into steps, and it changes nothing."""
     for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
         if name.endswith("key.bias"):
             continue

@@ -1,0 +1,60 @@
+"""The Accelerator that the launcher and the flags ask for, or one line on why it cannot be had."""
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+
+from mlm.errors import UserError
+
+DATA_PARALLEL = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_XPU,
+)
+
+
+def make_accelerator(
+    mixed_precision: str | None = None,
+    deterministic: bool = False,
+    report_to: str | None = None,
+    project_dir: str | None = None,
+) -> Accelerator:
+    """Sets up the device, the processes, the precision and the trackers.
+
+    mixed_precision: no, fp16 or bf16; None: what accelerate was configured or launched with
+    report_to: the trackers to send metrics to, `all` for every one that is installed; None: to none
+
+    Raises UserError where the device lacks the precision, a tracker is not installed, or accelerate is set up
+    for something else than data parallelism.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
+        torch.use_deterministic_algorithms(True)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision,
+            log_with=report_to,
+            project_dir=project_dir,
+            # The loop sums its micro-batches itself: accelerate would divide by its own count of them.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+            # The others wait while one process tokenises the corpus; longer ones are for scripts/prepare.py.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        )
+    except ValueError as error:  # accelerate's own words on a precision or a tracker that it does not know
+        raise UserError(" ".join(str(error).split())) from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU; on a CPU, use bf16 or no")
+    if report_to is not None and not accelerator.log_with:
+        raise UserError(
+            f"--with_tracking: no tracker is installed for --report_to {report_to}; pip install one"
+        )
+    if accelerator.distributed_type not in DATA_PARALLEL:
+        kind = accelerator.distributed_type.value
+        raise UserError(
+            f"accelerate is configured for {kind}, and this loop is data-parallel: accelerate config"
+        )
+    return accelerator

@@ -1,0 +1,22 @@
+"""The README's table is what the stored measurements say."""
+
+import importlib.util
+import json
+
+from tests.conftest import REPOSITORY
+
+RESULTS = REPOSITORY / "benchmarks" / "results"
+spec = importlib.util.spec_from_file_location("results", REPOSITORY / "scripts" / "results.py")
+results = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(results)
+
+
+def test_the_readmes_table_is_written_from_the_stored_results():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert results.with_table(text, results.table()) == text
+
+
+def test_each_stored_result_says_where_it_was_measured():
+    for path in RESULTS.glob("*.json"):
+        where = json.loads(path.read_text())["environment"]
+        assert {"torch", "transformers", "processor", "cores", "commit"} <= where.keys(), path.name
