@@ -42,7 +42,7 @@ def table() -> str:
         )
     where = imdb["environment"]
     caption = (
-        f"{imdb['what'].capitalize()}, {imdb['model']}, {imdb['evaluated_masked_tokens']:,} masked tokens; "
+        f"O{imdb['what'][1:]}, {imdb['model']}, {imdb['evaluated_masked_tokens']:,} masked tokens; "
         f"n = 1; {where['cores']} cores of {where['processor']}, torch {where['torch']}, transformers "
         f"{where['transformers']}, commit {where['commit'][:8]}. Command: `python benchmarks/imdb.py`."
     )
