@@ -135,7 +135,7 @@ def _open_splits(folder: Path, identity: dict[str, Any], facts: TokenFacts) -> d
                 return {}
             stores[split] = store
     # A store that is being removed loses its splits one after the other.
-    return stores if all(set(store.header["splits"]) == set(stores) for store in stores.values()) else {}
+    return stores if all(set(store.header.get("splits", ())) == set(stores) for store in stores.values()) else {}
 
 
 def open_store(folder: Path, tokenizer_fingerprint: str) -> TokenStore | None:

@@ -410,6 +410,13 @@ def damage_corpus(store):
     change_header(store, identity={"train_file": "another"})
 
 
+def damage_an_older_header(store):
+    path = store / "train" / "header.json"
+    header = json.loads(path.read_text())
+    del header["splits"]
+    path.write_text(json.dumps(header))
+
+
 def change_header(store, **changes):
     path = store / "train" / "header.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
