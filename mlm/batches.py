@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     attention_mask: torch.Tensor | None  # [B, T] int64, 0: padding; None: every row is full
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor if tensor is None else tensor.to(device, non_blocking=True) for tensor in self))
+        return Batch(*(tensor if tensor is None else tensor.to(device) for tensor in self))
 
 
 def mask_chunks(
@@ -64,6 +64,12 @@ class Batches:
     def num_chunks(self) -> int:
         """Chunks an epoch."""
         return min(self.samples or len(self.chunks), len(self.chunks))
+
+    def tokens(self, step: int) -> int:
+        """Tokens of a global batch, padding not counted."""
+        if self.chunks.lengths is None:
+            return self.global_batch * self.chunks.chunk_size
+        return int(self.chunks.lengths[self.places(step)[0]].sum())
 
     def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Step s's global batch: its chunk ids [G] and the epoch of each [G], int64."""

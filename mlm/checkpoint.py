@@ -2,13 +2,16 @@
 
     <output_dir>/checkpoints/step_N/model.safetensors    parameters and buffers
                                     state.pt             optimizer, schedule, scaler; loads with weights_only
+                                    experiment.json      the settings that the result depends on
                                     progress.json        step, sums of the records
+                              best/                      weights of the lowest evaluation loss, if asked for
 
 The order of chunks, their masks and dropout's draws are functions of (seed, step): no generator is saved.
 A checkpoint is written beside its place and renamed, so that a folder named step_N is always whole.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,23 +21,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mlm.errors import UserError
+from mlm.errors import UserError, at_least
+
+FILES = ("model.safetensors", "state.pt", "experiment.json", "progress.json")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     checkpointing_steps: int | Literal["epoch"] | None = (
-        None  # write a checkpoint every so many steps, or each epoch
+        None  # steps between two checkpoints; none: no checkpoint
     )
     resume_from_checkpoint: str | None = None  # `latest`, or the folder of a checkpoint, to go on from
 
     def __post_init__(self) -> None:
-        if isinstance(self.checkpointing_steps, int) and self.checkpointing_steps < 1:
-            raise UserError(f"--checkpointing_steps {self.checkpointing_steps}: at least 1")
+        at_least(self, 1, "checkpointing_steps")
 
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -48,9 +54,13 @@ def save(
     optimizer: Optimizer,
     scheduler: LRScheduler,
     scaler: torch.amp.GradScaler | None,
+    experiment: dict[str, Any],
     progress: dict[str, Any],
 ) -> None:
-    """Writes a checkpoint into `folder`, whole or not at all. progress: what JSON takes."""
+    """Writes a checkpoint into `folder`, whole or not at all.
+
+    experiment: every setting that the result depends on, as `load` compares it. It and progress are JSON.
+    """
     state = {
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
@@ -59,13 +69,8 @@ def save(
     with _whole(folder) as partial:
         _save_tensors(partial, model)
         torch.save(state, partial / "state.pt")
+        (partial / "experiment.json").write_text(json.dumps(experiment, indent=1))
         (partial / "progress.json").write_text(json.dumps(progress, indent=1))
-
-
-def save_weights(folder: Path, model: torch.nn.Module) -> None:
-    """Writes the parameters alone, whole or not at all."""
-    with _whole(folder) as partial:
-        _save_tensors(partial, model)
 
 
 def find(config: CheckpointConfig, checkpoints: Path) -> Path | None:
@@ -73,14 +78,20 @@ def find(config: CheckpointConfig, checkpoints: Path) -> Path | None:
     if config.resume_from_checkpoint is None:
         return None
     if config.resume_from_checkpoint == "latest":
-        steps = [p for p in checkpoints.glob("step_*") if p.name.removeprefix("step_").isdigit()]
-        if not steps:
+        numbered = steps(checkpoints)
+        if not numbered:
             raise UserError(f"--resume_from_checkpoint latest: no checkpoint in {checkpoints}")
-        return max(steps, key=lambda p: int(p.name.removeprefix("step_")))
+        return numbered[max(numbered)]
     folder = Path(config.resume_from_checkpoint)
-    if not all((folder / name).is_file() for name in ("model.safetensors", "state.pt", "progress.json")):
+    if not all((folder / name).is_file() for name in FILES):
         raise UserError(f"--resume_from_checkpoint {folder}: no whole checkpoint there")
     return folder
+
+
+def steps(checkpoints: Path) -> dict[int, Path]:
+    """The checkpoints in a folder, by their step."""
+    named = {path.name.removeprefix("step_"): path for path in checkpoints.glob("step_*")}
+    return {int(number): path for number, path in named.items() if number.isdigit()}
 
 
 def load(
@@ -89,8 +100,22 @@ def load(
     optimizer: Optimizer,
     scheduler: LRScheduler,
     scaler: torch.amp.GradScaler | None,
+    experiment: dict[str, Any],
 ) -> dict[str, Any]:
-    """Puts everything back in place as `save` took it; returns the progress."""
+    """Puts everything back in place as `save` took it; returns the progress.
+
+    Raises UserError, with the list of differences, where the checkpoint is another experiment's.
+    """
+    saved = json.loads((folder / "experiment.json").read_text())
+    differences = [
+        f"{name} {experiment.get(name)} (the checkpoint: {saved.get(name)})"
+        for name in sorted(saved.keys() | experiment.keys())
+        if saved.get(name) != experiment.get(name)
+    ]
+    if differences:
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: another experiment, with {', '.join(differences)}"
+        )
     load_weights(folder, model)
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
@@ -98,6 +123,34 @@ def load(
     if scaler is not None and state["scaler"] is not None:
         scaler.load_state_dict(state["scaler"])
     return json.loads((folder / "progress.json").read_text())
+
+
+def save_best(folder: Path, model: torch.nn.Module, evaluation: dict[str, float]) -> None:
+    """Keeps the weights that an evaluation found better than those in `folder`, if it did."""
+    if not math.isfinite(evaluation["eval_loss"]) or evaluation["eval_loss"] >= best_loss(folder):
+        return
+    with _whole(folder) as partial:
+        _save_tensors(partial, model)
+        (partial / "evaluation.json").write_text(json.dumps(evaluation, indent=1))
+
+
+def load_best(folder: Path, model: torch.nn.Module, accelerator: Accelerator) -> dict[str, float] | None:
+    """Gives every process the kept weights, which the main one reads; returns their evaluation, if any."""
+    found: list[Any] = [None]
+    if accelerator.is_main_process and math.isfinite(best_loss(folder)):
+        load_weights(folder, model)
+        found = [json.loads((folder / "evaluation.json").read_text())]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+        for tensor in tensors(model).values() if found[0] else ():
+            torch.distributed.broadcast(tensor, 0)
+    return found[0]
+
+
+def best_loss(folder: Path) -> float:
+    """The evaluation loss of the weights kept in `folder`; infinite where there are none."""
+    path = folder / "evaluation.json"
+    return json.loads(path.read_text())["eval_loss"] if path.is_file() else math.inf
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:

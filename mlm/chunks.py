@@ -12,21 +12,22 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mlm.errors import UserError
+from mlm.errors import UserError, at_least
 from mlm.stream import TokenStore
 from mlm.tokenizer import TokenFacts
 
 
 @dataclass(frozen=True)
 class ChunkConfig:
+    """How long chunks are, and what becomes of what fills none."""
+
     max_seq_length: int | None = None  # tokens in a chunk (default: 128, or what the model takes if less)
     remainder: Literal["drop", "pad"] = "drop"  # the split's last, incomplete chunk
     line_by_line: bool = False  # one document a row, cut and padded, instead of concatenated text
     pad_to_max_length: bool = False  # pad to max_seq_length, not to a batch's longest row (static shapes)
 
     def __post_init__(self) -> None:
-        if self.max_seq_length is not None and self.max_seq_length < 1:
-            raise UserError(f"--max_seq_length {self.max_seq_length}: a chunk needs at least one token")
+        at_least(self, 1, "max_seq_length")
 
 
 def chunk_length(config: ChunkConfig, max_positions: int | None) -> int:

@@ -19,6 +19,7 @@ import logging
 import os
 import sys
 import textwrap
+import time
 import tokenize
 import types
 import typing
@@ -30,7 +31,7 @@ import yaml
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
-from mlm.errors import UserError
+from mlm.errors import UserError, one_line
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,8 +76,8 @@ def command(description: str) -> argparse.ArgumentParser:
 def run(body: Callable[[Sequence[str]], dict[str, Any]]) -> None:
     """A script's outermost call: `body(argv)`, then its result as the last line of standard output, in JSON.
 
-    A UserError becomes one line on standard error and exit status 2. Only the main process speaks; the
-    libraries keep their hints to themselves.
+    A UserError becomes one line on standard error, once a machine, and exit status 2. Otherwise only the main
+    process speaks; the libraries keep their hints to themselves.
     """
     speaks = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stderr)
@@ -87,8 +88,10 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]]) -> None:
     try:
         result = body(sys.argv[1:])
     except UserError as error:
-        if speaks:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
+        else:  # a launcher ends all at the first that fails: let that be the one that says why
+            time.sleep(2)
         sys.exit(2)
     if speaks:
         print(json.dumps(result, default=str), flush=True)
@@ -165,22 +168,24 @@ def _converter(hint: Any) -> Callable[[str], Any]:
 
 
 def _file_flags(argv: Sequence[str], parser: argparse.ArgumentParser, known: Sequence[str]) -> list[str]:
-    """The flags that the YAML file behind --config stands for."""
-    path = None
+    """The flags that the YAML files behind --config stand for; of several files the later ones win."""
+    flags = []
     for word, following in zip(argv, [*argv, None][1:], strict=True):
-        if word == "--config":
-            path = following
+        if word == "--config" and following is not None:
+            flags += _flags_of(following, parser, known)
         elif word.startswith("--config="):
-            path = word.removeprefix("--config=")
-    if path is None:
-        return []
+            flags += _flags_of(word.removeprefix("--config="), parser, known)
+    return flags
+
+
+def _flags_of(path: str, parser: argparse.ArgumentParser, known: Sequence[str]) -> list[str]:
     try:
         # The base loader leaves every value the text that it is in the file.
         values = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not a YAML file ({' '.join(str(error).split())})") from None
+        raise UserError(f"--config {path}: not a YAML file ({one_line(error)})") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected lines of the form `flag_name: value`")
     for name, value in values.items():

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mlm.errors import UserError, explain_load_failure
+from mlm.errors import UserError, explain_load_failure, one_line
 
 if TYPE_CHECKING:
     import datasets
@@ -39,6 +39,8 @@ SHORTEST_DOCUMENT = 40  # characters; shorter docstrings are "Return self." and 
 
 @dataclass(frozen=True)
 class CorpusConfig:
+    """Which text, and which part of it is held out."""
+
     dataset_name: str | None = None  # Hub dataset, or a folder: save_to_disk's, or one of data files
     dataset_config_name: str | None = None  # which configuration, where the dataset has several
     train_file: str | None = None  # training text: .txt, .jsonl, .json, .csv or .parquet, each also with .gz
@@ -85,12 +87,12 @@ def identify(config: CorpusConfig) -> dict[str, Any]:
     return identity
 
 
-def load(config: CorpusConfig, num_proc: int | None = None) -> Corpus:
+def load(config: CorpusConfig) -> Corpus:
     """Read the corpus into splits of one string column, "text", memory-mapped from the datasets cache.
 
     Validation documents come from `validation_file`, else from the dataset's "validation" split, else from
     the training documents, by `held_out`. Only `validation_file` given: only a validation split. Other splits
-    of a dataset stay untouched. `num_proc` processes convert the files of a dataset that has several.
+    of a dataset stay untouched.
 
     Raises UserError for files that are missing, empty, malformed or not UTF-8, for a text column that is
     missing or holds no strings, for a split without a document, for a dataset that cannot be had, and for a
@@ -100,7 +102,7 @@ def load(config: CorpusConfig, num_proc: int | None = None) -> Corpus:
     with _quiet_datasets(from_hub=_on_hub(config.dataset_name)):
         import datasets
 
-        sources = _sources(config, num_proc)
+        sources = _sources(config)
         kept, hashes, dropped = {}, {}, {}
         for split, source in sources.items():
             origin = _origin(config, split)
@@ -117,6 +119,12 @@ def load(config: CorpusConfig, num_proc: int | None = None) -> Corpus:
             kept = {"train": kept["train"][~out], "validation": kept["train"][out]}
         splits = {split: source.select(kept[split]) for split, source in sources.items()}
         return Corpus(datasets.DatasetDict(splits), dropped)
+
+
+def texts(dataset: "datasets.Dataset") -> Iterator[str | None]:
+    """The documents of a split, in order. They are read in small batches, since one may be a book."""
+    for table in dataset.with_format("arrow").iter(batch_size=100):
+        yield from table["text"].to_pylist()
 
 
 def held_out(hashes: np.ndarray, percentage: float) -> np.ndarray:
@@ -168,13 +176,13 @@ def _check_percentage(percentage: float) -> None:
         raise UserError(f"--validation_split_percentage {percentage}: must be more than 0 and less than 100")
 
 
-def _sources(config: CorpusConfig, num_proc: int | None) -> dict[str, "datasets.Dataset"]:
+def _sources(config: CorpusConfig) -> dict[str, "datasets.Dataset"]:
     """The train and validation splits that the configuration names, each with the single column "text"."""
     import datasets
 
     sources = {}
     if config.dataset_name:
-        sources = _read_dataset(config.dataset_name, config, num_proc)
+        sources = _read_dataset(config.dataset_name, config)
     elif config.train_file:
         sources["train"] = _read_file(config.train_file, config)
     elif not config.validation_file:
@@ -191,7 +199,7 @@ def _origin(config: CorpusConfig, split: str) -> str:
     return config.dataset_name or config.train_file or "the built-in corpus"
 
 
-def _read_dataset(name: str, config: CorpusConfig, num_proc: int | None) -> dict[str, "datasets.Dataset"]:
+def _read_dataset(name: str, config: CorpusConfig) -> dict[str, "datasets.Dataset"]:
     import datasets
 
     if _on_hub(name):
@@ -202,7 +210,7 @@ def _read_dataset(name: str, config: CorpusConfig, num_proc: int | None) -> dict
             splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         else:
             path = name if _on_hub(name) else os.path.abspath(name)
-            splits = _convert(path, config, num_proc, name=config.dataset_config_name)
+            splits = _convert(path, config, name=config.dataset_config_name)
     sources = {split: splits[split] for split in ("train", "validation") if split in splits}
     if not sources:
         raise UserError(f"{name} has neither a train nor a validation split, only {', '.join(splits)}")
@@ -221,11 +229,11 @@ def _read_file(file: str, config: CorpusConfig) -> "datasets.Dataset":
             # The unpacked copy is cached by path alone: unpack again, the file may have changed in place.
             fresh = datasets.DownloadConfig(force_extract=True)
             path = datasets.DownloadManager(download_config=fresh).extract(path)
-        dataset = _convert(reader, config, None, data_files={"train": escape(path)})["train"]
+        dataset = _convert(reader, config, data_files={"train": escape(path)})["train"]
     return _text_only(dataset, file, "text" if reader == "text" else config.text_column)
 
 
-def _convert(path: str, config: CorpusConfig, num_proc: int | None, **where: Any) -> "datasets.DatasetDict":
+def _convert(path: str, config: CorpusConfig, **where: Any) -> "datasets.DatasetDict":
     """`load_dataset`, with those of our options that the reader it picks has."""
     import datasets
 
@@ -237,7 +245,7 @@ def _convert(path: str, config: CorpusConfig, num_proc: int | None, **where: Any
     # it: told otherwise, it would turn gaps in the other columns to strings, and their types would clash.
     if hasattr(reader.config, "converters"):
         options["converters"] = {config.text_column: str}
-    return datasets.load_dataset(path, num_proc=num_proc, **where, **options)
+    return datasets.load_dataset(path, **where, **options)
 
 
 def _text_only(dataset: "datasets.Dataset", origin: str, column: str) -> "datasets.Dataset":
@@ -257,14 +265,10 @@ def _text_only(dataset: "datasets.Dataset", origin: str, column: str) -> "datase
 def _scan(dataset: "datasets.Dataset") -> tuple[np.ndarray, np.ndarray]:
     """Positions, int64[n], and content hashes, uint64[n], of the n documents with more than whitespace."""
     positions, hashes = array("q"), array("Q")
-    first = 0
-    # Small batches, since a document may be a book.
-    for table in dataset.with_format("arrow").iter(batch_size=100):
-        for position, text in enumerate(table["text"].to_pylist(), start=first):
-            if text and not text.isspace():
-                positions.append(position)
-                hashes.append(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little"))
-        first += len(table)
+    for position, text in enumerate(texts(dataset)):
+        if text and not text.isspace():
+            positions.append(position)
+            hashes.append(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little"))
     return np.array(positions, dtype=np.int64), np.array(hashes, dtype=np.uint64)
 
 
@@ -274,13 +278,13 @@ def _built_in_documents() -> list[str]:
     Read from source and never imported: some of those modules act on import.
     """
     library = Path(sysconfig.get_path("stdlib"))
-    texts = _topics(library / "pydoc_data" / "topics.py")
+    found = _topics(library / "pydoc_data" / "topics.py")
     for folder, subfolders, files in os.walk(library):
         subfolders[:] = sorted(set(subfolders) - NOT_LIBRARY)
         for file in sorted(files):
             if file.endswith(".py"):
-                texts += _docstrings(Path(folder, file))
-    clean = map(cleandoc, texts)
+                found += _docstrings(Path(folder, file))
+    clean = map(cleandoc, found)
     return list(dict.fromkeys(text for text in clean if len(text) >= SHORTEST_DOCUMENT))
 
 
@@ -393,8 +397,8 @@ def _explained(origin: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__:
             cause = cause.__cause__
-        reason = " ".join(str(cause).split())[:300]
-        raise UserError(f"cannot read {origin}: {type(cause).__name__}: {reason}") from error
+        reason = one_line(f"{type(cause).__name__}: {cause}")
+        raise UserError(f"cannot read {origin}: {reason}") from error
 
 
 def _fault(file: str) -> str | None:

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 
@@ -11,6 +10,16 @@ class UserError(Exception):
 
     The scripts print it on standard error without a traceback and exit with status 2.
     """
+
+
+def one_line(error: object, width: int = 300) -> str:
+    """The text of an error (or of anything else) on one line of at most `width` characters.
+
+    Cut at a character, not at a blank as `textwrap.shorten` does: of a long path, or of a sentence in a
+    script without blanks, that would leave nothing.
+    """
+    text = " ".join(str(error).split())
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def at_least(config: Any, least: int, *names: str) -> None:
@@ -25,14 +34,15 @@ def at_least(config: Any, least: int, *names: str) -> None:
 
 
 def explain_load_failure(what: str, name: str, error: Exception) -> UserError:
-    """Words for a `from_pretrained` that failed: no such folder, no network, or the library's own words."""
-    if isinstance(error, UserError):
-        return error
+    """Words for a tokenizer, model or dataset, by Hub name or folder, that a library failed to load."""
+    reason = one_line(f"{type(error).__name__}: {error}")
+    if "trust_remote_code" in str(error):
+        return UserError(f"{name} brings code of its own; read it, then run it with --trust_remote_code true")
     if Path(name).exists():
-        return UserError(f"cannot load the {what} in {name}: {shorten(str(error), 300, placeholder=' …')}")
+        return UserError(f"cannot load the {what} in {name}: {reason}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return UserError(f"no such folder: {name} (where a {what} was to be loaded from)")
     return UserError(
-        f"cannot load the {what} {name}: there is no such local folder, and the Hub did not give it "
-        f"(no network, no such name, or no access: {type(error).__name__}); check the name, or give a folder"
+        f"cannot load the {what} {name}: there is no such local folder, and from the Hub "
+        f"(no network, no such name, no access?) {reason}"
     )

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from mlm.batches import Batch, mask_chunks
 from mlm.chunks import Chunks
-from mlm.errors import UserError
+from mlm.errors import at_least
 from mlm.masking import Recipe
 from mlm.model import SparseMaskedLM
 from mlm.stream import TokenStore
@@ -28,9 +28,7 @@ class EvaluateConfig:
     eval_mask_seed: int = 0  # names the fixed masks; the same for every run that is compared
 
     def __post_init__(self) -> None:
-        for name in ("per_device_eval_batch_size", "max_eval_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: at least 1")
+        at_least(self, 1, "per_device_eval_batch_size", "max_eval_samples")
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,12 @@ class Evaluation:
         return float(self.hits.sum() / max(self.counts.sum(), 1))
 
     def summary(self) -> dict[str, float]:
-        """The totals as the records hold them."""
+        """The totals, under the names that all_results.json gives them."""
         return {
-            "loss": self.loss,
             "perplexity": self.perplexity,
+            "eval_loss": self.loss,
             "accuracy": self.accuracy,
-            "masked_tokens": int(self.counts.sum()),
+            "eval_masked_tokens": int(self.counts.sum()),
         }
 
 
@@ -100,7 +98,7 @@ def mask_held_out(
     return mask_chunks(chunks, chunk_ids, epochs, config.eval_mask_seed, recipe, facts.ordinary)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a buffer that a model makes on first use has to serve training too
 def evaluate(
     model: SparseMaskedLM,
     chunks: Chunks,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mlm.errors import UserError
+from mlm.errors import UserError, at_least, one_line
 from mlm.model import ModelConfig, SparseMaskedLM, check_embeddings, load_model, max_positions
 from mlm.tokenizer import load_tokenizer
 
@@ -24,14 +24,15 @@ PAGE = 100  # terminal columns that a table may fill
 
 @dataclass(frozen=True)
 class FillMaskConfig:
+    """Whose fillers to show, and how many."""
+
     model_name_or_path: str | None = None  # checkpoint that fills the masks, a Hub name or a folder
     compare: str | None = None  # second checkpoint, the base that is shown beside it
     top_k: int = 5  # fillers shown for each mask
     trust_remote_code: bool = False  # run the Python code that a checkpoint brings along
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise UserError(f"--top_k {self.top_k}: at least 1")
+        at_least(self, 1, "top_k")
 
 
 class Filler(NamedTuple):
@@ -126,7 +127,7 @@ def _encode(
     texts = [sentence.replace(MASK, tokenizer.mask_token) for sentence in sentences]
     ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
     for number, (sentence, row) in enumerate(zip(sentences, ids, strict=True), start=1):
-        quoted = f"sentence {number} ({' '.join(sentence.split())[:60]!r})"
+        quoted = f"sentence {number} ({one_line(sentence, 60)!r})"
         if tokenizer.mask_token_id not in row:
             own = "" if tokenizer.mask_token == MASK else f" or {tokenizer.mask_token}"
             raise UserError(f"{quoted} has no mask: write {MASK}{own} where a token is to be filled in")

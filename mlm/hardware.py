@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
-from mlm.errors import UserError
+from mlm.errors import UserError, one_line
 
 DATA_PARALLEL = (
     DistributedType.NO,
@@ -45,7 +45,7 @@ def make_accelerator(
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
     except ValueError as error:  # accelerate's own words on a precision or a tracker that it does not know
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error)) from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU; on a CPU, use bf16 or no")
     if report_to is not None and not accelerator.log_with:
@@ -58,3 +58,12 @@ def make_accelerator(
             f"accelerate is configured for {kind}, and this loop is data-parallel: accelerate config"
         )
     return accelerator
+
+
+def check_scale(scale: float, step: int) -> None:
+    """Raises UserError where fp16's loss scale has fallen so far that ordinary gradients vanish in fp16."""
+    if scale < torch.finfo(torch.float16).tiny:
+        raise UserError(
+            f"step {step}: the loss or its gradients overflow at any fp16 loss scale (now {scale:.1e}); "
+            "use --mixed_precision bf16, or a lower --learning_rate"
+        )

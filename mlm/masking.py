@@ -25,11 +25,13 @@ MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 SHIFTS = (30, 27, 31)
 # What a stream is for, so that the order of chunks tells nothing of their masks. DROPOUT + rank comes last.
 MASKS, ORDER, SUBSET, DROPOUT = 1, 2, 3, 4
-WORD = 2**64 - 1
+ALL_BITS = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class MaskingConfig:
+    """How many tokens are predicted, and what the model sees in their place."""
+
     mlm_probability: float = 0.15  # share of the tokens (or of the words) that are predicted
     mask_replace_prob: float = 0.8  # ... of these, the share that becomes the mask token
     random_replace_prob: float = 0.1  # ... and the share that becomes a random token; the rest stays as it is
@@ -87,8 +89,8 @@ def make_recipe(config: MaskingConfig, facts: TokenFacts) -> Recipe:
 
 def mix(x: int) -> int:
     """SplitMix64's finalizer on a Python integer, modulo 2**64: the definition that both kernels follow."""
-    x = (x ^ (x >> SHIFTS[0])) * MULTIPLIERS[0] & WORD
-    x = (x ^ (x >> SHIFTS[1])) * MULTIPLIERS[1] & WORD
+    x = (x ^ (x >> SHIFTS[0])) * MULTIPLIERS[0] & ALL_BITS
+    x = (x ^ (x >> SHIFTS[1])) * MULTIPLIERS[1] & ALL_BITS
     return x ^ (x >> SHIFTS[2])
 
 
@@ -96,7 +98,7 @@ def stream_key(seed: int, epoch: int, purpose: int) -> int:
     """The 64-bit key of all draws of (seed, epoch) for one purpose."""
     key = 0
     for word in (seed, epoch, purpose):
-        key = mix((key + GOLDEN + (word & WORD)) & WORD)
+        key = mix((key + GOLDEN + (word & ALL_BITS)) & ALL_BITS)
     return key
 
 
@@ -128,9 +130,8 @@ def select(
     """
     if recipe.whole_word:
         column = np.arange(draws.shape[1])
-        first = np.maximum.accumulate(
-            np.where(word_starts, column, 0), axis=1
-        )  # [B, T] where each token's word begins
+        # [B, T] where each token's word begins
+        first = np.maximum.accumulate(np.where(word_starts, column, 0), axis=1)
         draws = np.take_along_axis(draws, first, axis=1)
     return (draws >> np.uint64(32) < recipe.select) & maskable
 

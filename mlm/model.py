@@ -8,9 +8,7 @@ does so with one forward hook on the encoder, whatever the architecture, and che
 import copy
 import difflib
 import logging
-import os
 import pickle
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as KNOWN
 
-from mlm.errors import UserError
+from mlm.errors import UserError, explain_load_failure, one_line
 from mlm.hub import local_files_only
 
 log = logging.getLogger(__name__)
@@ -43,6 +41,7 @@ POSITIONS_AFTER_PADDING = (
 )
 
 DEMO_VOCABULARY = 8192  # tokens
+DEMO_POSITIONS = 128
 
 # What a configuration or weights that are missing, damaged or unsafe, or need another package, raise.
 UNUSABLE = (
@@ -108,10 +107,37 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     return model
 
 
+def model_config(config: ModelConfig) -> PreTrainedConfig:
+    """The configuration of the name or type that `config` gives, one of them at least, as it is.
+
+    Raises UserError where it cannot be loaded, and where it is of no masked language model.
+    """
+    if source := config.config_name or config.model_name_or_path:
+        try:
+            arch = AutoConfig.from_pretrained(
+                source,
+                trust_remote_code=config.trust_remote_code,
+                local_files_only=local_files_only(source),
+            )
+        except UNUSABLE as error:
+            raise explain_load_failure("model", source, error) from error
+        named_by_remote_code = getattr(arch, "auto_map", None) or ()
+        if arch.model_type not in KNOWN and "AutoModelForMaskedLM" not in named_by_remote_code:
+            raise UserError(f"{source}: a model of type {arch.model_type} is no masked language model")
+        return arch
+    if config.model_type not in KNOWN:
+        near = difflib.get_close_matches(config.model_type, KNOWN, n=5) or sorted(KNOWN)
+        raise UserError(
+            f"--model_type {config.model_type}: transformers has no masked language model of this name; "
+            f"it has {', '.join(near)}"
+        )
+    return CONFIG_MAPPING[config.model_type]()
+
+
 def vocabulary_size(config: ModelConfig) -> int:
     """Tokens of the vocabulary to train for a model that starts from nothing: its default, or the demo's."""
     if config.config_name or config.model_type:
-        return _named_config(config).get_text_config().vocab_size
+        return model_config(config).get_text_config().vocab_size
     return DEMO_VOCABULARY
 
 
@@ -121,7 +147,7 @@ def check_embeddings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) ->
     To be asked before `load_model`, which enlarges the table for training: a model that is only used knows
     nothing of the rows it would add.
     """
-    rows = getattr(_named_config(config).get_text_config(), "vocab_size", None)
+    rows = getattr(model_config(config).get_text_config(), "vocab_size", None)
     largest = _vocab_size(tokenizer) - 1
     if rows is not None and largest >= rows:
         raise UserError(
@@ -141,7 +167,7 @@ def demo_config(tokenizer: PreTrainedTokenizerBase) -> BertConfig:
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=512,
-        max_position_embeddings=128,
+        max_position_embeddings=DEMO_POSITIONS,
         initializer_range=0.05,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -165,6 +191,16 @@ def max_positions(config: PreTrainedConfig) -> int | None:
         return rows
     padding = 1 if config.model_type == "mpnet" else config.pad_token_id  # MPNet's is written in its code
     return rows - padding - 1
+
+
+def position_limit(config: ModelConfig) -> int | None:
+    """`max_positions` of the model that `config` names, or of the demo, without loading the model.
+
+    Of one from scratch, at its own padding id: RoBERTa's limit shifts with the tokenizer's.
+    """
+    if not (config.model_name_or_path or config.config_name or config.model_type):
+        return DEMO_POSITIONS
+    return max_positions(model_config(config))
 
 
 class SparseMaskedLM(nn.Module):
@@ -270,7 +306,7 @@ def _misfit(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor) -> str |
         twin.logits(input_ids, positions[:0])
         dense = _rows(twin.model(input_ids=input_ids).logits, positions)
     except Exception as error:  # whatever a model raises on a hidden state of another shape, it does not fit
-        return f"the sparse head fails with {_one_line(error)}"
+        return f"the sparse head fails with {type(error).__name__}: {one_line(error)}"
     if sparse.shape != dense.shape:
         return f"the sparse logits have the shape {tuple(sparse.shape)} instead of {tuple(dense.shape)}"
     # The two differ by the order of summation; a wrong row differs by as much as the logits themselves.
@@ -287,7 +323,8 @@ def _without_gradient(twin: SparseMaskedLM, *batch: Tensor) -> list[str]:
             nats, _ = twin(*batch)
             nats.sum().backward()
     except Exception as error:  # Reformer takes gradients at one sequence length only
-        log.warning("no parameter is frozen, as the trial step fails with %s", _one_line(error))
+        reason = one_line(f"{type(error).__name__}: {error}")
+        log.warning("no parameter is frozen, as the trial step fails with %s", reason)
         return []
     return [name for name, p in twin.model.named_parameters() if p.requires_grad and p.grad is None]
 
@@ -299,35 +336,11 @@ def _freeze(model: PreTrainedModel, names: list[str]) -> None:
         log.info("frozen, as the masked-LM loss does not reach them: %s", _listed(names))
 
 
-def _named_config(config: ModelConfig) -> PreTrainedConfig:
-    """The configuration of the name or type that `config` gives, as it is."""
-    if source := config.config_name or config.model_name_or_path:
-        try:
-            arch = AutoConfig.from_pretrained(
-                source,
-                trust_remote_code=config.trust_remote_code,
-                local_files_only=local_files_only(source),
-            )
-        except UNUSABLE as error:
-            raise UserError(_unusable(source, error)) from error
-        named_by_remote_code = getattr(arch, "auto_map", None) or ()
-        if arch.model_type not in KNOWN and "AutoModelForMaskedLM" not in named_by_remote_code:
-            raise UserError(f"{source}: a model of type {arch.model_type} is no masked language model")
-        return arch
-    if config.model_type not in KNOWN:
-        near = difflib.get_close_matches(config.model_type, KNOWN, n=5) or sorted(KNOWN)
-        raise UserError(
-            f"--model_type {config.model_type}: transformers has no masked language model of this name; "
-            f"it has {', '.join(near)}"
-        )
-    return CONFIG_MAPPING[config.model_type]()
-
-
 def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The configuration to build from; without a checkpoint, with the tokenizer's size and special ids."""
     if not (config.model_name_or_path or config.config_name or config.model_type):
         return demo_config(tokenizer)
-    arch = _named_config(config)
+    arch = model_config(config)
     if not config.model_name_or_path:
         text = arch.get_text_config()
         text.vocab_size = _vocab_size(tokenizer)
@@ -350,7 +363,7 @@ def _from_checkpoint(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedM
             output_loading_info=True,
         )
     except UNUSABLE as error:
-        raise UserError(_unusable(name, error)) from error
+        raise explain_load_failure("model", name, error) from error
     if missing := sorted(loading["missing_keys"]):
         log.warning("%s: newly initialised, as the checkpoint lacks them: %s", name, _listed(missing))
     return model
@@ -362,7 +375,9 @@ def _from_scratch(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedMode
             arch, dtype=torch.float32, trust_remote_code=config.trust_remote_code
         )
     except UNUSABLE as error:
-        raise UserError(_unusable(config.config_name or arch.model_type, error)) from error
+        if config.config_name:
+            raise explain_load_failure("model", config.config_name, error) from error
+        raise UserError(f"--model_type {config.model_type}: {one_line(error)}") from error
 
 
 def _enlarge(model: PreTrainedModel, rows: int) -> None:
@@ -373,30 +388,12 @@ def _enlarge(model: PreTrainedModel, rows: int) -> None:
     except RuntimeError as error:  # ESM's head keeps a bias of the old size
         raise UserError(
             f"{type(model).__name__}: the embeddings cannot grow to the tokenizer's {rows} rows; "
-            f"use the checkpoint's own tokenizer ({_one_line(error)})"
+            f"use the checkpoint's own tokenizer ({one_line(error)})"
         ) from error
 
 
-def _unusable(source: str, error: Exception) -> str:
-    """One line on why a checkpoint or configuration cannot be loaded."""
-    if "trust_remote_code" in str(error):
-        return f"{source}: brings code of its own; read it, then pass --trust_remote_code true to run it"
-    if os.path.exists(source):
-        return f"{source}: no masked language model can be loaded from here: {_one_line(error)}"
-    if os.path.isabs(source) or source.startswith((".", "~")) or source.count("/") > 1:
-        return f"{source}: no such local folder, seen from {os.getcwd()}"
-    return (
-        f"{source}: no local folder of this name, and not found in the Hub's cache or on the Hub: "
-        f"{_one_line(error)}"
-    )
-
-
-def _one_line(error: Exception) -> str:
-    return textwrap.shorten(f"{type(error).__name__}: {error}", width=400, placeholder=" …")
-
-
 def _listed(names: list[str]) -> str:
-    return textwrap.shorten(f"{len(names)} parameters: {', '.join(names)}", width=600, placeholder=" …")
+    return one_line(f"{len(names)} parameters: {', '.join(names)}", 600)
 
 
 def _dropout_fields(config: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, str, float]]:

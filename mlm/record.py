@@ -30,7 +30,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm.batches import Batches
-from mlm.errors import UserError
+from mlm.checkpoint import steps
+from mlm.errors import UserError, at_least, one_line
 from mlm.model import SparseMaskedLM
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
@@ -47,25 +48,29 @@ class RecordConfig:
     hub_model_id: str | None = None  # name of the repository to upload to (default: the name of output_dir)
 
     def __post_init__(self) -> None:
-        if self.logging_steps < 1:
-            raise UserError(f"--logging_steps {self.logging_steps}: at least 1")
+        at_least(self, 1, "logging_steps")
 
 
 class Run:
     """The run directory while a run goes on. Only the main process writes and speaks."""
 
-    def __init__(self, config: RecordConfig, accelerator: Accelerator, resumes: bool) -> None:
+    def __init__(self, config: RecordConfig, accelerator: Accelerator, resumes: str | None) -> None:
         self.config = config
         self.speaks = accelerator.is_main_process
         self.folder = Path(config.output_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
         self.accelerator = accelerator
         self.started = time.perf_counter()
         self.bar: tqdm | None = None
+        self.hub_id: str | None = None
+        # whether a run that is in the directory goes on, or whatever is there is to be replaced
+        self.goes_on = resumes == "latest" or (
+            resumes is not None and Path(resumes).resolve().is_relative_to(self.folder.resolve())
+        )
         # Every process looks, none writes yet: a mistake found later must not have cost what is here.
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output_dir {self.folder}: this is a file")
         occupied = self.folder.is_dir() and any(self.folder.iterdir())
-        if config.output_dir and occupied and not (config.overwrite_output_dir or resumes):
+        if occupied and not (config.overwrite_output_dir or self.goes_on):
             raise UserError(
                 f"--output_dir {self.folder} is not empty; give --overwrite_output_dir to replace "
                 "what is there, or --resume_from_checkpoint latest to go on with it"
@@ -73,39 +78,54 @@ class Run:
         nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UserError(f"--output_dir {self.folder}: cannot write in {nearest}")
-        if self.speaks and config.push_to_hub:
-            self.hub_id = _create_repository(config.hub_model_id or self.folder.name)
 
     def say(self, text: str) -> None:
         if self.speaks:
             print(text, flush=True)
 
-    def begin(self, configuration: Any, step: int, facts: dict[str, Any]) -> None:
+    def begin(self, configuration: Any, experiment: dict[str, Any], step: int) -> None:
         """Makes the directory and writes run.json: what has to be known to repeat the run.
 
-        step: 0, or where a resumed run goes on; later lines of metrics.jsonl are dropped, to come again.
+        step: 0, or where a resumed run goes on; what came later is dropped, to come again.
         """
         described = dataclasses.asdict(configuration)
         if self.speaks:
-            metrics = self.folder / "metrics.jsonl"
+            if self.config.push_to_hub:
+                self.hub_id = _create_repository(self.config.hub_model_id or self.folder.name)
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                if step == 0:
-                    metrics.unlink(missing_ok=True)
-                    shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-                elif metrics.is_file():
-                    kept = [
-                        line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step
-                    ]
-                    metrics.write_text("".join(f"{line}\n" for line in kept))
-                about = {"configuration": described, **facts, "environment": environment(self.accelerator)}
-                write_json(self.folder / "run.json", about)
+                self._rewind(step) if self.goes_on else self._clear()
+                about = {"configuration": described, "experiment": experiment}
+                write_json(self.folder / "run.json", {**about, "environment": environment(self.accelerator)})
             except OSError as error:
                 raise UserError(
                     f"--output_dir {self.folder}: cannot write there ({error.strerror})"
                 ) from None
         if self.config.with_tracking:
+            self.accelerator.project_configuration.set_directories(str(self.folder))
             self.accelerator.init_trackers("mlm", config=_flat(described))
+
+    def _clear(self) -> None:
+        for name in ("metrics.jsonl", "all_results.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    def _rewind(self, step: int) -> None:
+        for later, path in steps(self.folder / "checkpoints").items():
+            if later > step:
+                shutil.rmtree(path)
+        metrics = self.folder / "metrics.jsonl"
+        kept = []
+        for line in metrics.read_text().splitlines() if metrics.is_file() else ():
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:  # the line that a killed run was writing
+                continue
+            if event["step"] <= step:
+                kept.append(line)
+            if event["step"] >= step and event["event"] == "checkpoint":  # the state that is gone on from
+                break
+        _replace(metrics, "".join(f"{line}\n" for line in kept))
 
     def log(self, event: str, step: int, **values: Any) -> None:
         """Appends a line to metrics.jsonl, and sends its numbers to the trackers."""
@@ -115,7 +135,7 @@ class Run:
             "event": event,
             "step": step,
             "seconds": round(time.perf_counter() - self.started, 3),
-            **values,
+            **finite(values),
         }
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -135,11 +155,11 @@ class Run:
             )
         self.bar.update()
 
-    def report(self, step: int, window: "Window", learning_rate: float) -> None:
+    def report(self, step: int, window: "Window", loss_so_far: float, learning_rate: float) -> None:
         """A line of training metrics, shown on the bar, or printed where there is none."""
-        speed, perplexity = window.tokens / window.seconds, math.exp(min(window.loss, 700))
+        speed, perplexity = window.tokens / window.seconds, math.exp(min(loss_so_far, 700))
         self.log("train", step, loss=window.loss, learning_rate=learning_rate, tokens_per_second=speed)
-        seen = f"loss {window.loss:.4f}, perplexity {perplexity:.4g}, lr {learning_rate:.2e}, "
+        seen = f"loss {window.loss:.4f}, perplexity so far {perplexity:.4g}, lr {learning_rate:.2e}, "
         seen += f"{speed:,.0f} tokens/s"
         self.bar.set_postfix_str(seen)
         if self.bar.disable:
@@ -148,29 +168,41 @@ class Run:
     def finish(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Any, results: dict[str, Any]
     ) -> None:
-        """The adapted model as an ordinary checkpoint, its results and its card; then, if asked, the Hub."""
+        """The adapted model as an ordinary checkpoint, its results and its card; then, if asked, the Hub.
+
+        The last thing that a run does: afterwards the processes are no group any more.
+        """
         if self.bar is not None:
             self.bar.close()
+        if self.speaks:
+            model.save_pretrained(self.folder)
+            tokenizer.save_pretrained(self.folder)
+            write_json(self.folder / "all_results.json", results)
+            card = model_card(self.hub_id or self.folder.name, config, results)
+            (self.folder / "README.md").write_text(card, encoding="utf-8")
+            before = (
+                f"{figure(results['perplexity_before'])} before, " if "perplexity_before" in results else ""
+            )
+            self.say(
+                f"held-out perplexity: {before}{figure(results['perplexity'])} after "
+                f"(frequencies alone: {figure(results['perplexity_unigram'])}); saved to {self.folder}"
+            )
         self.log("end", results["steps"], **results)
-        if self.config.with_tracking:
-            self.accelerator.end_training()
-        if not self.speaks:
-            return
-        model.save_pretrained(self.folder)
-        tokenizer.save_pretrained(self.folder)
-        write_json(self.folder / "all_results.json", results)
-        card = model_card(self.folder.name, config, results)
-        (self.folder / "README.md").write_text(card, encoding="utf-8")
-        before = f"{results['perplexity_before']:.4g} before, " if "perplexity_before" in results else ""
-        self.say(
-            f"held-out perplexity: {before}{results['perplexity']:.4g} after "
-            f"(knowing frequencies alone: {results['perplexity_unigram']:.4g}); saved to {self.folder}"
-        )
-        if self.config.push_to_hub:
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        if self.speaks and self.config.push_to_hub:
+            self._upload()
+
+    def _upload(self) -> None:
+        try:
             HfApi().upload_folder(
                 repo_id=self.hub_id, folder_path=self.folder, ignore_patterns=["checkpoints/**"]
             )
-            self.say(f"uploaded to {self.hub_id}")
+        except Exception as error:  # the model is safe on disk, whatever the Hub or the network says
+            raise UserError(
+                f"--push_to_hub: {self.folder} is whole, its upload failed: {one_line(error)}"
+            ) from None
+        self.say(f"uploaded to {self.hub_id}")
 
 
 class Window(NamedTuple):
@@ -189,18 +221,19 @@ class Window(NamedTuple):
 class Meter:
     """Adds up the loss on the device, so that no step has to wait until it is read."""
 
-    def __init__(self, accelerator: Accelerator, tokens_per_step: int) -> None:
-        self.accelerator, self.tokens_per_step = accelerator, tokens_per_step
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
         self.restart()
 
     def restart(self) -> None:
         self.nats: list[torch.Tensor] = []
-        self.masked, self.started = 0, time.perf_counter()
+        self.masked, self.tokens, self.started = 0, 0, time.perf_counter()
 
-    def add(self, nats: torch.Tensor, masked: int) -> None:
-        """nats: [] float32, this process's share of a step; masked: tokens of the whole step."""
+    def add(self, nats: torch.Tensor, masked: int, tokens: int) -> None:
+        """nats: [] float32, this process's share of a step; masked, tokens: those of the whole step."""
         self.nats.append(nats)
         self.masked += masked
+        self.tokens += tokens
 
     def read(self) -> Window:
         """Here the host waits for the device."""
@@ -208,9 +241,15 @@ class Meter:
         if self.accelerator.num_processes > 1:
             nats = self.accelerator.reduce(nats)
         total = nats.cpu().double().sum().item()
-        return Window(
-            total, self.masked, len(self.nats) * self.tokens_per_step, time.perf_counter() - self.started
-        )
+        return Window(total, self.masked, self.tokens, time.perf_counter() - self.started)
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with None for NaN and infinity, which JSON does not have."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
 
 
 def plan(
@@ -237,10 +276,19 @@ def plan(
     return "\n".join(f"{what:<10} {text}" for what, text in lines.items())
 
 
+def figure(value: float | None) -> str:
+    """A figure for a person to read."""
+    return "not finite" if value is None else f"{value:.4g}"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replaces a file by a JSON text, whole or not at all."""
+    _replace(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    partial.write_text(text)
     partial.replace(path)
 
 
@@ -287,12 +335,10 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
     text = files[0] if files else "the prose that every Python installation carries"
     model = Path(base).name if local else base or f"A {config.model.model_type or 'small BERT'} from scratch"
     rows = [
-        f"| {what} | {results[f'{key}_before']:.4g} | {results[key]:.4g} |"
-        if f"{key}_before" in results
-        else f"| {what} | | {results[key]:.4g} |"
-        for what, key in (("perplexity", "perplexity"), ("accuracy", "accuracy"))
+        f"| {name} | {figure(results[was]) if was in results else ''} | {figure(results[name])} |"
+        for name, was in (("perplexity", "perplexity_before"), ("accuracy", "accuracy_before"))
     ]
-    table, rate = "\n".join(rows), config.loop.learning_rate
+    table, rate, unigram = "\n".join(rows), config.loop.learning_rate, figure(results["perplexity_unigram"])
     return f"""---
 {data.to_yaml()}
 ---
@@ -307,27 +353,26 @@ On {results["eval_masked_tokens"]:,} masked tokens of held-out documents, under 
 | --- | --- | --- |
 {table}
 
-A model that knows token frequencies alone has a perplexity of {results["perplexity_unigram"]:.4g} on them.
+A model that knows token frequencies alone has a perplexity of {unigram} on them.
 
 ```python
 from transformers import pipeline
 
-fill = pipeline("fill-mask", "{config.record.hub_model_id or name}")
+fill = pipeline("fill-mask", "{name}")
 ```
 
 - {results["steps"]:,} steps of AdamW ({results["epochs"]:.3g} epochs), learning rate {rate:g}
 - {config.masking.mlm_probability:.3g} of the {"words" if config.masking.whole_word_mask else "tokens"} masked
-- training loss {results["train_loss"]:.4g} nats, {results["tokens_per_second"]:,.0f} tokens/s
+- training loss {figure(results["train_loss"])} nats, {results["tokens_per_second"]:,.0f} tokens/s
 """
 
 
 def _create_repository(name: str) -> str:
     try:
         return HfApi().create_repo(name, exist_ok=True).repo_id
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # of the network, of the login, of the name
         raise UserError(
-            f"--push_to_hub: cannot create {name} on the Hub; log in with `hf auth login` ({reason})"
+            f"--push_to_hub: cannot create {name} there; log in with `hf auth login` ({one_line(error, 200)})"
         ) from None
 
 

@@ -11,10 +11,12 @@ run finds its store without reading a document. A store is built beside its plac
 half-built one is never found.
 """
 
+import contextlib
 import errno
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -33,25 +35,29 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm import corpus
 from mlm.corpus import CorpusConfig
-from mlm.errors import UserError
+from mlm.errors import UserError, at_least
 from mlm.tokenizer import TokenFacts, text_encoder
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 ARRAYS = ("ids", "word_starts", "document_offsets")
 BATCH_DOCUMENTS = 1000
 BATCH_CHARACTERS = 4_000_000  # what is held in memory at a time, unless one document is longer
 MAX_MEAN_WORD = 10  # tokens; whole words longer than this on average are no words
+ABANDONED = 24 * 3600  # seconds in which a build that is alive has written something
 
 
 @dataclass(frozen=True)
 class StreamConfig:
+    """Where token stores are kept, and how they are made."""
+
     token_store: str | None = None  # folder that keeps token stores between runs (default: ~/.cache/mlm)
     overwrite_cache: bool = False  # build the token store anew even where a valid one lies
     preprocessing_num_workers: int | None = None  # threads that tokenise (default: all cores)
 
     def __post_init__(self) -> None:
-        if self.preprocessing_num_workers is not None and self.preprocessing_num_workers < 1:
-            raise UserError(f"--preprocessing_num_workers {self.preprocessing_num_workers}: at least 1")
+        at_least(self, 1, "preprocessing_num_workers")
 
 
 @dataclass(frozen=True)
@@ -78,12 +84,41 @@ class Encoded(NamedTuple):
 
 
 def prepare(
-    source: CorpusConfig, tokenizer: PreTrainedTokenizerBase, facts: TokenFacts, config: StreamConfig
+    source: CorpusConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: TokenFacts,
+    config: StreamConfig,
+    whole_words: bool = False,
 ) -> dict[str, TokenStore]:
     """The token stores of the corpus's splits: found, or built now.
 
+    whole_words: whether words are to be masked. Where the tokenizer sees none, that is a UserError, and
+    otherwise a warning.
+
     Raises UserError where the corpus cannot be read or the store cannot be written.
     """
+    stores = _find_or_build(source, tokenizer, facts, config)
+    longest = max((store.mean_word for store in stores.values() if store.header["words"]), default=0)
+    if whole_words:
+        for store in stores.values():
+            check_words(store)
+    elif longest > MAX_MEAN_WORD:
+        log.warning("%s; tokens can be masked, whole words cannot", _no_words(longest))
+    return stores
+
+
+def limit_threads(config: StreamConfig) -> None:
+    """Has the tokenizers library use as many threads as `config` says.
+
+    To be called before any tokenizer works in this process: the library asks once, when it starts its pool.
+    """
+    if config.preprocessing_num_workers is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(config.preprocessing_num_workers)
+
+
+def _find_or_build(
+    source: CorpusConfig, tokenizer: PreTrainedTokenizerBase, facts: TokenFacts, config: StreamConfig
+) -> dict[str, TokenStore]:
     identity = corpus.identify(source)
     key = hashlib.sha256(json.dumps([identity, facts.fingerprint], sort_keys=True).encode()).hexdigest()[:20]
     folder = store_folder(config) / key
@@ -92,15 +127,15 @@ def prepare(
         if found:
             return found
 
-    if config.preprocessing_num_workers is not None:  # read once, when the tokenizers library starts its pool
-        os.environ["RAYON_NUM_THREADS"] = str(config.preprocessing_num_workers)
+    limit_threads(config)
     documents = corpus.load(source)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder)
         with tempfile.TemporaryDirectory(prefix=f"{key}.building.", dir=folder.parent) as workspace:
             built = Path(workspace, "store")  # the folder around it is its owner's alone
             for split, dataset in documents.splits.items():
-                texts = (row for batch in dataset.iter(BATCH_DOCUMENTS) for row in batch["text"])
+                texts = corpus.texts(dataset)
                 progress = tqdm(texts, f"tokenising {split}", len(dataset), unit=" documents", disable=None)
                 origin = {
                     "split": split,
@@ -116,7 +151,23 @@ def prepare(
         quicker = error.errno in (errno.ENOTEMPTY, errno.EEXIST) and folder.is_dir()  # another run was
         if not quicker:
             raise UserError(f"--token_store {folder.parent}: cannot write there ({error.strerror})") from None
-    return _open_splits(folder, identity, facts)
+    stores = _open_splits(folder, identity, facts)
+    if not stores:
+        raise UserError(f"--token_store {folder}: removed by something else while it was built; run again")
+    return stores
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what killed builds of this store left behind.
+
+    Told by age, not by process, since another machine may be building in the same place.
+    """
+    for leftover in folder.parent.glob(f"{folder.name}.building.*"):
+        times = []
+        with contextlib.suppress(OSError):  # a build that ends meanwhile takes its folder along
+            times = [path.stat().st_mtime for path in (leftover, *leftover.rglob("*"))]
+        if times and time.time() - max(times) > ABANDONED:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def store_folder(config: StreamConfig) -> Path:
@@ -135,7 +186,8 @@ def _open_splits(folder: Path, identity: dict[str, Any], facts: TokenFacts) -> d
                 return {}
             stores[split] = store
     # A store that is being removed loses its splits one after the other.
-    return stores if all(set(store.header.get("splits", ())) == set(stores) for store in stores.values()) else {}
+    whole = all(set(store.header.get("splits", ())) == set(stores) for store in stores.values())
+    return stores if whole else {}
 
 
 def open_store(folder: Path, tokenizer_fingerprint: str) -> TokenStore | None:
@@ -218,10 +270,14 @@ def check_words(store: TokenStore) -> None:
             "choose a fast one with --tokenizer_name, or mask tokens"
         )
     if store.mean_word > MAX_MEAN_WORD:
-        raise UserError(
-            f"--whole_word_mask: this tokenizer sees words of {store.mean_word:.0f} tokens on average here "
-            f"(at most {MAX_MEAN_WORD} make sense), as in text without spaces; mask tokens instead"
-        )
+        raise UserError(f"--whole_word_mask: {_no_words(store.mean_word)}; mask tokens instead")
+
+
+def _no_words(mean_word: float) -> str:
+    return (
+        f"this tokenizer sees words of {mean_word:.0f} tokens on average here "
+        f"(at most {MAX_MEAN_WORD} make sense), as in text without spaces"
+    )
 
 
 def _batches(texts: Iterable[str], digest: "hashlib._Hash") -> Iterator[list[str]]:
@@ -229,7 +285,7 @@ def _batches(texts: Iterable[str], digest: "hashlib._Hash") -> Iterator[list[str
     batch: list[str] = []
     characters = 0
     for text in texts:
-        data = text.encode("utf-8", "surrogatepass")
+        data = text.encode()
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
         batch.append(text)

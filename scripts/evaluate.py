@@ -13,34 +13,38 @@ from mlm.evaluate import EvaluateConfig, evaluate
 from mlm.hardware import make_accelerator
 from mlm.masking import MaskingConfig, make_recipe
 from mlm.model import ModelConfig, SparseMaskedLM, check_embeddings, load_model, max_positions
-from mlm.stream import StreamConfig, check_words, prepare
-from mlm.tokenizer import load_tokenizer, token_facts
+from mlm.record import finite
+from mlm.stream import StreamConfig
+from mlm.train import Config, open_corpus
 
 
 @dataclass(frozen=True)
-class PrecisionConfig:
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = (
-        None  # default: what accelerate was configured for
-    )
+class CheckpointToMeasure:
+    """The part of ModelConfig that measuring needs, and the precision."""
+
+    model_name_or_path: str | None = None  # masked-LM checkpoint, a Hub name or a folder
+    tokenizer_name: str | None = None  # tokenizer, where it differs from the model's
+    trust_remote_code: bool = False  # run the Python code that a checkpoint brings along
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # default: as accelerate is configured
 
 
-ROOMS = (ModelConfig, CorpusConfig, StreamConfig, ChunkConfig, MaskingConfig, EvaluateConfig, PrecisionConfig)
+ROOMS = (CheckpointToMeasure, CorpusConfig, StreamConfig, ChunkConfig, MaskingConfig, EvaluateConfig)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    model, corpus, stream, chunking, masking, evaluation, precision, _ = cli.parse(
-        ROOMS, argv, cli.command(__doc__)
-    )
-    if not model.model_name_or_path:
+    what, corpus, stream, chunking, masking, evaluation, _ = cli.parse(ROOMS, argv, cli.command(__doc__))
+    if not what.model_name_or_path:
         raise UserError("nothing to measure; give --model_name_or_path")
-    accelerator = make_accelerator(precision.mixed_precision)
-    with accelerator.local_main_process_first():
-        tokenizer = load_tokenizer(model.tokenizer_name or model.model_name_or_path, model.trust_remote_code)
-        facts = token_facts(tokenizer)
-        check_embeddings(model, tokenizer)
-        store = prepare(corpus, tokenizer, facts, stream)["validation"]
-    if masking.whole_word_mask:
-        check_words(store)
+    model = ModelConfig(
+        model_name_or_path=what.model_name_or_path,
+        tokenizer_name=what.tokenizer_name,
+        trust_remote_code=what.trust_remote_code,
+    )
+    accelerator = make_accelerator(what.mixed_precision)
+    config = Config(model=model, corpus=corpus, stream=stream, masking=masking)
+    tokenizer, facts, stores = open_corpus(config, accelerator)
+    check_embeddings(model, tokenizer)
+    store = stores["validation"]
     net = load_model(model, tokenizer, seed=0)
     length = chunk_length(chunking, max_positions(net.config))
     chunks = cut_into_chunks(store, chunking, length, facts)
@@ -51,7 +55,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         f"perplexity {found.perplexity:.4g}, loss {found.loss:.4f} nats, accuracy {found.accuracy:.2%} "
         f"over {found.counts.sum():,} masked tokens in {len(chunk_ids):,} chunks of {length}"
     )
-    return {**found.summary(), "chunks": len(chunk_ids), "chunk_size": length}
+    accelerator.end_training()
+    return {**finite(found.summary()), "chunks": len(chunk_ids), "chunk_size": length}
 
 
 if __name__ == "__main__":

@@ -10,14 +10,15 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm import cli
 from mlm.batches import mask_chunks
-from mlm.chunks import ChunkConfig, Chunks, cut_into_chunks
+from mlm.chunks import ChunkConfig, Chunks, chunk_length, cut_into_chunks
 from mlm.corpus import CorpusConfig
 from mlm.errors import at_least
+from mlm.hardware import make_accelerator
 from mlm.masking import MaskingConfig, Recipe, make_recipe
-from mlm.model import ModelConfig
-from mlm.stream import StreamConfig, TokenStore, check_words, prepare
-from mlm.tokenizer import TokenFacts, token_facts
-from mlm.train import Config, open_tokenizer
+from mlm.model import ModelConfig, position_limit
+from mlm.stream import StreamConfig, TokenStore
+from mlm.tokenizer import TokenFacts
+from mlm.train import Config, open_corpus
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,16 @@ ROOMS = (ModelConfig, CorpusConfig, StreamConfig, ChunkConfig, MaskingConfig, Sh
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     model, corpus, stream, chunking, masking, look, _ = cli.parse(ROOMS, argv, cli.command(__doc__))
-    tokenizer = open_tokenizer(Config(model=model, corpus=corpus, stream=stream))
-    facts = token_facts(tokenizer)
-    stores = prepare(corpus, tokenizer, facts, stream)
+    tokenizer, facts, stores = open_corpus(model, corpus, stream, make_accelerator(), masking.whole_word_mask)
     recipe = make_recipe(masking, facts)
-    length = chunking.max_seq_length or 128
+    length = chunk_length(chunking, position_limit(model))
     summary = {}
     for split, store in stores.items():
-        if masking.whole_word_mask:
-            check_words(store)
         chunks = cut_into_chunks(store, chunking, length, facts)
         summary[split] = describe(store, chunks)
-        print(f"{split}\n" + "\n".join(f"  {name:<22} {value:,}" for name, value in summary[split].items()))
+        print(split)
+        for name, value in summary[split].items():
+            print(f"  {name.replace('_', ' '):<22} {'unknown' if value is None else format(value, ',')}")
         draw = np.random.default_rng(look.seed)
         for number in draw.choice(
             store.header["documents"], min(look.show, store.header["documents"]), replace=False
@@ -69,14 +68,15 @@ def describe(store: TokenStore, chunks: Chunks) -> dict[str, Any]:
     header = store.header
     return {
         "documents": header["documents"],
-        "empty documents": header["empty_documents"],
+        "empty_documents": header["empty_documents"],
         "tokens": header["tokens"],
         "words": header["words"],
-        "tokens per word": round(store.mean_word, 3) if header["words"] else None,
-        "unknown-token share": round(header["unknown_tokens"] / max(header["tokens"], 1), 6),
-        f"chunks of {chunks.chunk_size}": len(chunks),
+        "tokens_per_word": round(store.mean_word, 3) if header["words"] else None,
+        "unknown_token_share": round(header["unknown_tokens"] / max(header["tokens"], 1), 6),
+        "chunk_size": chunks.chunk_size,
+        "chunks": len(chunks),
         "seconds": round(header["seconds"], 2),
-        "tokens per second": round(header["tokens"] / max(header["seconds"], 1e-9)),
+        "tokens_per_second": round(header["tokens"] / max(header["seconds"], 1e-9)),
     }
 
 
@@ -95,24 +95,19 @@ def show_chunk(
     ids, seen_ids, starts = rows.ids[0], seen.input_ids[0].tolist(), rows.word_starts[0].copy()
     predicted = set(seen.positions.tolist())
     starts[0] = True
-    words = []
-    for word in np.split(np.arange(len(ids)), np.flatnonzero(starts)[1:]):
-        pieces = ""
-        for place in word:
-            text = tokenizer.decode([ids[place]]).strip().removeprefix("##")
-            if place in predicted:
-                other = tokenizer.decode([seen_ids[place]]).strip()
-                fate = (
-                    ""
-                    if seen_ids[place] == facts.mask_id
-                    else "="
-                    if seen_ids[place] == ids[place]
-                    else f"→{other}"
-                )
-                text = f"‹{text}{fate}›"
-            pieces += text
-        words.append(pieces.replace("›‹", ""))
-    return " ".join(words)
+
+    def show(place: int) -> str:
+        text = tokenizer.decode([ids[place]]).strip().removeprefix("##")
+        if place not in predicted:
+            return text
+        if seen_ids[place] == facts.mask_id:
+            return f"‹{text}›"
+        if seen_ids[place] == ids[place]:
+            return f"‹{text}=›"
+        return f"‹{text}→{tokenizer.decode([seen_ids[place]]).strip()}›"
+
+    words = np.split(np.arange(len(ids)), np.flatnonzero(starts)[1:])
+    return " ".join("".join(map(show, word.tolist())) for word in words)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def table() -> str:
     caption = (
         f"O{imdb['what'][1:]}, {imdb['model']}, {imdb['evaluated_masked_tokens']:,} masked tokens; "
         f"n = 1; {where['cores']} cores of {where['processor']}, torch {where['torch']}, transformers "
-        f"{where['transformers']}, commit {where['commit'][:8]}. Command: `python benchmarks/imdb.py`."
+        f"{where['transformers']}, commit {where['commit'] or 'unknown'}. `python benchmarks/imdb.py`."
     )
     return "\n".join(rows) + f"\n\n{caption}\n"
 

@@ -382,7 +382,7 @@ def test_the_library_is_quiet_inside_and_as_it_was_outside(tmp_path, capfd):
     counts, verbosity = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.utils.logging.get_verbosity()
     logger, log = logging.getLogger("datasets"), io.StringIO()
     logger.addHandler(handler := logging.StreamHandler(log))
-    load(CorpusConfig(train_file=write(tmp_path / "texts.jsonl", LINES)), num_proc=2)
+    load(CorpusConfig(train_file=write(tmp_path / "texts.jsonl", LINES)))
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": \n')
     refusal(load, train_file=str(broken))

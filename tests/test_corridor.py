@@ -1,8 +1,11 @@
 """The whole corridor: text in, filled mask out, on the command line."""
 
 import json
+import os
 import subprocess
 import sys
+
+import pytest
 
 from tests.conftest import ANIMALS, REPOSITORY
 
@@ -42,3 +45,16 @@ def test_what_a_store_holds_is_shown(toy, tmp_path):
     assert found["validation"]["documents"] == 60
     assert printed.count("train document ") == printed.count("validation chunk ") == 3
     assert "‹" in printed
+
+
+@pytest.mark.slow
+def test_the_demo_ends_at_half_of_the_unigram_perplexity_or_less(tmp_path):
+    """The whole built-in demo, a minute or two: it knows more than how frequent each token is."""
+    threads = {**os.environ, "OMP_NUM_THREADS": str(min(2, os.cpu_count())), "OMP_WAIT_POLICY": "passive"}
+    command = [sys.executable, "scripts/demo.py", "--output_dir", str(tmp_path / "demo")]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=threads)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["perplexity"] <= 0.5 * found["perplexity_unigram"]
+    assert found["perplexity_before"] > 4000  # about the size of its vocabulary, 8192
+    assert run.stdout.count("[MASK]") >= 3  # sentences, filled before and after

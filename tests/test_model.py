@@ -35,6 +35,7 @@ from mlm.model import (
     demo_config,
     load_model,
     max_positions,
+    position_limit,
     vocabulary_size,
 )
 
@@ -400,7 +401,7 @@ def test_pickle_with_code_is_refused_and_not_run(checkpoint: Path, tmp_path: Pat
         torch.save(content, checkpoint / "pytorch_model.bin")
     else:
         (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps(content))
-    with pytest.raises(UserError, match="no masked language model can be loaded") as error:
+    with pytest.raises(UserError, match="cannot load the model in") as error:
         load_model(ModelConfig(str(checkpoint)), tokenizer_of(), seed=0)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
@@ -537,6 +538,25 @@ def test_max_positions_is_the_longest_sequence_the_model_takes(model_type: str):
                 model(ids)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [ModelConfig(), ModelConfig(model_type="roberta"), ModelConfig(model_type="modernbert")],
+    ids=["demo", "roberta", "modernbert"],
+)
+def test_the_position_limit_is_known_before_the_model_is_loaded(config: ModelConfig, monkeypatch):
+    tokenizer = tokenizer_of(60)
+    default = CONFIG_MAPPING[config.model_type]() if config.model_type else demo_config(tokenizer)
+    with monkeypatch.context() as patch:
+        patch.delattr("mlm.model.AutoModelForMaskedLM")
+        assert position_limit(config) == max_positions(default)
+
+
+def test_the_position_limit_is_that_of_the_named_checkpoint(checkpoint: Path):
+    longest = max_positions(small_model("bert").config)
+    assert position_limit(ModelConfig(str(checkpoint))) == longest
+    assert position_limit(ModelConfig(config_name=str(checkpoint))) == longest
+
+
 @pytest.mark.parametrize("model_type", ["deberta", "deberta-v2", "esm", "eurobert", "modernbert"])
 def test_relative_and_rotary_positions_have_no_limit(model_type: str):
     assert max_positions(small_model(model_type).config) is None
@@ -575,9 +595,9 @@ def test_folder_that_does_not_exist_is_told_from_a_hub_name(tmp_path: Path, monk
     # The switch of huggingface_hub itself, so that the test does not wait for a network's time-outs.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for folder in (str(tmp_path / "nothing"), "./nothing", "a/b/c"):
-        assert "no such local folder" in mistake(ModelConfig(folder))
-    assert "on the Hub" in mistake(ModelConfig("some-user/some-model"))
-    assert "on the Hub" in mistake(ModelConfig(config_name="some-model"))
+        assert f"no such folder: {folder}" in mistake(ModelConfig(folder))
+    assert "from the Hub" in mistake(ModelConfig("some-user/some-model"))
+    assert "from the Hub" in mistake(ModelConfig(config_name="some-model"))
 
 
 def test_folder_without_a_model_is_a_mistake(tmp_path: Path):

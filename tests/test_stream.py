@@ -1,8 +1,10 @@
 """Claims about the token store: what is in it (laws 6 and 7), and when it is made, found and rebuilt."""
 
 import json
+import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from transformers.models.esm.tokenization_esm import EsmTokenizer
 from mlm import corpus, stream
 from mlm.corpus import CorpusConfig
 from mlm.errors import UserError
-from mlm.stream import StreamConfig, build, check_words, open_store, prepare, store_folder
+from mlm.stream import StreamConfig, build, check_words, limit_threads, open_store, prepare, store_folder
 from mlm.tokenizer import load_tokenizer, token_facts
 from tests.oracles import tokens_of
 from tests.tokenizers_for_tests import byte_level_bpe, unigram, wordpiece
@@ -197,6 +199,36 @@ def test_chinese_under_berts_pre_tokenizer_has_words(tmp_path):
 @kinds
 def test_english_has_words(kind, tmp_path):
     check_words(built(TEXTS, TOKENIZERS[kind], tmp_path))
+
+
+@pytest.mark.parametrize("splits", [["train"], ["validation"], ["train", "validation"]], ids="+".join)
+def test_preparing_says_once_that_the_tokenizer_sees_no_words(splits, world, caplog):
+    for split in splits:
+        getattr(world, f"{split}_file").write_text("\n".join(CHINESE))
+    letters = sorted({letter for text in CHINESE for letter in text})
+    world.tokenizer = unigram(letters, 300)
+    mean = np.mean([len(tokens_of(world.tokenizer, text)[0]) - 2 for text in CHINESE])
+    for _ in ("built", "found"):
+        caplog.clear()
+        world.prepare()
+        ((logger, level, message),) = caplog.record_tuples
+        assert (logger, level) == ("mlm.stream", logging.WARNING)
+        assert f"words of {mean:.0f} tokens on average" in message
+        assert "whole words cannot" in message
+
+
+@kinds
+def test_preparing_english_says_nothing(kind, world, caplog):
+    for _ in ("built", "found"):
+        world.prepare(TOKENIZERS[kind])
+    assert caplog.text == ""
+
+
+def test_preparing_with_a_slow_tokenizer_or_with_unknown_letters_says_nothing(world, tmp_path, caplog):
+    world.train_file.write_text("ж ж\n")
+    world.prepare()
+    world.prepare(slow_tokenizer(tmp_path))
+    assert caplog.text == ""
 
 
 def test_text_of_unknown_tokens_alone_has_no_words(tmp_path):
@@ -495,6 +527,45 @@ def test_a_build_that_is_killed_leaves_nothing_that_is_taken_for_a_store(tmp_pat
     assert world.prepare()["train"].header["documents"] == 1000 * len(TEXTS)
 
 
+def leave_behind(world, days):
+    """A build of the world's store that was killed and last wrote so many days ago; its folder."""
+    (store,) = world.folder.glob("*/train")
+    leftover = world.folder / f"{store.parent.name}.building.x1y2"
+    shutil.copytree(store, leftover / "store" / "train")
+    for path in (leftover, *leftover.rglob("*")):
+        os.utime(path, (time.time() - days * 24 * 3600,) * 2)
+    return leftover
+
+
+def test_a_build_removes_what_killed_ones_of_its_store_left(world):
+    world.prepare()
+    old, other = leave_behind(world, 1.1), world.folder / "0123456789abcdef.building.x1y2"
+    shutil.copytree(old, other)
+    world.prepare()
+    assert old.exists(), "a store that is found is no time to tidy up"
+    world.prepare(overwrite_cache=True)
+    assert not old.exists()
+    assert other.exists(), "another store's build is another's affair"
+
+
+@pytest.mark.parametrize("file", [".", "store/train/ids.npy"])
+def test_a_build_that_may_be_alive_is_left_alone(file, world):
+    world.prepare()
+    alive = leave_behind(world, 1.1)
+    os.utime(alive / file, (time.time() - 0.9 * 24 * 3600,) * 2)
+    world.prepare(overwrite_cache=True)
+    assert (alive / "store" / "train" / "ids.npy").exists()
+
+
+def test_a_store_that_is_removed_behind_ones_back_is_one_line(world, monkeypatch):
+    def rename(built, folder):
+        shutil.rmtree(built)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(UserError, match=r"--token_store .*: removed .* run again"):
+        world.prepare()
+
+
 @pytest.mark.parametrize("same_place", [True, False])
 def test_a_disk_that_is_full_is_one_line_and_harms_nothing(same_place, world):
     world.prepare()
@@ -547,6 +618,15 @@ def test_stores_lie_in_the_users_cache_unless_told_otherwise(tmp_path, monkeypat
     monkeypatch.setenv("HOME", str(tmp_path))
     assert store_folder(StreamConfig()) == tmp_path / ".cache" / "mlm"
     assert store_folder(StreamConfig(token_store="~/stores")) == tmp_path / "stores"
+
+
+def test_threads_are_limited_where_a_number_is_given(monkeypatch):
+    monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
+    limit_threads(StreamConfig())
+    assert "RAYON_NUM_THREADS" not in os.environ
+    monkeypatch.setenv("RAYON_NUM_THREADS", "7")
+    limit_threads(StreamConfig(preprocessing_num_workers=2))
+    assert os.environ["RAYON_NUM_THREADS"] == "2"
 
 
 def test_no_thread_is_too_few():

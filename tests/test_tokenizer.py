@@ -1,6 +1,7 @@
 """Claims about what the rooms know of a tokenizer: which ids are special, unused or missing (law 6)."""
 
 import copy
+import json
 import os
 import stat
 
@@ -146,6 +147,17 @@ def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
             load_tokenizer(name)
         assert name in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_code_of_a_tokenizer_runs_only_when_asked_for(tmp_path):
+    wordpiece(TEXTS).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    with pytest.raises(UserError, match=f"^{tmp_path} brings code of its own.*--trust_remote_code true"):
+        load_tokenizer(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_vocabulary_is_learnt_to_the_size_asked_for():

@@ -4,28 +4,31 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, get_scheduler
 
 from mlm.batches import Batches
 from mlm.checkpoint import CheckpointConfig
 from mlm.chunks import ChunkConfig, cut_into_chunks
 from mlm.errors import UserError
+from mlm.evaluate import EvaluateConfig
 from mlm.masking import MaskingConfig, make_recipe
+from mlm.model import ModelConfig
 from mlm.record import RecordConfig
 from mlm.stream import prepare
 from mlm.tokenizer import load_tokenizer, token_facts
-from mlm.train import make_optimizer, train
+from mlm.train import LoopConfig, Schedule, make_optimizer, train
 from tests.conftest import REPOSITORY
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
@@ -57,7 +60,7 @@ def slow_training(config):
     tokenizer = load_tokenizer(config.model.model_name_or_path)
     facts = token_facts(tokenizer)
     store = prepare(config.corpus, tokenizer, facts, config.stream)["train"]
-    chunks = cut_into_chunks(store, config.chunks, 16, facts)
+    chunks = cut_into_chunks(store, config.chunks, config.chunks.max_seq_length, facts)
     G = config.loop.train_batch_size
     batches = Batches(chunks, make_recipe(config.masking, facts), facts.ordinary, config.loop.seed, G, G)
     model = AutoModelForMaskedLM.from_pretrained(
@@ -67,7 +70,9 @@ def slow_training(config):
     scheduler = get_scheduler("linear", optimizer, config.loop.num_warmup_steps, config.loop.max_train_steps)
     for step in range(config.loop.max_train_steps):
         [batch], _ = batches.load(step)
-        logits = model(batch.input_ids).logits.flatten(0, 1)  # [B * T, V]
+        logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(
+            0, 1
+        )  # [B * T, V]
         labels = torch.full((len(logits),), -100)
         labels[batch.positions] = batch.targets
         F.cross_entropy(logits, labels).backward()
@@ -173,7 +178,7 @@ def test_a_step_that_the_scaler_skips_is_taken_again_and_moves_nothing(toy, tmp_
     assert losses[1] == pytest.approx(losses[0], rel=0.01)  # those of other batches differ by far more
 
 
-def test_training_fills_masks_better(toy, tmp_path):
+def test_training_learns_what_stands_beside_a_word(toy, tmp_path):
     result = train(toy.config(tmp_path / "run", max_train_steps=600, eval_steps=600))
     assert result.results["perplexity_before"] > 100  # about the vocabulary's size
     assert result.results["perplexity"] < 4
@@ -203,7 +208,8 @@ def test_the_run_leaves_the_records_of_the_design(toy, tmp_path):
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_10", "step_5"]
     run = json.loads((folder / "run.json").read_text())
     assert run["configuration"]["loop"]["learning_rate"] == 5e-3
-    assert {"corpus", "tokenizer", "masks", "environment"} <= run.keys()
+    assert {"train corpus", "tokenizer", "masks"} <= run["experiment"].keys()
+    assert run["environment"]["torch"] == torch.__version__
     card = (folder / "README.md").read_text()
     assert card.startswith("---\n")
     assert f"{result.results['perplexity']:.4g}" in card
@@ -227,7 +233,7 @@ def test_the_best_weights_are_kept_where_asked(toy, tmp_path):
     loop = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "eval_steps": 1, "max_train_steps": 3}
     last = train(toy.config(tmp_path / "last", **loop))
     best = train(toy.config(tmp_path / "best", load_best_model_at_end=True, **loop))
-    losses = [line["loss"] for line in metrics(tmp_path / "best", "eval")]
+    losses = [line["eval_loss"] for line in metrics(tmp_path / "best", "eval")]
     assert last.results["eval_loss"] == losses[-1] > min(losses) == best.results["eval_loss"]
     untouched = AutoModelForMaskedLM.from_pretrained(toy.checkpoint)
     assert losses.index(min(losses)) == 0
@@ -243,18 +249,100 @@ def test_other_masks_train_too(toy, tmp_path, setting):
     assert all(tensor.isfinite().all() for tensor in result.model.state_dict().values())
 
 
-@pytest.mark.parametrize("chunks", [ChunkConfig(16, remainder="pad"), ChunkConfig(12, line_by_line=True)])
-def test_padded_chunks_train_too(toy, tmp_path, chunks):
-    assert train(toy.config(tmp_path / "run", chunks=chunks, max_train_steps=40)).results["perplexity"] < 60
+@pytest.mark.parametrize(
+    "chunks",
+    [ChunkConfig(16, remainder="pad"), ChunkConfig(12, line_by_line=True), ChunkConfig(8, line_by_line=True)],
+)
+def test_padded_chunks_train_as_in_the_slow_loop(toy, tmp_path, chunks):
+    config = toy.config(tmp_path / "run", chunks=chunks, per_device_train_batch_size=3)
+    assert_same_weights(train(config).model, slow_training(config))
 
 
-def test_bf16_trains_close_to_fp32(toy, tmp_path):
-    results = []
+def test_bf16_rounds_and_trains_all_the_same(toy, tmp_path):
+    losses = []
     for precision in ("no", "bf16"):
         config = toy.config(tmp_path / precision, mixed_precision=precision, max_train_steps=60)
-        results.append(train(config).results["eval_loss"])
+        losses.append(train(config).results["eval_loss"])
         AcceleratorState._reset_state(reset_partial_state=True)
-    assert results[1] == pytest.approx(results[0], abs=0.3)
+    assert losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], abs=0.3)
+
+
+@pytest.mark.parametrize("name", get_args(Schedule))
+def test_every_schedule_runs(toy, tmp_path, name):
+    config = toy.config(tmp_path / "run", lr_scheduler_type=name, num_warmup_steps=1, max_train_steps=3)
+    assert train(config).results["steps"] == 3
+
+
+def test_biases_and_norms_do_not_decay():
+    """ConvBERT has a bias of two dimensions."""
+    layer = torch.nn.Module()
+    layer.dense, layer.norm = torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)
+    layer.conv = torch.nn.Module()
+    layer.conv.bias = torch.nn.Parameter(torch.zeros(2, 1))
+    decayed, plain = make_optimizer(layer, LoopConfig(weight_decay=0.1), fused=False).param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert decayed["params"] == [layer.dense.weight]
+    assert len(plain["params"]) == 4
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for_or_not_at_all(toy, tmp_path):
+    """Adam forgets a constant factor, but not one that changes from step to step."""
+    weights = [
+        train(toy.config(tmp_path / str(norm), max_grad_norm=norm)).model.state_dict()
+        for norm in (0, 1e9, 0.01)
+    ]
+    name = "bert.embeddings.word_embeddings.weight"
+    torch.testing.assert_close(weights[0][name], weights[1][name])
+    assert not torch.allclose(weights[0][name], weights[2][name], atol=1e-4)
+
+
+def test_fewer_chunks_can_be_evaluated(toy, tmp_path):
+    rooms = {"evaluate": EvaluateConfig(max_eval_samples=5)}
+    few = train(toy.config(tmp_path / "few", max_train_steps=1, rooms=rooms))
+    assert 0 < few.results["eval_masked_tokens"] <= 5 * 16
+
+
+def test_a_run_that_diverges_still_leaves_json(toy, tmp_path):
+    train(toy.config(tmp_path / "run", learning_rate=1e30, lr_scheduler_type="constant", max_grad_norm=0))
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text(), parse_constant=refuse)
+    assert results["perplexity"] is None
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_a_loss_scale_that_has_collapsed_stops_the_run(toy, tmp_path):
+    broken = AutoModelForMaskedLM.from_pretrained(toy.checkpoint)
+    torch.nn.init.constant_(broken.cls.predictions.bias, math.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    load_tokenizer(str(toy.checkpoint)).save_pretrained(tmp_path / "broken")
+    rooms = {"model": ModelConfig(model_name_or_path=str(tmp_path / "broken"))}
+    with pytest.raises(UserError, match="step 0: the loss or its gradients overflow at any fp16 loss scale"):
+        train(toy.config(tmp_path / "run", rooms=rooms), half_precision(2.0**16))
+
+
+@pytest.mark.slow
+def test_a_process_with_an_empty_share_takes_part_under_fp16_too(toy, tmp_path):
+    program = f"""
+import torch
+from accelerate import Accelerator
+from mlm import cli
+from mlm.train import ROOMS, Config, train
+accelerator = Accelerator(cpu=True)
+accelerator.state._mixed_precision = "fp16"
+accelerator.native_amp = True
+accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+flags = {toy.flags(tmp_path / "run", train_batch_size=1, max_train_steps=3)!r}
+train(Config(*cli.parse(ROOMS, flags, cli.command(""))[:-1]), accelerator)
+"""
+    (tmp_path / "program.py").write_text(program)
+    run = subprocess.run([*TORCHRUN, str(tmp_path / "program.py")], capture_output=True, text=True, env=CPU)
+    assert run.returncode == 0, run.stderr
+    assert metrics(tmp_path / "run", "end")[0]["steps"] == 3
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -275,6 +363,111 @@ def test_a_resumed_run_ends_in_the_bits_of_the_uninterrupted_one(toy, tmp_path, 
         assert steps == sorted(set(steps)), event
 
 
+def interrupted(toy, folder, at=5, **loop):
+    """A run of 12 steps that left a checkpoint every `at`; the configuration that goes on from the latest."""
+    config = dataclasses.replace(
+        toy.config(folder, **loop), checkpoint=CheckpointConfig(checkpointing_steps=at)
+    )
+    train(config)
+    return dataclasses.replace(config, checkpoint=CheckpointConfig(at, resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 7}, "seed 7 (the checkpoint: 42)"),
+        ({"train_batch_size": 4}, "train_batch_size 4 (the checkpoint: 8)"),
+        ({"learning_rate": 1.0}, "learning_rate 1.0"),
+        ({"max_train_steps": 20}, "steps 20 (the checkpoint: 12)"),
+        ({"max_train_samples": 30}, "chunks 30"),
+    ],
+)
+def test_another_experiment_is_not_gone_on_with(toy, tmp_path, change, words):
+    config = interrupted(toy, tmp_path / "run")
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    with pytest.raises(UserError, match=re.escape(words)):
+        train(dataclasses.replace(config, loop=dataclasses.replace(config.loop, **change)))
+    assert before == {
+        path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()
+    }
+
+
+def test_other_masks_or_other_text_are_another_experiment(toy, tmp_path):
+    config = interrupted(toy, tmp_path / "run")
+    with pytest.raises(UserError, match="masks"):
+        train(dataclasses.replace(config, masking=MaskingConfig(mlm_probability=0.3)))
+    other = dataclasses.replace(config.corpus, train_file=str(toy.validation_file))
+    with pytest.raises(UserError, match="train corpus"):
+        train(dataclasses.replace(config, corpus=other))
+
+
+def test_what_does_not_change_the_result_may_change(toy, tmp_path):
+    whole = train(toy.config(tmp_path / "whole"))
+    config = interrupted(toy, tmp_path / "run", at=7)
+    loop = dataclasses.replace(config.loop, per_device_train_batch_size=3, eval_steps=2, eval_on_start=False)
+    assert_same_weights(train(dataclasses.replace(config, loop=loop)).model, whole.model)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(toy, tmp_path):
+    whole = train(toy.config(tmp_path / "whole"))
+    interrupted(toy, tmp_path / "run", at=7)
+    flags = toy.flags(tmp_path / "run", resume_from_checkpoint="latest")
+    run = subprocess.run(
+        [*TORCHRUN, "scripts/train.py", *flags], cwd=REPOSITORY, capture_output=True, text=True, env=CPU
+    )
+    assert run.returncode == 0, run.stderr
+    assert_same_weights(whole.model, AutoModelForMaskedLM.from_pretrained(tmp_path / "run"))
+
+
+def test_checkpoints_after_the_one_gone_on_from_are_dropped(toy, tmp_path):
+    config = interrupted(toy, tmp_path / "run", at=4)
+    earlier = CheckpointConfig(None, resume_from_checkpoint=str(tmp_path / "run" / "checkpoints" / "step_4"))
+    train(dataclasses.replace(config, checkpoint=earlier))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_4"]
+
+
+def test_resuming_into_another_run_is_not_a_licence_to_replace_it(toy, tmp_path):
+    interrupted(toy, tmp_path / "one")
+    train(toy.config(tmp_path / "other"))
+    source = CheckpointConfig(resume_from_checkpoint=str(tmp_path / "one" / "checkpoints" / "step_5"))
+    with pytest.raises(UserError, match="is not empty"):
+        train(dataclasses.replace(toy.config(tmp_path / "other"), checkpoint=source))
+    assert train(dataclasses.replace(toy.config(tmp_path / "new"), checkpoint=source)).results["steps"] == 12
+
+
+def test_the_line_that_a_killed_run_was_writing_is_dropped(toy, tmp_path):
+    config = interrupted(toy, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')
+    train(config)
+    assert [line["step"] for line in metrics(tmp_path / "run", "end")] == [12]
+
+
+def test_a_finished_run_that_is_resumed_writes_nothing_twice(toy, tmp_path):
+    config = interrupted(toy, tmp_path / "run", at=6)
+    result = train(config)
+    assert train(config).results["perplexity"] == result.results["perplexity"]
+    for event in ("train", "eval", "checkpoint", "end"):
+        found = [line["step"] for line in metrics(tmp_path / "run", event)]
+        assert found == sorted(set(found)), event
+
+
+def test_the_best_weights_survive_a_resume(toy, tmp_path):
+    loop = {
+        "learning_rate": 3.0,
+        "lr_scheduler_type": "constant",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+    }
+    config = interrupted(toy, tmp_path / "run", at=5, **loop)
+    resumed = train(config)
+    losses = [line["eval_loss"] for line in metrics(tmp_path / "run", "eval")]
+    assert resumed.results["eval_loss"] == min(losses) < losses[-1]
+    untouched = AutoModelForMaskedLM.from_pretrained(toy.checkpoint)
+    assert_same_weights(AutoModelForMaskedLM.from_pretrained(tmp_path / "run"), untouched, rtol=0, atol=0)
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(toy, tmp_path):
     whole = train(toy.config(tmp_path / "whole", max_train_steps=300, eval_on_start=False))
@@ -289,10 +482,8 @@ def test_a_killed_run_goes_on_from_its_checkpoint(toy, tmp_path):
     subprocess.run(
         [*command, "--resume_from_checkpoint", "latest"], cwd=REPOSITORY, check=True, capture_output=True
     )
-    killed = load_file(tmp_path / "killed" / "model.safetensors")
     for name, tensor in AutoModelForMaskedLM.from_pretrained(tmp_path / "killed").state_dict().items():
         assert torch.equal(tensor, whole.model.state_dict()[name]), name
-    assert killed
 
 
 @pytest.mark.slow
