@@ -35,7 +35,8 @@ ROOMS = (ModelConfig, CorpusConfig, StreamConfig, ChunkConfig, MaskingConfig, Sh
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     model, corpus, stream, chunking, masking, look, _ = cli.parse(ROOMS, argv, cli.command(__doc__))
-    tokenizer, facts, stores = open_corpus(model, corpus, stream, make_accelerator(), masking.whole_word_mask)
+    config = Config(model=model, corpus=corpus, stream=stream, masking=masking)
+    tokenizer, facts, stores = open_corpus(config, make_accelerator())
     recipe = make_recipe(masking, facts)
     length = chunk_length(chunking, position_limit(model))
     summary = {}
