@@ -164,6 +164,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         "dropout": config.model.dropout,
         "mixed_precision": str(accelerator.mixed_precision),
         "max_seq_length": length,
+        "line_by_line": config.chunks.line_by_line,
         "train_batch_size": G,
         "chunks": n,
         "steps": last_step,
@@ -226,9 +227,8 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         evaluates, saves = due(loop.eval_steps), due(config.checkpoint.checkpointing_steps)
         if not (evaluates or saves or due(config.record.logging_steps) or progress.step == last_step):
             continue
-        window = (
-            meter.read()
-        )  # the host waits for the device here, not in each step (under fp16 the scaler does)
+        # The host waits for the device here, not in each step (where, under fp16, the scaler does).
+        window = meter.read()
         for name, value in window._asdict().items():
             setattr(progress, name, getattr(progress, name) + value)
         run.report(progress.step, window, progress.nats / max(progress.masked, 1), scheduler.get_last_lr()[0])
