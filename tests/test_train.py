@@ -437,10 +437,12 @@ def test_resuming_into_another_run_is_not_a_licence_to_replace_it(toy, tmp_path)
 
 
 def test_the_line_that_a_killed_run_was_writing_is_dropped(toy, tmp_path):
-    config = interrupted(toy, tmp_path / "run")
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"event": "train", "st')
+    """Here it is the line of the very checkpoint that is gone on from."""
+    config = interrupted(toy, tmp_path / "run", at=10)
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text().partition('{"event": "checkpoint"')[0] + '{"event": "checkp')
     train(config)
+    assert [line["step"] for line in metrics(tmp_path / "run", "train")] == [10, 12]
     assert [line["step"] for line in metrics(tmp_path / "run", "end")] == [12]
 
 
