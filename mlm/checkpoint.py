@@ -18,16 +18,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mlm.errors import UserError, at_least
+from mlm.errors import UserError, at_least, one_line
 
 FILES = ("model.safetensors", "state.pt", "experiment.json", "progress.json")
 
@@ -83,15 +85,15 @@ def find(config: CheckpointConfig, checkpoints: Path) -> Path | None:
             raise UserError(f"--resume_from_checkpoint latest: no checkpoint in {checkpoints}")
         return numbered[max(numbered)]
     folder = Path(config.resume_from_checkpoint)
-    if not all((folder / name).is_file() for name in FILES):
+    if not _has_all(folder):
         raise UserError(f"--resume_from_checkpoint {folder}: no whole checkpoint there")
     return folder
 
 
 def steps(checkpoints: Path) -> dict[int, Path]:
-    """The checkpoints in a folder, by their step."""
+    """The checkpoints in a folder, by their step; one that lacks a file is none."""
     named = {path.name.removeprefix("step_"): path for path in checkpoints.glob("step_*")}
-    return {int(number): path for number, path in named.items() if number.isdigit()}
+    return {int(number): path for number, path in named.items() if number.isdigit() and _has_all(path)}
 
 
 def load(
@@ -104,8 +106,31 @@ def load(
 ) -> dict[str, Any]:
     """Puts everything back in place as `save` took it; returns the progress.
 
-    Raises UserError, with the list of differences, where the checkpoint is another experiment's.
+    Raises UserError where the checkpoint is damaged, or, with the list of differences, another experiment's.
     """
+    try:
+        return _load(folder, model, optimizer, scheduler, scaler, experiment)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        UnpicklingError,
+        SafetensorError,
+    ) as error:
+        reason = one_line(f"{type(error).__name__}: {error}", 120)
+        raise UserError(f"the checkpoint {folder} is damaged ({reason}); give an earlier one") from error
+
+
+def _load(
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    scaler: torch.amp.GradScaler | None,
+    experiment: dict[str, Any],
+) -> dict[str, Any]:
     saved = json.loads((folder / "experiment.json").read_text())
     differences = [
         f"{name} {experiment.get(name)} (the checkpoint: {saved.get(name)})"
@@ -162,6 +187,10 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])
+
+
+def _has_all(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in FILES)
 
 
 def _save_tensors(folder: Path, model: torch.nn.Module) -> None:

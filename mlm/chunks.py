@@ -101,6 +101,8 @@ def cut_into_chunks(store: TokenStore, config: ChunkConfig, chunk_size: int, fac
         chunks = line_by_line(store.ids, store.word_starts, store.document_offsets, chunk_size, facts)
     else:
         chunks = concatenate(store.ids, store.word_starts, chunk_size, facts.pad_id, config.remainder)
+    if len(store.ids) == 0:
+        raise UserError(f"no document of the {store.header['split']} split has a token")
     if len(chunks) == 0:
         raise UserError(
             f"the {store.header['split']} split has {len(store.ids)} tokens, "

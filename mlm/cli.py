@@ -87,6 +87,12 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]]) -> None:
     hub_logging.set_verbosity_error()
     try:
         result = body(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except RuntimeError as error:
+        if not speaks and "closed by peer" in str(error):
+            sys.exit(1)  # the process that ended first says why
+        raise
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -42,16 +42,16 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Nats a masked token; 0 where nothing was masked."""
-        return float(self.nats.sum() / max(self.counts.sum(), 1))
+        """Nats a masked token; NaN where nothing was masked."""
+        return float(self.nats.sum() / self.counts.sum()) if self.counts.any() else math.nan
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss >= 700 else math.exp(self.loss)
 
     @property
     def accuracy(self) -> float:
-        return float(self.hits.sum() / max(self.counts.sum(), 1))
+        return float(self.hits.sum() / self.counts.sum()) if self.counts.any() else math.nan
 
     def summary(self) -> dict[str, float]:
         """The totals, under the names that all_results.json gives them."""
@@ -87,7 +87,7 @@ def unigram_perplexity(
         part = chunk_ids[first : first + config.per_device_eval_batch_size]
         targets = mask_held_out(chunks, part, recipe, facts, config).targets.numpy()
         total, masked = total - logs[targets].sum(), masked + len(targets)
-    return math.exp(total / max(masked, 1))
+    return math.exp(total / masked) if masked else math.nan
 
 
 def mask_held_out(

@@ -108,7 +108,9 @@ class Run:
     def _clear(self) -> None:
         for name in ("metrics.jsonl", "all_results.json"):
             (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        checkpoints = self.folder / "checkpoints"
+        for path in (*steps(checkpoints).values(), checkpoints / "best"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _rewind(self, step: int) -> None:
         for later, path in steps(self.folder / "checkpoints").items():
@@ -262,12 +264,13 @@ def plan(
     G, world = batches.global_batch, batches.world
     share = -(-G // world)
     passes = -(-share // batches.micro_batch)
+    often = ", more than there are: each step sees some several times" if batches.num_chunks < G else ""
     lines = {
         "model": f"{name} ({type(model.model).__name__}), {every:,} parameters, {trained:,} of them trained",
         "head": "on the masked positions" if model.sparse else "on all positions",
         "chunks": f"{batches.num_chunks:,} to train on, {held_out:,} held out, "
         f"of {batches.chunks.chunk_size} tokens",
-        "batch": f"{G} chunks a step: {world} process(es) of {share} chunks, in {passes} pass(es) of at most "
+        "batch": f"{G} chunks a step{often}: {world} process(es) of {share}, in {passes} pass(es) of at most "
         f"{min(batches.micro_batch, share)}",
         "steps": f"{steps:,} ({steps * G / batches.num_chunks:.3g} epochs), {config.loop.lr_scheduler_type} "
         f"learning rate, peak {config.loop.learning_rate:g}",
@@ -278,7 +281,7 @@ def plan(
 
 def figure(value: float | None) -> str:
     """A figure for a person to read."""
-    return "not finite" if value is None else f"{value:.4g}"
+    return "undefined" if value is None else f"{value:.4g}"  # nothing was masked, or the run has diverged
 
 
 def write_json(path: Path, value: Any) -> None:

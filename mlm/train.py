@@ -17,7 +17,7 @@ from mlm.batches import Batches, subset
 from mlm.checkpoint import CheckpointConfig
 from mlm.chunks import ChunkConfig, chunk_length, cut_into_chunks
 from mlm.corpus import CorpusConfig
-from mlm.errors import UserError, at_least
+from mlm.errors import UserError, at_least, one_line
 from mlm.evaluate import EvaluateConfig, evaluate, unigram_perplexity
 from mlm.hardware import check_scale, make_accelerator
 from mlm.masking import DROPOUT, MaskingConfig, make_recipe, stream_key
@@ -144,14 +144,17 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     )
     n = batches.num_chunks
     last_step = loop.max_train_steps or math.ceil(round(loop.num_train_epochs * n / G, 6))
-    if loop.num_warmup_steps > last_step:
+    if loop.num_warmup_steps >= max(last_step, 1):
         raise UserError(f"--num_warmup_steps {loop.num_warmup_steps}: the run has {last_step} steps only")
     held_out_ids = subset(config.evaluate.eval_mask_seed, len(held_out), config.evaluate.max_eval_samples)
 
     model = SparseMaskedLM(net).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, loop, fused=accelerator.scaler is None)
-    scheduler = get_scheduler(loop.lr_scheduler_type, optimizer, loop.num_warmup_steps, last_step)
+    try:
+        scheduler = get_scheduler(loop.lr_scheduler_type, optimizer, loop.num_warmup_steps, max(last_step, 1))
+    except ValueError as error:  # polynomial's end lies above a tiny --learning_rate
+        raise UserError(f"--lr_scheduler_type {loop.lr_scheduler_type}: {one_line(error)}") from error
     optimizer = accelerator.prepare(optimizer)  # steps through fp16's scaler, where there is one
 
     # What the result depends on: a checkpoint of another experiment is not gone on with.

@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     found = evaluate(sparse, chunks, chunk_ids, make_recipe(masking, facts), facts, evaluation, accelerator)
     accelerator.print(
         f"perplexity {found.perplexity:.4g}, loss {found.loss:.4f} nats, accuracy {found.accuracy:.2%} "
-        f"over {found.counts.sum():,} masked tokens in {len(chunk_ids):,} chunks of {length}"
+        f"over {found.counts.sum():,} masked tokens in {len(chunk_ids):,} chunks of {length} "
+        f"of {corpus.validation_file or corpus.dataset_name or corpus.train_file or 'the built-in corpus'}"
     )
     accelerator.end_training()
     return {**finite(found.summary()), "chunks": len(chunk_ids), "chunk_size": length}

@@ -212,5 +212,5 @@ def test_a_split_of_less_than_one_chunk_is_refused_unless_padded(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"remainder": "pad"}, {"line_by_line": True}], ids=str)
 def test_a_split_without_a_token_is_refused(options, tmp_path):
     store = build(["\x00"], TOKENIZER, FACTS, tmp_path, {"split": "validation"})
-    with pytest.raises(UserError, match="validation split has 0 tokens"):
+    with pytest.raises(UserError, match="no document of the validation split has a token"):
         cut_into_chunks(store, ChunkConfig(**options), 4, FACTS)

@@ -240,13 +240,50 @@ def test_the_best_weights_are_kept_where_asked(toy, tmp_path):
     assert_same_weights(AutoModelForMaskedLM.from_pretrained(tmp_path / "best"), untouched, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("setting", [{"whole_word_mask": True}, {"mlm_probability": 0.0}])
-def test_other_masks_train_too(toy, tmp_path, setting):
-    """With nothing masked every loss is zero and nothing becomes NaN."""
-    config = dataclasses.replace(toy.config(tmp_path / "run"), masking=MaskingConfig(**setting))
+def test_whole_words_train_too(toy, tmp_path):
+    config = dataclasses.replace(toy.config(tmp_path / "run"), masking=MaskingConfig(whole_word_mask=True))
+    assert train(config).results["perplexity"] < 200
+
+
+def test_a_batch_with_nothing_masked_gives_zero_loss_and_no_nan(toy, tmp_path):
+    config = dataclasses.replace(toy.config(tmp_path / "run"), masking=MaskingConfig(mlm_probability=0.0))
     result = train(config)
-    assert all(math.isfinite(value) for value in result.results.values())
+    assert result.results["train_loss"] == 0.0
+    assert result.results["perplexity"] is None  # of nothing
     assert all(tensor.isfinite().all() for tensor in result.model.state_dict().values())
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", "state.pt", "experiment.json", "progress.json"])
+def test_a_damaged_checkpoint_is_named_in_one_line(toy, tmp_path, damaged):
+    config = interrupted(toy, tmp_path / "run", at=10)
+    path = tmp_path / "run" / "checkpoints" / "step_10" / damaged
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match="step_10 is damaged"):
+        train(config)
+    path.unlink()
+    with pytest.raises(UserError, match="no checkpoint in"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        {"num_warmup_steps": 12},
+        {"lr_scheduler_type": "polynomial", "num_warmup_steps": 12},
+        {"lr_scheduler_type": "polynomial", "learning_rate": 1e-8},
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused_before_the_first_step(toy, tmp_path, loop):
+    with pytest.raises(UserError, match=r"--num_warmup_steps 12|--lr_scheduler_type polynomial"):
+        train(toy.config(tmp_path / "run", **loop))
+
+
+def test_no_epochs_is_an_evaluation(toy, tmp_path):
+    for schedule in ("linear", "polynomial"):
+        config = toy.config(
+            tmp_path / schedule, max_train_steps=None, num_train_epochs=0, lr_scheduler_type=schedule
+        )
+        assert train(config).results["steps"] == 0
 
 
 @pytest.mark.parametrize(
