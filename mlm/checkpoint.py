@@ -108,46 +108,24 @@ def load(
 
     Raises UserError where the checkpoint is damaged, or, with the list of differences, another experiment's.
     """
-    try:
-        return _load(folder, model, optimizer, scheduler, scaler, experiment)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RuntimeError,
-        UnpicklingError,
-        SafetensorError,
-    ) as error:
-        reason = one_line(f"{type(error).__name__}: {error}", 120)
-        raise UserError(f"the checkpoint {folder} is damaged ({reason}); give an earlier one") from error
-
-
-def _load(
-    folder: Path,
-    model: torch.nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    scaler: torch.amp.GradScaler | None,
-    experiment: dict[str, Any],
-) -> dict[str, Any]:
-    saved = json.loads((folder / "experiment.json").read_text())
-    differences = [
-        f"{name} {experiment.get(name)} (the checkpoint: {saved.get(name)})"
-        for name in sorted(saved.keys() | experiment.keys())
-        if saved.get(name) != experiment.get(name)
-    ]
-    if differences:
-        raise UserError(
-            f"--resume_from_checkpoint {folder}: another experiment, with {', '.join(differences)}"
-        )
-    load_weights(folder, model)
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    if scaler is not None and state["scaler"] is not None:
-        scaler.load_state_dict(state["scaler"])
-    return json.loads((folder / "progress.json").read_text())
+    with _readable(folder):
+        saved = json.loads((folder / "experiment.json").read_text())
+        differences = [
+            f"{name} {experiment.get(name)} (the checkpoint: {saved.get(name)})"
+            for name in sorted(saved.keys() | experiment.keys())
+            if saved.get(name) != experiment.get(name)
+        ]
+        if differences:
+            raise UserError(
+                f"--resume_from_checkpoint {folder}: another experiment, with {', '.join(differences)}"
+            )
+        load_weights(folder, model)
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        if scaler is not None and state["scaler"] is not None:
+            scaler.load_state_dict(state["scaler"])
+        return json.loads((folder / "progress.json").read_text())
 
 
 def save_best(folder: Path, model: torch.nn.Module, evaluation: dict[str, float]) -> None:
@@ -162,9 +140,10 @@ def save_best(folder: Path, model: torch.nn.Module, evaluation: dict[str, float]
 def load_best(folder: Path, model: torch.nn.Module, accelerator: Accelerator) -> dict[str, float] | None:
     """Gives every process the kept weights, which the main one reads; returns their evaluation, if any."""
     found: list[Any] = [None]
-    if accelerator.is_main_process and math.isfinite(best_loss(folder)):
-        load_weights(folder, model)
-        found = [json.loads((folder / "evaluation.json").read_text())]
+    with _readable(folder):
+        if accelerator.is_main_process and math.isfinite(best_loss(folder)):
+            load_weights(folder, model)
+            found = [json.loads((folder / "evaluation.json").read_text())]
     if accelerator.num_processes > 1:
         broadcast_object_list(found)
         for tensor in tensors(model).values() if found[0] else ():
@@ -191,6 +170,17 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
 
 def _has_all(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FILES)
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """What the libraries raise on a file that is cut or altered becomes one line naming the checkpoint."""
+    damage = (OSError, ValueError, KeyError, TypeError, RuntimeError, UnpicklingError, SafetensorError)
+    try:
+        yield
+    except damage as error:
+        reason = one_line(f"{type(error).__name__}: {error}", 120)
+        raise UserError(f"the checkpoint {folder} is damaged ({reason}); give an earlier one") from error
 
 
 def _save_tensors(folder: Path, model: torch.nn.Module) -> None:

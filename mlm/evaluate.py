@@ -127,14 +127,12 @@ def evaluate(
         hits.append(batch_hits)
     model.train(was_training)
 
-    sums = np.zeros(
-        (3, n)
-    )  # float64: nats, hits and counts of every chunk, zero for those of other processes
+    # nats, hits and counts of every chunk in float64, zero for the chunks of other processes
+    sums = np.zeros((3, n))
     if rows:
         row = np.concatenate(rows)  # [masked tokens of this share] which chunk each belongs to
-        sums[0] = np.bincount(
-            row, torch.cat(nats).cpu().double().numpy(), n
-        )  # the pass's one synchronisation
+        # the pass's one synchronisation
+        sums[0] = np.bincount(row, torch.cat(nats).cpu().double().numpy(), n)
         sums[1] = np.bincount(row, torch.cat(hits).cpu().numpy(), n)
         sums[2] = np.bincount(row, minlength=n)
     if world > 1:

@@ -21,9 +21,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     *rooms, _ = cli.parse(ROOMS, ["--config", str(DEMO), *argv], cli.command(__doc__))
     config = Config(*rooms)
     result = train(config)
-    fresh = load_model(
-        config.model, result.tokenizer, config.loop.seed
-    )  # the same draws as before the first step
+    # The seed draws the very weights from which training began.
+    fresh = load_model(config.model, result.tokenizer, config.loop.seed)
     fillers = [
         fill(SparseMaskedLM(model), result.tokenizer, SENTENCES, top_k=3) for model in (fresh, result.model)
     ]
