@@ -55,7 +55,6 @@ class Batches:
     ordinary: np.ndarray
     seed: int
     global_batch: int
-    micro_batch: int
     rank: int = 0
     world: int = 1
     samples: int | None = None
@@ -82,23 +81,23 @@ class Batches:
             ]
         return chunk_ids, epochs
 
-    def load(self, step: int) -> tuple[list[Batch], int]:
-        """This process's micro-batches of step s (none if its share is empty), and how many tokens are masked
-        in the whole batch, which the mean loss is over: each process counts for itself, none has to ask.
+    def load(self, step: int, micro_batch: int) -> tuple[list[Batch], int]:
+        """This process's share of step s, at most `micro_batch` chunks at a time (none if it is empty).
+
+        And how many tokens are masked in the whole batch, which the mean loss is over: each process counts
+        for itself, none has to ask.
         """
         chunk_ids, epochs = self.places(step)
         start, end = (self.global_batch * r // self.world for r in (self.rank, self.rank + 1))
         share = [
-            self._mask(
-                chunk_ids[i : min(i + self.micro_batch, end)], epochs[i : min(i + self.micro_batch, end)]
-            )
-            for i in range(start, end, self.micro_batch)
+            self.mask(chunk_ids[i : min(i + micro_batch, end)], epochs[i : min(i + micro_batch, end)])
+            for i in range(start, end, micro_batch)
         ]
         others = np.r_[0:start, end : self.global_batch]
         masked = sum(len(batch.positions) for batch in share) + self._count(chunk_ids[others], epochs[others])
         return share, masked
 
-    def _mask(self, chunk_ids: np.ndarray, epochs: np.ndarray) -> Batch:
+    def mask(self, chunk_ids: np.ndarray, epochs: np.ndarray) -> Batch:
         return mask_chunks(self.chunks, chunk_ids, epochs, self.seed, self.recipe, self.ordinary)
 
     def _count(self, chunk_ids: np.ndarray, epochs: np.ndarray) -> int:

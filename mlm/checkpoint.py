@@ -1,25 +1,32 @@
 """Checkpoints from which a run goes on as if it had never stopped.
 
-    <output_dir>/checkpoints/step_N/model.safetensors    parameters and buffers
-                                    state.pt             optimizer, schedule, scaler; loads with weights_only
-                                    experiment.json      the settings that the result depends on
-                                    progress.json        step, sums of the records
-                              best/                      weights of the lowest evaluation loss, if asked for
+    <output_dir>/checkpoints/step_N/model.safetensors      parameters and buffers
+                                    optimizer.safetensors  its moments
+                                    state.json             the rest of it, the schedule, fp16's scaler
+                                    experiment.json        the settings that the result depends on
+                                    progress.json          the step, sums of the records
+                                    manifest.json          size and SHA-256 of each of these files
+                              best_N/                      weights of the lowest evaluation loss, if asked for
 
-The order of chunks, their masks and dropout's draws are functions of (seed, step): no generator is saved.
-A checkpoint is written beside its place and renamed, so that a folder named step_N is always whole.
+No file can execute code. The order of chunks, their masks and dropout's draws are functions of (seed, step),
+both in it: that is all the state that generators have here.
+
+The loop waits for a copy to host memory; a thread writes it beside its place, syncs it and renames it, so
+that a folder named step_N is whole, whatever happens. What happens to it later, its manifest tells.
 """
 
+import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -31,18 +38,44 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mlm.errors import UserError, at_least, one_line
 
-FILES = ("model.safetensors", "state.pt", "experiment.json", "progress.json")
+Files = dict[str, Any]  # name of a file: its tensors by name for .safetensors, a JSON value for .json
+PARTIAL = ".partial"  # ends the name of a folder that is being written, or removed
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    checkpointing_steps: int | Literal["epoch"] | None = (
-        None  # steps between two checkpoints; none: no checkpoint
-    )
-    resume_from_checkpoint: str | None = None  # `latest`, or the folder of a checkpoint, to go on from
+    checkpointing_steps: int | Literal["epoch"] | None = None  # steps between checkpoints (default: none)
+    save_total_limit: int | None = None  # keep the newest checkpoints only, this many (default: all)
+    on_save_error: Literal["stop", "continue"] = "stop"  # what a run does when it cannot write one
+    resume_from_checkpoint: str | None = None  # `latest`, a run directory or a checkpoint, to go on from
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "checkpointing_steps")
+        at_least(self, 1, "checkpointing_steps", "save_total_limit")
+
+
+class State(NamedTuple):
+    """What changes with each step, besides the step itself."""
+
+    model: torch.nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    scaler: torch.amp.GradScaler | None
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint holds besides weights and optimizer."""
+
+    step: int = 0  # updates that were applied
+    nats: float = 0.0  # training loss, summed over the masked tokens of all steps
+    masked: int = 0  # ... and their number
+    tokens: int = 0  # that went through the model, padding not counted
+    seconds: float = 0.0  # spent in training steps
+    saving: float = 0.0  # seconds in which the loop stood still for checkpoints
+    skipped: int = 0  # steps that fp16's scaler made us take again
+    micro_batch: dict[str, int] = field(default_factory=dict)  # what `auto` has found, by number of processes
+    before: dict[str, float] | None = None  # the evaluation before the first step
+    after: dict[str, float] | None = None  # the evaluation of the current weights, where there was one
 
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -50,66 +83,36 @@ def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def save(
-    folder: Path,
-    model: torch.nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    scaler: torch.amp.GradScaler | None,
-    experiment: dict[str, Any],
-    progress: dict[str, Any],
-) -> None:
-    """Writes a checkpoint into `folder`, whole or not at all.
+def snapshot(state: State, experiment: dict[str, Any], progress: dict[str, Any]) -> Files:
+    """A copy in host memory of all that a checkpoint holds. The device synchronises here.
 
     experiment: every setting that the result depends on, as `load` compares it. It and progress are JSON.
     """
-    state = {
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "scaler": scaler.state_dict() if scaler is not None else None,
+    optimizer = state.optimizer.state_dict()
+    moments, rest = {}, {}
+    for index, values in optimizer["state"].items():
+        for name, value in values.items():
+            (moments if isinstance(value, torch.Tensor) else rest)[f"{index}.{name}"] = value
+    return {
+        "model.safetensors": _on_host(tensors(state.model)),
+        "optimizer.safetensors": _on_host(moments),
+        "state.json": {
+            "optimizer": {"state": rest, "param_groups": optimizer["param_groups"]},
+            "scheduler": state.scheduler.state_dict(),
+            "scaler": state.scaler and state.scaler.state_dict(),
+        },
+        "experiment.json": experiment,
+        "progress.json": progress,
     }
-    with _whole(folder) as partial:
-        _save_tensors(partial, model)
-        torch.save(state, partial / "state.pt")
-        (partial / "experiment.json").write_text(json.dumps(experiment, indent=1))
-        (partial / "progress.json").write_text(json.dumps(progress, indent=1))
 
 
-def find(config: CheckpointConfig, checkpoints: Path) -> Path | None:
-    """The checkpoint to go on from; None where none is asked for. Raises UserError where it is not there."""
-    if config.resume_from_checkpoint is None:
-        return None
-    if config.resume_from_checkpoint == "latest":
-        numbered = steps(checkpoints)
-        if not numbered:
-            raise UserError(f"--resume_from_checkpoint latest: no checkpoint in {checkpoints}")
-        return numbered[max(numbered)]
-    folder = Path(config.resume_from_checkpoint)
-    if not _has_all(folder):
-        raise UserError(f"--resume_from_checkpoint {folder}: no whole checkpoint there")
-    return folder
+def load(folder: Path, state: State, experiment: dict[str, Any]) -> dict[str, Any]:
+    """Puts everything back in place as `snapshot` took it; returns the progress.
 
-
-def steps(checkpoints: Path) -> dict[int, Path]:
-    """The checkpoints in a folder, by their step; one that lacks a file is none."""
-    named = {path.name.removeprefix("step_"): path for path in checkpoints.glob("step_*")}
-    return {int(number): path for number, path in named.items() if number.isdigit() and _has_all(path)}
-
-
-def load(
-    folder: Path,
-    model: torch.nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    scaler: torch.amp.GradScaler | None,
-    experiment: dict[str, Any],
-) -> dict[str, Any]:
-    """Puts everything back in place as `save` took it; returns the progress.
-
-    Raises UserError where the checkpoint is damaged, or, with the list of differences, another experiment's.
+    Raises UserError where the checkpoint is another experiment's, with the list of differences.
     """
     with _readable(folder):
-        saved = json.loads((folder / "experiment.json").read_text())
+        saved = _read_json(folder / "experiment.json")
         differences = [
             f"{name} {experiment.get(name)} (the checkpoint: {saved.get(name)})"
             for name in sorted(saved.keys() | experiment.keys())
@@ -119,42 +122,87 @@ def load(
             raise UserError(
                 f"--resume_from_checkpoint {folder}: another experiment, with {', '.join(differences)}"
             )
-        load_weights(folder, model)
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        if scaler is not None and state["scaler"] is not None:
-            scaler.load_state_dict(state["scaler"])
-        return json.loads((folder / "progress.json").read_text())
+        load_weights(folder, state.model)
+        described = _read_json(folder / "state.json")
+        optimizer: dict[str, Any] = {**described["optimizer"], "state": {}}
+        moments = load_file(folder / "optimizer.safetensors")
+        for key, value in {**moments, **described["optimizer"]["state"]}.items():
+            index, name = key.split(".", 1)
+            optimizer["state"].setdefault(int(index), {})[name] = value
+        state.optimizer.load_state_dict(optimizer)
+        state.scheduler.load_state_dict(described["scheduler"])
+        if state.scaler is not None and described["scaler"] is not None:
+            state.scaler.load_state_dict(described["scaler"])
+        return _read_json(folder / "progress.json")
 
 
-def save_best(folder: Path, model: torch.nn.Module, evaluation: dict[str, float]) -> None:
-    """Keeps the weights that an evaluation found better than those in `folder`, if it did."""
-    if not math.isfinite(evaluation["eval_loss"]) or evaluation["eval_loss"] >= best_loss(folder):
-        return
-    with _whole(folder) as partial:
-        _save_tensors(partial, model)
-        (partial / "evaluation.json").write_text(json.dumps(evaluation, indent=1))
+def find(wanted: str | None, checkpoints: Path, accelerator: Accelerator) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and a line for each newer one that is passed over because it is damaged.
 
+    wanted: `latest` is the newest in `checkpoints`, or none where there is not one yet, so that one command
+        serves a job's first start and all others; a run directory is its newest; a checkpoint is that one.
+        Where it is damaged, it is the intact one before it. None: no checkpoint.
 
-def load_best(folder: Path, model: torch.nn.Module, accelerator: Accelerator) -> dict[str, float] | None:
-    """Gives every process the kept weights, which the main one reads; returns their evaluation, if any."""
-    found: list[Any] = [None]
-    with _readable(folder):
-        if accelerator.is_main_process and math.isfinite(best_loss(folder)):
-            load_weights(folder, model)
-            found = [json.loads((folder / "evaluation.json").read_text())]
+    The main process looks, and tells the others. Raises UserError where all are damaged, or `wanted` is none.
+    """
+    found: list[Any] = [None, [], None]
+    if wanted is not None and accelerator.is_main_process:
+        found = _find(wanted, checkpoints)
     if accelerator.num_processes > 1:
         broadcast_object_list(found)
-        for tensor in tensors(model).values() if found[0] else ():
-            torch.distributed.broadcast(tensor, 0)
-    return found[0]
+    folder, passed_over, mistake = found
+    if mistake:
+        raise UserError(f"--resume_from_checkpoint {wanted}: {mistake}")
+    return folder, passed_over
 
 
-def best_loss(folder: Path) -> float:
-    """The evaluation loss of the weights kept in `folder`; infinite where there are none."""
-    path = folder / "evaluation.json"
-    return json.loads(path.read_text())["eval_loss"] if path.is_file() else math.inf
+def _find(wanted: str, checkpoints: Path) -> list[Any]:
+    last = math.inf
+    if wanted != "latest":
+        folder = Path(wanted)
+        if not folder.is_dir():
+            return [None, [], "no such folder"]
+        if (step := _number(folder)) is not None:
+            checkpoints, last = folder.parent, step
+        else:
+            checkpoints = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    candidates = {step: path for step, path in steps(checkpoints).items() if step <= last}
+    passed_over = []
+    for step in sorted(candidates, reverse=True):
+        damage = damaged(candidates[step])
+        if not damage:
+            return [candidates[step], passed_over, None]
+        passed_over.append(f"the checkpoint {candidates[step]} is damaged ({damage}), so it is passed over")
+    if passed_over:
+        return [None, [], f"no intact checkpoint; {passed_over[0].removesuffix(', so it is passed over')}"]
+    return [None, [], None if wanted == "latest" else f"no checkpoint in {checkpoints}"]
+
+
+def _number(folder: Path) -> int | None:
+    """7 for a folder named step_7."""
+    prefix, _, number = folder.name.partition("_")
+    return int(number) if prefix == "step" and number.isdigit() else None
+
+
+def steps(checkpoints: Path) -> dict[int, Path]:
+    """The checkpoints in a folder, by their step, whole or not."""
+    named = ((_number(path), path) for path in checkpoints.glob("step_*"))
+    return {step: path for step, path in named if step is not None}
+
+
+def damaged(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by its manifest; None where they are as they were written."""
+    try:
+        manifest = _read_json(folder / "manifest.json")
+        for name, written in manifest.items():
+            if (folder / name).stat().st_size != written["bytes"]:
+                return f"{name} is truncated"
+        for name, written in manifest.items():
+            if _digest(folder / name) != written["sha256"]:
+                return f"{name} is altered"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return one_line(f"{type(error).__name__}: {error}", 120)
+    return None
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
@@ -168,35 +216,175 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
             tensor.copy_(saved[name])
 
 
-def _has_all(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in FILES)
+class Writer:
+    """Writes checkpoints, one at a time, in a thread of the process that has them to write.
+
+    folder: <output_dir>/checkpoints
+    keep: checkpoints of steps that are kept, the newest ones; None: all
+    """
+
+    def __init__(self, folder: Path, keep: int | None = None) -> None:
+        self.folder, self.keep = folder, keep
+        self._failure: str | None = None
+        self.best_loss = math.inf  # of the weights that `save_best` has kept
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future | None = None
+
+    def save(self, step: int, files: Files) -> None:
+        """Has a checkpoint written; waits for the one before it, so that host memory holds one copy."""
+        self._submit(self.folder / f"step_{step}", files, self._remove_old)
+
+    def save_best(self, step: int, model: torch.nn.Module, evaluation: dict[str, float]) -> None:
+        """Keeps the weights that an evaluation found better than all before, if it did."""
+        if not evaluation["eval_loss"] < self.best_loss:
+            return
+        self.best_loss = evaluation["eval_loss"]
+        files = {"model.safetensors": _on_host(tensors(model)), "evaluation.json": evaluation}
+        place = self.folder / f"best_{step}"
+        self._submit(place, files, lambda: _remove(*(best for best in bests(self.folder) if best != place)))
+
+    def remember_best(self) -> None:
+        """What is kept from before a run was resumed counts."""
+        if best := find_best(self.folder):
+            self.best_loss = best[1]["eval_loss"]
+
+    def wait(self) -> str | None:
+        """Returns when nothing is being written any more, as `take_failure` does."""
+        if self._pending is not None:
+            self._pending.result()
+        return self.take_failure()
+
+    def take_failure(self) -> str | None:
+        """Why a checkpoint could not be written, told once; None: none has failed since the last time."""
+        failure, self._failure = self._failure, None
+        return failure
+
+    def _submit(self, place: Path, files: Files, afterwards: Any) -> None:
+        if self._pending is not None:
+            self._pending.result()
+        self._pending = self._thread.submit(self._write, place, files, afterwards)
+
+    def _write(self, place: Path, files: Files, afterwards: Any) -> None:
+        try:
+            write(place, files)
+            afterwards()
+        except (OSError, SafetensorError) as error:
+            self._failure = (
+                f"{place} could not be written: {one_line(getattr(error, 'strerror', None) or error)}"
+            )
+
+    def _remove_old(self) -> None:
+        if self.keep is not None:
+            numbered = steps(self.folder)
+            _remove(*(numbered[step] for step in sorted(numbered)[: -self.keep]))
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()  # a checkpoint that has been begun is finished, whatever ends the run
+
+
+def write(place: Path, files: Files) -> None:
+    """Writes a folder and its manifest, whole or not at all, in place of one of that name.
+
+    Raises OSError, or SafetensorError where its library meets one.
+    """
+    partial = place.with_name(f"{place.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        manifest = {}
+        for name, content in files.items():
+            path = partial / name
+            save_file(content, path) if path.suffix == ".safetensors" else _write_json(path, content)
+            manifest[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        _write_json(partial / "manifest.json", manifest)
+        for path in [*partial.iterdir(), partial]:
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # what it has taken of a full disk
+        raise
+    _remove(place)
+    partial.rename(place)
+    _sync(place.parent)
+
+
+def clear(checkpoints: Path, after: int = -1) -> None:
+    """Removes the checkpoints of steps later than `after`, and what killed writers left; all by default."""
+    _remove(*(path for step, path in steps(checkpoints).items() if step > after))
+    _remove(*(checkpoints.glob(f"*{PARTIAL}")), *(bests(checkpoints) if after < 0 else ()))
+
+
+def bests(checkpoints: Path) -> list[Path]:
+    """Where weights of the lowest evaluation loss are kept: one folder, or two where a kill came between."""
+    return [path for path in checkpoints.glob("best_*") if not path.name.endswith(PARTIAL)]
+
+
+def find_best(checkpoints: Path) -> tuple[Path, dict[str, float]] | None:
+    """The intact weights of the lowest evaluation loss, and that evaluation."""
+    intact = [path for path in bests(checkpoints) if not damaged(path)]
+    found = [(path, _read_json(path / "evaluation.json")) for path in intact]
+    return min(found, key=lambda kept: kept[1]["eval_loss"], default=None)
+
+
+def load_best(checkpoints: Path, model: torch.nn.Module, accelerator: Accelerator) -> dict[str, float] | None:
+    """Gives every process the kept weights, which the main one reads; returns their evaluation, if any."""
+    found: list[Any] = [None]
+    if accelerator.is_main_process and (best := find_best(checkpoints)):
+        load_weights(best[0], model)
+        found = [best[1]]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+        for tensor in tensors(model).values() if found[0] else ():
+            torch.distributed.broadcast(tensor, 0)
+    return found[0]
 
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """What the libraries raise on a file that is cut or altered becomes one line naming the checkpoint."""
-    damage = (OSError, ValueError, KeyError, TypeError, RuntimeError, UnpicklingError, SafetensorError)
+    """What the libraries raise on files that fit their manifest and no run: those of another version, say."""
     try:
         yield
-    except damage as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = one_line(f"{type(error).__name__}: {error}", 120)
-        raise UserError(f"the checkpoint {folder} is damaged ({reason}); give an earlier one") from error
+        raise UserError(f"the checkpoint {folder} cannot be gone on from ({reason})") from error
 
 
-def _save_tensors(folder: Path, model: torch.nn.Module) -> None:
-    save_file({name: t.contiguous() for name, t in tensors(model).items()}, folder / "model.safetensors")
+def _on_host(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in named.items()}
 
 
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `folder` once everything in it is on the disk."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    for path in [*partial.iterdir(), partial]:
-        descriptor = os.open(path, os.O_RDONLY)
+def _remove(*folders: Path) -> None:
+    """Removes folders so that none is ever found half-removed under its name."""
+    for folder in folders:
+        if folder.name.endswith(PARTIAL):
+            shutil.rmtree(folder, ignore_errors=True)
+        elif folder.is_dir():
+            doomed = folder.with_name(f"{folder.name}.old{PARTIAL}")
+            shutil.rmtree(doomed, ignore_errors=True)
+            folder.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
         os.fsync(descriptor)
+    finally:
         os.close(descriptor)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)

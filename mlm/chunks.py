@@ -94,6 +94,13 @@ class Chunks:
             word_starts[self.cut[chunk_ids], size - len(self.suffix) :] = True
         return Rows(ids, word_starts, lengths)
 
+    def documents(self, chunk_ids: np.ndarray, document_offsets: np.ndarray) -> np.ndarray:
+        """The documents [D] int64, ascending, that the chunks `chunk_ids` [B] hold tokens of."""
+        first = chunk_ids * self.chunk_size if self.first is None else self.first[chunk_ids]
+        length = self.chunk_size if self.lengths is None else self.lengths[chunk_ids]
+        begins, ends = np.searchsorted(document_offsets, [first, first + length - 1], side="right") - 1  # [B]
+        return np.unique(np.concatenate([np.arange(b, e + 1) for b, e in zip(begins, ends, strict=True)]))
+
 
 def cut_into_chunks(store: TokenStore, config: ChunkConfig, chunk_size: int, facts: TokenFacts) -> Chunks:
     """The chunks of a split, as `config` asks. Raises UserError where there is not even one."""

@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -32,6 +33,8 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 from mlm.errors import UserError, one_line
+from mlm.processes import lost_a_process
+from mlm.signals import Stopped
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,11 +91,23 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]]) -> None:
     try:
         result = body(sys.argv[1:])
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except Stopped as stopped:
+        if speaks:
+            print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.number)
     except RuntimeError as error:
-        if not speaks and "closed by peer" in str(error):
-            sys.exit(1)  # the process that ended first says why
-        raise
+        if not lost_a_process(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(
+            f"error: process {rank} ends, as another process of the run has, whose words, if it had any, are "
+            "the reason; --resume_from_checkpoint latest goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # at once: an orderly end would wait for the process that is gone
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ A mean of batch means is not this number: batches hold different counts of maske
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,14 +108,20 @@ def evaluate(
     facts: TokenFacts,
     config: EvaluateConfig,
     accelerator: Accelerator,
-) -> Evaluation:
-    """Measures `model` on the chunks `chunk_ids` [n], cut into contiguous shares over the processes."""
+    stopped: Callable[[], int] = lambda: 0,
+) -> Evaluation | None:
+    """Measures `model` on the chunks `chunk_ids` [n], cut into contiguous shares over the processes.
+
+    stopped: asked before each batch whether to give it up; where one process does, all return None.
+    """
     n, rank, world = len(chunk_ids), accelerator.process_index, accelerator.num_processes
     start, end = n * rank // world, n * (rank + 1) // world
     was_training = model.training
     model.eval()
-    nats, hits, rows = [], [], []
+    nats, hits, rows, gave_up = [], [], [], False
     for first in range(start, end, config.per_device_eval_batch_size):
+        if gave_up := bool(stopped()):
+            break
         part = chunk_ids[first : min(first + config.per_device_eval_batch_size, end)]
         batch = mask_held_out(chunks, part, recipe, facts, config)
         rows.append(first + batch.positions.numpy() // batch.input_ids.shape[1])
@@ -127,14 +134,18 @@ def evaluate(
         hits.append(batch_hits)
     model.train(was_training)
 
-    # nats, hits and counts of every chunk in float64, zero for the chunks of other processes
-    sums = np.zeros((3, n))
+    # nats, hits and counts of every chunk in float64, zero for those of other processes; last, who gave up
+    sums = np.zeros((3, n + 1))
+    sums[0, n] = gave_up
     if rows:
         row = np.concatenate(rows)  # [masked tokens of this share] which chunk each belongs to
         # the pass's one synchronisation
-        sums[0] = np.bincount(row, torch.cat(nats).cpu().double().numpy(), n)
-        sums[1] = np.bincount(row, torch.cat(hits).cpu().numpy(), n)
-        sums[2] = np.bincount(row, minlength=n)
+        sums[0, :n] = np.bincount(row, torch.cat(nats).cpu().double().numpy(), n)
+        sums[1, :n] = np.bincount(row, torch.cat(hits).cpu().numpy(), n)
+        sums[2, :n] = np.bincount(row, minlength=n)
     if world > 1:
         sums = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device)).cpu().numpy()
-    return Evaluation(chunk_ids, sums[0], sums[2].astype(np.int64), sums[1].astype(np.int64))
+    if sums[0, n]:
+        return None
+    nats, hits, counts = sums[:, :n]
+    return Evaluation(chunk_ids, nats, counts.astype(np.int64), hits.astype(np.int64))

@@ -1,13 +1,13 @@
 """The Accelerator that the launcher and the flags ask for, or one line on why it cannot be had."""
 
 import os
-from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
 from mlm.errors import UserError, one_line
+from mlm.processes import PATIENCE
 
 DATA_PARALLEL = (
     DistributedType.NO,
@@ -41,8 +41,7 @@ def make_accelerator(
             project_dir=project_dir,
             # The loop sums its micro-batches itself: accelerate would divide by its own count of them.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-            # The others wait while one process tokenises the corpus; longer ones are for scripts/prepare.py.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:  # accelerate's own words on a precision or a tracker that it does not know
         raise UserError(one_line(error)) from error
@@ -58,12 +57,3 @@ def make_accelerator(
             f"accelerate is configured for {kind}, and this loop is data-parallel: accelerate config"
         )
     return accelerator
-
-
-def check_scale(scale: float, step: int) -> None:
-    """Raises UserError where fp16's loss scale has fallen so far that ordinary gradients vanish in fp16."""
-    if scale < torch.finfo(torch.float16).tiny:
-        raise UserError(
-            f"step {step}: the loss or its gradients overflow at any fp16 loss scale (now {scale:.1e}); "
-            "use --mixed_precision bf16, or a lower --learning_rate"
-        )

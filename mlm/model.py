@@ -7,6 +7,8 @@ does so with one forward hook on the encoder, whatever the architecture, and che
 
 import copy
 import difflib
+import hashlib
+import json
 import logging
 import pickle
 from collections.abc import Iterator
@@ -139,6 +141,21 @@ def vocabulary_size(config: ModelConfig) -> int:
     if config.config_name or config.model_type:
         return model_config(config).get_text_config().vocab_size
     return DEMO_VOCABULARY
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Names a model by its architecture and, to six digits of their mean size, its weights.
+
+    Not by their bits, which fresh weights may owe to the kind of processor that drew them.
+    """
+    described = {
+        k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
+    }
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    with torch.no_grad():
+        size = sum(p.abs().sum(dtype=torch.float64).item() for p in model.parameters())
+    count = sum(p.numel() for p in model.parameters())
+    return f"{type(model).__name__} {digest}, {count:,} weights of mean size {size / count:.6g}"
 
 
 def check_embeddings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,28 +9,34 @@
 """
 
 import dataclasses
+import errno
 import json
 import math
 import os
 import platform
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCardData
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mlm import checkpoint
 from mlm.batches import Batches
-from mlm.checkpoint import steps
 from mlm.errors import UserError, at_least, one_line
 from mlm.model import SparseMaskedLM
 
@@ -66,6 +72,7 @@ class Run:
         self.goes_on = resumes == "latest" or (
             resumes is not None and Path(resumes).resolve().is_relative_to(self.folder.resolve())
         )
+        self.lock = FileLock(self.folder / ".lock", timeout=0)  # the kernel's: a killed run does not keep it
         # Every process looks, none writes yet: a mistake found later must not have cost what is here.
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output_dir {self.folder}: this is a file")
@@ -80,13 +87,22 @@ class Run:
             raise UserError(f"--output_dir {self.folder}: cannot write in {nearest}")
 
     def say(self, text: str) -> None:
-        if self.speaks:
+        if self.speaks and text:
             print(text, flush=True)
 
-    def begin(self, configuration: Any, experiment: dict[str, Any], step: int) -> None:
+    def how_to_go_on(self, number: int, step: int) -> str:
+        """Words for a run that a signal has stopped."""
+        return (
+            f"stopped by {signal.Signals(number).name} after step {step}; to go on, give the same command "
+            f"with --output_dir {self.folder} --resume_from_checkpoint latest"
+        )
+
+    def begin(self, configuration: Any, experiment: dict[str, Any], step: int | None) -> None:
         """Makes the directory and writes run.json: what has to be known to repeat the run.
 
-        step: 0, or where a resumed run goes on; what came later is dropped, to come again.
+        step: where a resumed run goes on; what came later is dropped, to come again. None: at the beginning.
+
+        Raises UserError where another run is at work in it, or nothing can be written there.
         """
         described = dataclasses.asdict(configuration)
         if self.speaks:
@@ -94,9 +110,13 @@ class Run:
                 self.hub_id = _create_repository(self.config.hub_model_id or self.folder.name)
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._rewind(step) if self.goes_on else self._clear()
+                with suppress(NotImplementedError):  # a file system without locks
+                    self.lock.acquire()
+                self._clear() if step is None or not self.goes_on else self._rewind(step)
                 about = {"configuration": described, "experiment": experiment}
                 write_json(self.folder / "run.json", {**about, "environment": environment(self.accelerator)})
+            except Timeout:
+                raise UserError(f"--output_dir {self.folder}: another run is at work in it") from None
             except OSError as error:
                 raise UserError(
                     f"--output_dir {self.folder}: cannot write there ({error.strerror})"
@@ -105,17 +125,25 @@ class Run:
             self.accelerator.project_configuration.set_directories(str(self.folder))
             self.accelerator.init_trackers("mlm", config=_flat(described))
 
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.lock.is_locked:
+            Path(self.lock.lock_file).unlink(missing_ok=True)  # still ours: no other run can hold it now
+            self.lock.release()
+
     def _clear(self) -> None:
         for name in ("metrics.jsonl", "all_results.json"):
             (self.folder / name).unlink(missing_ok=True)
-        checkpoints = self.folder / "checkpoints"
-        for path in (*steps(checkpoints).values(), checkpoints / "best"):
-            shutil.rmtree(path, ignore_errors=True)
+        checkpoint.clear(self.folder / "checkpoints")
 
     def _rewind(self, step: int) -> None:
-        for later, path in steps(self.folder / "checkpoints").items():
-            if later > step:
-                shutil.rmtree(path)
+        checkpoint.clear(self.folder / "checkpoints", after=step)
         metrics = self.folder / "metrics.jsonl"
         kept = []
         for line in metrics.read_text().splitlines() if metrics.is_file() else ():
@@ -139,8 +167,10 @@ class Run:
             "seconds": round(time.perf_counter() - self.started, 3),
             **finite(values),
         }
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            _append(self.folder / "metrics.jsonl", json.dumps(line) + "\n")
+        except OSError as error:
+            self.say(f"metrics.jsonl lacks a line, {event} of step {step}: {error.strerror}")
         if self.config.with_tracking:
             numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
             self.accelerator.log(numbers, step=step)
@@ -177,11 +207,17 @@ class Run:
         if self.bar is not None:
             self.bar.close()
         if self.speaks:
-            model.save_pretrained(self.folder)
-            tokenizer.save_pretrained(self.folder)
-            write_json(self.folder / "all_results.json", results)
-            card = model_card(self.hub_id or self.folder.name, config, results)
-            (self.folder / "README.md").write_text(card, encoding="utf-8")
+            try:
+                self._save_model(model, tokenizer)
+                write_json(self.folder / "all_results.json", results)
+                card = model_card(self.hub_id or self.folder.name, config, results)
+                _replace(self.folder / "README.md", card)
+            except (OSError, SafetensorError) as error:
+                reason = one_line(getattr(error, "strerror", None) or error)
+                raise UserError(
+                    f"--output_dir {self.folder}: the model could not be saved ({reason}); "
+                    "make room, then --resume_from_checkpoint latest goes on from the last checkpoint"
+                ) from error
             before = (
                 f"{figure(results['perplexity_before'])} before, " if "perplexity_before" in results else ""
             )
@@ -195,10 +231,21 @@ class Run:
         if self.speaks and self.config.push_to_hub:
             self._upload()
 
+    def _save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Beside its place first: a disk that fills up, or a kill, leaves no half a model under its name."""
+        partial = self.folder / "model.partial"
+        try:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            for path in partial.iterdir():
+                path.replace(self.folder / path.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
     def _upload(self) -> None:
         try:
             HfApi().upload_folder(
-                repo_id=self.hub_id, folder_path=self.folder, ignore_patterns=["checkpoints/**"]
+                repo_id=self.hub_id, folder_path=self.folder, ignore_patterns=["checkpoints/**", ".lock"]
             )
         except Exception as error:  # the model is safe on disk, whatever the Hub or the network says
             raise UserError(
@@ -221,29 +268,26 @@ class Window(NamedTuple):
 
 
 class Meter:
-    """Adds up the loss on the device, so that no step has to wait until it is read."""
+    """Keeps what a step measures on the device, so that no step has to wait until it is read."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        self.nats: list[torch.Tensor] = []
+        self.measured: list[torch.Tensor] = []
         self.masked, self.tokens, self.started = 0, 0, time.perf_counter()
 
-    def add(self, nats: torch.Tensor, masked: int, tokens: int) -> None:
-        """nats: [] float32, this process's share of a step; masked, tokens: those of the whole step."""
-        self.nats.append(nats)
+    def add(self, nats: torch.Tensor, broken: torch.Tensor, masked: int, tokens: int) -> None:
+        """What a step of all processes gave: nats [] and whether it, or one before it, was not finite []."""
+        self.measured.append(torch.stack([nats, broken]))
         self.masked += masked
         self.tokens += tokens
 
-    def read(self) -> Window:
-        """Here the host waits for the device."""
-        nats = torch.stack(self.nats)
-        if self.accelerator.num_processes > 1:
-            nats = self.accelerator.reduce(nats)
-        total = nats.cpu().double().sum().item()
-        return Window(total, self.masked, self.tokens, time.perf_counter() - self.started)
+    def read(self) -> tuple[Window, int]:
+        """The window, and how many of its steps, the last ones, were not finite. Here the host waits for the
+        device."""
+        nats, broken = torch.stack(self.measured).cpu().double().sum(dim=0).tolist()
+        return Window(nats, self.masked, self.tokens, time.perf_counter() - self.started), int(broken)
 
 
 def finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -255,7 +299,13 @@ def finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def plan(
-    config: Any, model: SparseMaskedLM, batches: Batches, held_out: int, steps: int, accelerator: Accelerator
+    config: Any,
+    model: SparseMaskedLM,
+    batches: Batches,
+    micro_batch: int,
+    held_out: int,
+    steps: int,
+    accelerator: Accelerator,
 ) -> str:
     """What is about to happen, for a person to read before it does."""
     every = sum(p.numel() for p in model.parameters())
@@ -263,7 +313,7 @@ def plan(
     name = config.model.model_name_or_path or f"{model.model.config.model_type} from scratch"
     G, world = batches.global_batch, batches.world
     share = -(-G // world)
-    passes = -(-share // batches.micro_batch)
+    passes = -(-share // micro_batch)
     often = ", more than there are: each step sees some several times" if batches.num_chunks < G else ""
     lines = {
         "model": f"{name} ({type(model.model).__name__}), {every:,} parameters, {trained:,} of them trained",
@@ -271,7 +321,7 @@ def plan(
         "chunks": f"{batches.num_chunks:,} to train on, {held_out:,} held out, "
         f"of {batches.chunks.chunk_size} tokens",
         "batch": f"{G} chunks a step{often}: {world} process(es) of {share}, in {passes} pass(es) of at most "
-        f"{min(batches.micro_batch, share)}",
+        f"{min(micro_batch, share)}",
         "steps": f"{steps:,} ({steps * G / batches.num_chunks:.3g} epochs), {config.loop.lr_scheduler_type} "
         f"learning rate, peak {config.loop.learning_rate:g}",
         "precision": f"{accelerator.mixed_precision} on {accelerator.device}",
@@ -291,8 +341,17 @@ def write_json(path: Path, value: Any) -> None:
 
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def _append(path: Path, line: str) -> None:
+    """Adds a line, whole or not at all: the next one must not go on from half of one on a full disk."""
+    with path.open("ab", buffering=0) as file:
+        end, data = file.tell(), line.encode()
+        if file.write(data) < len(data):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:

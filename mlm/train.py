@@ -4,37 +4,33 @@ accelerate launch scripts/train.py --model_name_or_path MODEL --dataset_name DAT
 """
 
 import math
+import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from accelerate.utils import release_memory
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm import checkpoint
+from mlm import checkpoint, passes
 from mlm.batches import Batches, subset
-from mlm.checkpoint import CheckpointConfig
+from mlm.checkpoint import CheckpointConfig, Progress, State, Writer
 from mlm.chunks import ChunkConfig, chunk_length, cut_into_chunks
 from mlm.corpus import CorpusConfig
-from mlm.errors import UserError, at_least, one_line
+from mlm.errors import UserError, at_least
 from mlm.evaluate import EvaluateConfig, evaluate, unigram_perplexity
-from mlm.hardware import check_scale, make_accelerator
+from mlm.hardware import make_accelerator
 from mlm.masking import DROPOUT, MaskingConfig, make_recipe, stream_key
-from mlm.model import ModelConfig, SparseMaskedLM, load_model, max_positions, vocabulary_size
+from mlm.model import ModelConfig, SparseMaskedLM, fingerprint, load_model, max_positions, vocabulary_size
+from mlm.optimizer import Schedule, make_optimizer, make_scheduler
+from mlm.processes import agree, host_group, sum_gradients
 from mlm.record import Meter, RecordConfig, Run, finite, peak_memory_mib, plan
+from mlm.signals import Stopped, StopSignals
 from mlm.stream import StreamConfig, TokenStore, limit_threads, prepare, store_folder
 from mlm.tokenizer import TokenFacts, corpus_tokenizer, load_tokenizer, token_facts
-
-Schedule = Literal[
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-]
+from mlm.trouble import check_scale, find_trouble
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class LoopConfig:
     seed: int = 42  # names the order of the chunks, their masks, dropout's draws and fresh weights
     # the batch
     train_batch_size: int | None = None  # chunks a step (default: the next two flags × processes)
-    per_device_train_batch_size: int = 8  # chunks that go through the model at a time
+    per_device_train_batch_size: int | Literal["auto"] = 8  # chunks in a pass; auto: as many as fit
     gradient_accumulation_steps: int = 1  # passes a step, where --train_batch_size is not given
     # the length
     num_train_epochs: float = 3.0  # passes over the training chunks
@@ -98,26 +94,18 @@ class Result:
     output_dir: Path
 
 
-@dataclass
-class Progress:
-    """Where a run stands: what a checkpoint holds besides weights and optimizer."""
-
-    step: int = 0  # updates that were applied
-    nats: float = 0.0  # training loss, summed over the masked tokens of all steps
-    masked: int = 0  # ... and their number
-    tokens: int = 0  # that went through the model, padding not counted
-    seconds: float = 0.0  # spent in training steps
-    skipped: int = 0  # steps that fp16's scaler made us take again
-    before: dict[str, float] | None = None  # the evaluation before the first step
-    after: dict[str, float] | None = None  # the evaluation of the current weights, where there was one
-
-
 def train(config: Config, accelerator: Accelerator | None = None) -> Result:
-    """Runs `config`. Raises UserError before the first step where it cannot be done."""
+    """Runs `config`.
+
+    Raises:
+        UserError: it cannot be done, or the loss is not finite any more.
+        Stopped: a signal asked for it, and a checkpoint has been written.
+    """
     loop = config.loop
     trackers = config.record.report_to if config.record.with_tracking else None
     accelerator = accelerator or make_accelerator(loop.mixed_precision, loop.deterministic, trackers)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    group = host_group(accelerator)
     run = Run(config.record, accelerator, config.checkpoint.resume_from_checkpoint)
 
     # The rooms, in order.
@@ -130,38 +118,20 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         cut_into_chunks(stores[s], config.chunks, length, facts) for s in ("train", "validation")
     )
     recipe = make_recipe(config.masking, facts)
-    G = loop.train_batch_size or loop.per_device_train_batch_size * loop.gradient_accumulation_steps * world
-    batches = Batches(
-        chunks,
-        recipe,
-        facts.ordinary,
-        seed=loop.seed,
-        global_batch=G,
-        micro_batch=loop.per_device_train_batch_size,
-        rank=rank,
-        world=world,
-        samples=loop.max_train_samples,
+    G = passes.global_batch(
+        loop.train_batch_size, loop.per_device_train_batch_size, loop.gradient_accumulation_steps, world
     )
+    batches = Batches(chunks, recipe, facts.ordinary, loop.seed, G, rank, world, loop.max_train_samples)
     n = batches.num_chunks
     last_step = loop.max_train_steps or math.ceil(round(loop.num_train_epochs * n / G, 6))
-    if loop.num_warmup_steps >= max(last_step, 1):
-        raise UserError(f"--num_warmup_steps {loop.num_warmup_steps}: the run has {last_step} steps only")
     held_out_ids = subset(config.evaluate.eval_mask_seed, len(held_out), config.evaluate.max_eval_samples)
-
-    model = SparseMaskedLM(net).to(device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(model, loop, fused=accelerator.scaler is None)
-    try:
-        scheduler = get_scheduler(loop.lr_scheduler_type, optimizer, loop.num_warmup_steps, max(last_step, 1))
-    except ValueError as error:  # polynomial's end lies above a tiny --learning_rate
-        raise UserError(f"--lr_scheduler_type {loop.lr_scheduler_type}: {one_line(error)}") from error
-    optimizer = accelerator.prepare(optimizer)  # steps through fp16's scaler, where there is one
 
     # What the result depends on: a checkpoint of another experiment is not gone on with.
     experiment = {
         **{f"{split} corpus": store.header["corpus"] for split, store in stores.items()},
         **{name: getattr(loop, name) for name in ("seed", "learning_rate", "weight_decay", "max_grad_norm")},
         **{name: getattr(loop, name) for name in ("lr_scheduler_type", "num_warmup_steps")},
+        "model": fingerprint(net),
         "tokenizer": facts.fingerprint,
         "masks": recipe.digest,
         "dropout": config.model.dropout,
@@ -172,23 +142,28 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         "chunks": n,
         "steps": last_step,
     }
-    checkpoints = run.folder / "checkpoints"
-    progress = Progress()
-    if resumed := checkpoint.find(config.checkpoint, checkpoints):
-        state = checkpoint.load(resumed, net, optimizer, scheduler, accelerator.scaler, experiment)
-        progress = Progress(**state)
-    run.begin(config, experiment, progress.step)
-    run.say(plan(config, model, batches, len(held_out_ids), last_step, accelerator))
-    run.log("start", progress.step, steps=last_step, train_batch_size=G, chunks=n)
+    model = SparseMaskedLM(net).to(device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    smallest = min(parameters, key=torch.numel)
+    adamw = make_optimizer(model, loop.learning_rate, loop.weight_decay, fused=accelerator.scaler is None)
+    scheduler = make_scheduler(adamw, loop.lr_scheduler_type, loop.num_warmup_steps, last_step)
+    optimizer = accelerator.prepare(adamw)  # steps through fp16's scaler, where there is one
+    state = State(net, optimizer, scheduler, accelerator.scaler)
 
-    def measure() -> dict[str, float]:
-        found = evaluate(model, held_out, held_out_ids, recipe, facts, config.evaluate, accelerator).summary()
-        run.log("eval", progress.step, **found)
-        loss, perplexity = found["eval_loss"], found["perplexity"]
-        run.say(f"step {progress.step}: held-out loss {loss:.4f}, perplexity {perplexity:.4g}")
-        if loop.load_best_model_at_end and run.speaks:
-            checkpoint.save_best(checkpoints / "best", net, found)
-        return found
+    progress = Progress()
+    checkpoints = run.folder / "checkpoints"
+    resumed, notes = checkpoint.find(config.checkpoint.resume_from_checkpoint, checkpoints, accelerator)
+    run.say("\n".join(notes))
+    if resumed:
+        progress = Progress(**checkpoint.load(resumed, state, experiment))
+    micro_batch = passes.first(
+        loop.per_device_train_batch_size, progress.micro_batch.get(str(world)), -(-G // world), device
+    )
+    run.begin(config, experiment, progress.step if resumed else None)
+    run.say(plan(config, model, batches, micro_batch, len(held_out_ids), last_step, accelerator))
+    run.log("start", progress.step, steps=last_step, train_batch_size=G, chunks=n)
+    stop, writer = StopSignals(), Writer(checkpoints, config.checkpoint.save_total_limit)
+    meter = Meter()
 
     def due(every: int | str | None) -> bool:
         """Whether what is done every so many steps, or after each epoch, comes after the step just taken."""
@@ -196,13 +171,37 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
             return progress.step * G // n > (progress.step - 1) * G // n
         return every is not None and progress.step % every == 0
 
-    if loop.eval_on_start and progress.step == 0:
-        progress.before = progress.after = measure()
-    meter = Meter(accelerator)
-    model.train()
-    while progress.step < last_step:
-        # The gradient of the mean loss over all masked tokens of the global batch, however it is cut.
-        share, masked = batches.load(progress.step)
+    def measure() -> dict[str, float]:
+        room = (held_out, held_out_ids, recipe, facts, config.evaluate, accelerator)
+        evaluation = evaluate(model, *room, stopped=stop.asked)
+        if evaluation is None:  # given up: it is made up for when the run goes on
+            save_and_stop()
+        found = evaluation.summary()
+        run.log("eval", progress.step, **found)
+        loss, perplexity = found["eval_loss"], found["perplexity"]
+        run.say(f"step {progress.step}: held-out loss {loss:.4f}, perplexity {perplexity:.4g}")
+        if loop.load_best_model_at_end and run.speaks:
+            writer.save_best(progress.step, net, found)
+        return found
+
+    def save() -> None:
+        started = time.perf_counter()
+        if run.speaks:
+            writer.save(progress.step, checkpoint.snapshot(state, experiment, asdict(progress)))
+        stood_still = time.perf_counter() - started
+        progress.saving += stood_still
+        run.log("checkpoint", progress.step, seconds_stood_still=stood_still)
+
+    def save_and_stop() -> NoReturn:
+        save()
+        run.say(writer.wait() or "")
+        [number] = agree([stop.asked()], group)
+        raise Stopped(number, run.how_to_go_on(number, progress.step))
+
+    def forward_backward() -> tuple[torch.Tensor, int]:
+        """Adds to each .grad this process's part of the gradient of the mean loss over all masked tokens of
+        the global batch, however it is cut. Returns the nats [] of its part, and how many tokens in all."""
+        share, masked = batches.load(progress.step, micro_batch)
         torch.manual_seed(stream_key(loop.seed, progress.step, DROPOUT + rank))
         nats = torch.zeros((), device=device)
         for batch in share:
@@ -213,52 +212,98 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
             nats += losses.detach().sum()
         if accelerator.scaler is not None and not share:
             accelerator.scaler.scale(nats)  # its first use, which `backward` would have been, sets it up
-        sum_gradients(parameters, world)
-        if loop.max_grad_norm:
-            accelerator.clip_grad_norm_(parameters, loop.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if optimizer.step_was_skipped:  # fp16 overflowed: the same batch again, at the lower scale
-            progress.skipped += 1
-            check_scale(accelerator.scaler.get_scale(), progress.step)
-            continue
-        scheduler.step()
-        meter.add(nats, masked, batches.tokens(progress.step))
-        progress.step += 1
-        run.advance(progress.step, last_step)
+        return nats, masked
 
-        evaluates, saves = due(loop.eval_steps), due(config.checkpoint.checkpointing_steps)
-        if not (evaluates or saves or due(config.record.logging_steps) or progress.step == last_step):
-            continue
-        # The host waits for the device here, not in each step (where, under fp16, the scaler does).
-        window = meter.read()
-        for name, value in window._asdict().items():
-            setattr(progress, name, getattr(progress, name) + value)
-        run.report(progress.step, window, progress.nats / max(progress.masked, 1), scheduler.get_last_lr()[0])
-        progress.after = measure() if evaluates else None
-        if saves and run.speaks:
-            folder, state = checkpoints / f"step_{progress.step}", asdict(progress)
-            checkpoint.save(folder, net, optimizer, scheduler, accelerator.scaler, experiment, state)
-            run.log("checkpoint", progress.step)
+    with run, stop, writer:
+        if resumed and run.speaks and loop.load_best_model_at_end:
+            writer.remember_best()
+        if progress.after is None and (due(loop.eval_steps) if progress.step else loop.eval_on_start):
+            progress.after = measure()
+            progress.before = progress.before or (None if progress.step else progress.after)
+        broken = torch.zeros((), device=device)  # 1 from the first step on that was not finite
         meter.restart()
+        model.train()
+        while progress.step < last_step:
+            ran_out = False
+            try:
+                nats, masked = forward_backward()
+            except (RuntimeError, MemoryError) as error:
+                if not passes.out_of_memory(error):
+                    raise
+                ran_out = True
+            # No process enters the reduction of gradients unless all have them.
+            failure = writer.take_failure()
+            ran_out, asked, failed = agree([ran_out, stop.asked(), failure is not None], group)
+            if failed and config.checkpoint.on_save_error == "stop":
+                raise UserError(f"{failure or 'a checkpoint could not be written'}; earlier ones are intact")
+            run.say(failure or "")
+            if ran_out:  # the same batch again, in smaller passes
+                micro_batch = passes.smaller(micro_batch, loop.per_device_train_batch_size, length)
+                progress.micro_batch[str(world)] = micro_batch
+                run.say(f"step {progress.step}: out of memory; from here on {micro_batch} chunks in a pass")
+                optimizer.zero_grad()
+                release_memory()
+                continue
+            sum_gradients(parameters, nats, world)
+            smallest.grad += nats * 0  # so that a loss that is not finite has no finite gradient
+            norm = accelerator.clip_grad_norm_(parameters, loop.max_grad_norm or math.inf)
+            if accelerator.scaler is None:
+                # Decided on the device, and read later: from here on the optimizer leaves the weights alone.
+                broken = torch.maximum(broken, (~norm.isfinite()).float())
+                adamw.found_inf = broken
+            optimizer.step()
+            optimizer.zero_grad()
+            if optimizer.step_was_skipped:  # fp16 overflowed: the same batch again, at the lower scale
+                progress.skipped += 1
+                check_scale(accelerator.scaler.get_scale(), progress.step)
+                continue
+            scheduler.step()
+            meter.add(nats, broken, masked, batches.tokens(progress.step))
+            progress.step += 1
+            run.advance(progress.step, last_step)
 
-    after = progress.after or measure()
-    if loop.load_best_model_at_end:
-        after = checkpoint.load_best(checkpoints / "best", net, accelerator) or after
-    results = finite({
-        **after,
-        **{f"{name}_before": value for name, value in (progress.before or {}).items()},
-        "perplexity_unigram": unigram_perplexity(
-            stores["train"], held_out, held_out_ids, recipe, facts, config.evaluate),
-        "train_loss": progress.nats / max(progress.masked, 1),
-        "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
-        "train_seconds": progress.seconds,
-        "steps": progress.step,
-        "epochs": progress.step * G / n,
-        "skipped_steps": progress.skipped,
-        "peak_memory_mib": peak_memory_mib(device),
-    })  # fmt: skip
-    run.finish(net, tokenizer, config, results)
+            evaluates, saves = due(loop.eval_steps), due(config.checkpoint.checkpointing_steps)
+            reports = due(config.record.logging_steps) or progress.step == last_step
+            if not (evaluates or saves or reports or asked):
+                continue
+            # The host waits for the device here, not in each step (where, under fp16, the scaler does).
+            window, lost = meter.read()
+            if lost:
+                step = progress.step - lost
+                trouble = find_trouble(model, batches, step, stores["train"], accelerator)
+                run.log("end", step, **trouble._asdict())
+                raise UserError(trouble.words(step, stores["train"], tokenizer))
+            for name, value in window._asdict().items():
+                setattr(progress, name, getattr(progress, name) + value)
+            rate = scheduler.get_last_lr()[0]
+            run.report(progress.step, window, progress.nats / max(progress.masked, 1), rate)
+            progress.after = None
+            if asked:
+                save_and_stop()
+            progress.after = measure() if evaluates else None
+            if saves:
+                save()
+            meter.restart()
+
+        after = progress.after or measure()
+        run.say(writer.wait() or "")
+        if loop.load_best_model_at_end:
+            after = checkpoint.load_best(checkpoints, net, accelerator) or after
+        results = finite({
+            **after,
+            **{f"{name}_before": value for name, value in (progress.before or {}).items()},
+            "perplexity_unigram": unigram_perplexity(
+                stores["train"], held_out, held_out_ids, recipe, facts, config.evaluate),
+            "train_loss": progress.nats / max(progress.masked, 1),
+            "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+            "train_seconds": progress.seconds,
+            "checkpoint_seconds": progress.saving,
+            "steps": progress.step,
+            "epochs": progress.step * G / n,
+            "skipped_steps": progress.skipped,
+            "peak_memory_mib": peak_memory_mib(device),
+        })  # fmt: skip
+        run.finish(net, tokenizer, config, results)
     return Result(net, tokenizer, results, run.folder)
 
 
@@ -277,42 +322,3 @@ def open_corpus(
             tokenizer = corpus_tokenizer(corpus, vocabulary_size(model), store_folder(stream))
         facts = token_facts(tokenizer)
         return tokenizer, facts, prepare(corpus, tokenizer, facts, stream, config.masking.whole_word_mask)
-
-
-def make_optimizer(model: torch.nn.Module, loop: LoopConfig, fused: bool) -> torch.optim.AdamW:
-    """AdamW without decay on biases and norms: what is named a bias, or has one dimension.
-
-    fused: one kernel for all parameters; not under fp16, where it would skip a step without saying so.
-    """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = {name for name, p in trained if p.ndim < 2 or name.endswith("bias")}
-    groups = [
-        {"params": [p for name, p in trained if name not in plain], "weight_decay": loop.weight_decay},
-        {"params": [p for name, p in trained if name in plain], "weight_decay": 0.0},
-    ]
-    fused = fused and trained[0][1].device.type in ("cuda", "cpu", "xpu", "mps")
-    return torch.optim.AdamW(groups, lr=loop.learning_rate, fused=fused)
-
-
-def sum_gradients(parameters: list[torch.nn.Parameter], processes: int, piece: int = 2**24) -> None:
-    """Adds up the gradients of all processes, in flat pieces of about `piece` elements.
-
-    One explicit reduction a step, in place of DistributedDataParallel's during backward: a process may
-    have had several passes through the model, or none. It costs the overlap of the two.
-    """
-    if processes == 1:
-        return
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    start = 0
-    while start < len(parameters):
-        end, elements = start, 0
-        while end < len(parameters) and (end == start or elements + parameters[end].numel() <= piece):
-            elements += parameters[end].numel()
-            end += 1
-        grads = [p.grad for p in parameters[start:end]]
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        torch.distributed.all_reduce(flat)
-        for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(total.view_as(grad))
-        start = end

@@ -18,8 +18,8 @@ def chunks(n, length=6):
     return Chunks(ids, np.ones(len(ids), bool), length, n, pad_id=0)
 
 
-def batches(n=10, seed=1, global_batch=4, micro_batch=4, **more):
-    return Batches(chunks(n), RECIPE, ORDINARY, seed, global_batch, micro_batch, **more)
+def batches(n=10, seed=1, global_batch=4, **more):
+    return Batches(chunks(n), RECIPE, ORDINARY, seed, global_batch, **more)
 
 
 def test_a_worked_example():
@@ -48,10 +48,10 @@ def test_every_epoch_sees_every_chunk_once(n, G, seed, epochs):
     step=st.integers(0, 4),
 )
 def test_processes_and_micro_batches_cut_the_global_batch_without_changing_it(n, G, world, micro, step):
-    [whole], masked = batches(n, global_batch=G, micro_batch=G).load(step)
+    [whole], masked = batches(n, global_batch=G).load(step, G)
     parts = []
     for rank in range(world):
-        share, count = batches(n, global_batch=G, micro_batch=micro, rank=rank, world=world).load(step)
+        share, count = batches(n, global_batch=G, rank=rank, world=world).load(step, micro)
         assert count == masked  # each process knows the count of all
         assert all(len(batch.input_ids) <= micro for batch in share)
         assert sum(len(batch.input_ids) for batch in share) in (G // world, -(-G // world))
@@ -61,9 +61,9 @@ def test_processes_and_micro_batches_cut_the_global_batch_without_changing_it(n,
 
 
 def test_a_process_whose_share_is_empty_has_no_batch_but_knows_the_count():
-    share, masked = batches(global_batch=2, rank=0, world=4).load(0)
+    share, masked = batches(global_batch=2, rank=0, world=4).load(0, 4)
     assert share == []
-    assert masked == batches(global_batch=2).load(0)[1] > 0
+    assert masked == batches(global_batch=2).load(0, 4)[1] > 0
 
 
 def test_a_chunk_is_masked_anew_in_each_epoch():

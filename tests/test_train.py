@@ -25,10 +25,11 @@ from mlm.errors import UserError
 from mlm.evaluate import EvaluateConfig
 from mlm.masking import MaskingConfig, make_recipe
 from mlm.model import ModelConfig
+from mlm.optimizer import Schedule, make_optimizer
 from mlm.record import RecordConfig
 from mlm.stream import prepare
 from mlm.tokenizer import load_tokenizer, token_facts
-from mlm.train import LoopConfig, Schedule, make_optimizer, train
+from mlm.train import train
 from tests.conftest import REPOSITORY
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
@@ -62,14 +63,14 @@ def slow_training(config):
     store = prepare(config.corpus, tokenizer, facts, config.stream)["train"]
     chunks = cut_into_chunks(store, config.chunks, config.chunks.max_seq_length, facts)
     G = config.loop.train_batch_size
-    batches = Batches(chunks, make_recipe(config.masking, facts), facts.ordinary, config.loop.seed, G, G)
+    batches = Batches(chunks, make_recipe(config.masking, facts), facts.ordinary, config.loop.seed, G)
     model = AutoModelForMaskedLM.from_pretrained(
         config.model.model_name_or_path, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     ).train()
-    optimizer = make_optimizer(model, config.loop, fused=False)
+    optimizer = make_optimizer(model, config.loop.learning_rate, config.loop.weight_decay, fused=False)
     scheduler = get_scheduler("linear", optimizer, config.loop.num_warmup_steps, config.loop.max_train_steps)
     for step in range(config.loop.max_train_steps):
-        [batch], _ = batches.load(step)
+        [batch], _ = batches.load(step, G)
         logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(
             0, 1
         )  # [B * T, V]
@@ -317,7 +318,7 @@ def test_biases_and_norms_do_not_decay():
     layer.dense, layer.norm = torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)
     layer.conv = torch.nn.Module()
     layer.conv.bias = torch.nn.Parameter(torch.zeros(2, 1))
-    decayed, plain = make_optimizer(layer, LoopConfig(weight_decay=0.1), fused=False).param_groups
+    decayed, plain = make_optimizer(layer, 1e-3, weight_decay=0.1, fused=False).param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert decayed["params"] == [layer.dense.weight]
     assert len(plain["params"]) == 4
@@ -358,7 +359,7 @@ def test_a_loss_scale_that_has_collapsed_stops_the_run(toy, tmp_path):
     broken.save_pretrained(tmp_path / "broken")
     load_tokenizer(str(toy.checkpoint)).save_pretrained(tmp_path / "broken")
     rooms = {"model": ModelConfig(model_name_or_path=str(tmp_path / "broken"))}
-    with pytest.raises(UserError, match="step 0: the loss or its gradients overflow at any fp16 loss scale"):
+    with pytest.raises(UserError, match="step 1: the loss or its gradients overflow at any fp16 loss scale"):
         train(toy.config(tmp_path / "run", rooms=rooms), half_precision(2.0**16))
 
 
