@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import BertConfig, BertForMaskedLM
 from transformers.utils import logging as transformers_logging
 
 from mlm.chunks import ChunkConfig
 from mlm.corpus import CorpusConfig
 from mlm.model import ModelConfig
-from mlm.record import RecordConfig
+from mlm.record import RecordConfig, environment, write_json
 from mlm.stream import StreamConfig
 from mlm.train import Config, LoopConfig
 from tests.tokenizers_for_tests import wordpiece
@@ -38,6 +40,36 @@ def caches(tmp_path_factory):
         patch.setenv("HF_DATASETS_CACHE", str(folder / "datasets"))
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps its device and precision for the life of a process: each test chooses anew."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--faults", type=Path, help="JSON file to write what the tests of faults tried to")
+
+
+@pytest.fixture(scope="session")
+def faults(request):
+    """What the tests of faults have tried: {fault: {cases, outcome, test}}, for the README's table."""
+    tried = {}
+    yield tried
+    if path := request.config.getoption("--faults"):
+        write_json(path, {"faults": tried, "environment": environment(Accelerator(cpu=True))})
+
+
+@pytest.fixture
+def tally(faults, request):
+    """tally(fault, cases, outcome): what a test of a fault says when all of its claims have held."""
+
+    def tell(fault: str, cases: int, outcome: str) -> None:
+        faults[fault] = {"cases": cases, "outcome": outcome, "test": request.node.nodeid.partition("[")[0]}
+
+    return tell
 
 
 class Toy:

@@ -3,12 +3,8 @@
 import dataclasses
 import json
 import math
-import os
-import re
-import signal
 import subprocess
 import sys
-import time
 from typing import get_args
 
 import pytest
@@ -30,30 +26,7 @@ from mlm.record import RecordConfig
 from mlm.stream import prepare
 from mlm.tokenizer import load_tokenizer, token_facts
 from mlm.train import train
-from tests.conftest import REPOSITORY
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-CPU = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def metrics(folder, event):
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["event"] == event]
-
-
-def assert_same_weights(one, other, rtol=1e-3, atol=5e-5):
-    """To what rounding leaves, where weights move by 0.1. A key's bias shifts all scores of a row alike: its
-    gradient is the rounding of zero, which Adam turns into steps, and it changes nothing."""
-    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
-        if name.endswith("key.bias"):
-            continue
-        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+from tests.runs import TORCHRUN, assert_same_weights, metrics, run
 
 
 def slow_training(config):
@@ -109,14 +82,13 @@ def test_two_processes_end_with_the_weights_and_the_perplexity_of_one(toy, tmp_p
     """11 chunks a step over two processes: six and five, in passes of four."""
     flags = {"train_batch_size": 11, "per_device_train_batch_size": 4, "eval_steps": 6}
     one = train(toy.config(tmp_path / "one", **flags))
-    command = [*TORCHRUN, "scripts/train.py", *toy.flags(tmp_path / "two", **flags)]
-    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=CPU)
-    assert run.returncode == 0, run.stderr
-    lines = run.stdout.splitlines()
+    status, output, errors = run(TORCHRUN, toy.flags(tmp_path / "two", **flags))
+    assert status == 0, errors
+    lines = output.splitlines()
     assert len(lines) == len(set(lines)), "only the main process speaks"
     two = AutoModelForMaskedLM.from_pretrained(tmp_path / "two")
     assert_same_weights(one.model, two)
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = json.loads(lines[-1])
     assert found["perplexity"] == pytest.approx(one.results["perplexity"], rel=1e-5)
     assert found["perplexity_before"] == pytest.approx(one.results["perplexity_before"], rel=1e-6)
     assert found["train_loss"] == pytest.approx(one.results["train_loss"], rel=1e-5)
@@ -128,13 +100,9 @@ def test_two_processes_end_with_the_weights_and_the_perplexity_of_one(toy, tmp_p
 @pytest.mark.slow
 def test_a_process_with_an_empty_share_takes_part(toy, tmp_path):
     one = train(toy.config(tmp_path / "one", train_batch_size=1, max_train_steps=3))
-    command = [
-        *TORCHRUN,
-        "scripts/train.py",
-        *toy.flags(tmp_path / "two", train_batch_size=1, max_train_steps=3),
-    ]
-    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=CPU)
-    assert run.returncode == 0, run.stderr
+    flags = toy.flags(tmp_path / "two", train_batch_size=1, max_train_steps=3)
+    status, _, errors = run(TORCHRUN, flags)
+    assert status == 0, errors
     assert_same_weights(one.model, AutoModelForMaskedLM.from_pretrained(tmp_path / "two"))
 
 
@@ -254,18 +222,6 @@ def test_a_batch_with_nothing_masked_gives_zero_loss_and_no_nan(toy, tmp_path):
     assert all(tensor.isfinite().all() for tensor in result.model.state_dict().values())
 
 
-@pytest.mark.parametrize("damaged", ["model.safetensors", "state.pt", "experiment.json", "progress.json"])
-def test_a_damaged_checkpoint_is_named_in_one_line(toy, tmp_path, damaged):
-    config = interrupted(toy, tmp_path / "run", at=10)
-    path = tmp_path / "run" / "checkpoints" / "step_10" / damaged
-    path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(UserError, match="step_10 is damaged"):
-        train(config)
-    path.unlink()
-    with pytest.raises(UserError, match="no checkpoint in"):
-        train(config)
-
-
 @pytest.mark.parametrize(
     "loop",
     [
@@ -341,18 +297,6 @@ def test_fewer_chunks_can_be_evaluated(toy, tmp_path):
     assert 0 < few.results["eval_masked_tokens"] <= 5 * 16
 
 
-def test_a_run_that_diverges_still_leaves_json(toy, tmp_path):
-    train(toy.config(tmp_path / "run", learning_rate=1e30, lr_scheduler_type="constant", max_grad_norm=0))
-
-    def refuse(word):
-        raise AssertionError(word)
-
-    results = json.loads((tmp_path / "run" / "all_results.json").read_text(), parse_constant=refuse)
-    assert results["perplexity"] is None
-    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=refuse)
-
-
 def test_a_loss_scale_that_has_collapsed_stops_the_run(toy, tmp_path):
     broken = AutoModelForMaskedLM.from_pretrained(toy.checkpoint)
     torch.nn.init.constant_(broken.cls.predictions.bias, math.nan)
@@ -378,152 +322,9 @@ flags = {toy.flags(tmp_path / "run", train_batch_size=1, max_train_steps=3)!r}
 train(Config(*cli.parse(ROOMS, flags, cli.command(""))[:-1]), accelerator)
 """
     (tmp_path / "program.py").write_text(program)
-    run = subprocess.run([*TORCHRUN, str(tmp_path / "program.py")], capture_output=True, text=True, env=CPU)
-    assert run.returncode == 0, run.stderr
+    status, _, errors = run(TORCHRUN, [], str(tmp_path / "program.py"))
+    assert status == 0, errors
     assert metrics(tmp_path / "run", "end")[0]["steps"] == 3
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_resumed_run_ends_in_the_bits_of_the_uninterrupted_one(toy, tmp_path, dropout):
-    whole = train(toy.config(tmp_path / "whole", dropout=dropout, eval_steps=4))
-    config = toy.config(tmp_path / "cut", dropout=dropout, eval_steps=4)
-    config = dataclasses.replace(config, checkpoint=CheckpointConfig(checkpointing_steps=5))
-    train(config)
-    (tmp_path / "cut" / "checkpoints" / "step_10").rename(tmp_path / "out_of_the_way")
-    resumed = train(
-        dataclasses.replace(config, checkpoint=CheckpointConfig(5, resume_from_checkpoint="latest"))
-    )
-    for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    assert resumed.results["train_loss"] == whole.results["train_loss"]
-    for event in ("train", "eval", "checkpoint", "end"):
-        steps = [line["step"] for line in metrics(tmp_path / "cut", event)]
-        assert steps == sorted(set(steps)), event
-
-
-def interrupted(toy, folder, at=5, **loop):
-    """A run of 12 steps that left a checkpoint every `at`; the configuration that goes on from the latest."""
-    config = dataclasses.replace(
-        toy.config(folder, **loop), checkpoint=CheckpointConfig(checkpointing_steps=at)
-    )
-    train(config)
-    return dataclasses.replace(config, checkpoint=CheckpointConfig(at, resume_from_checkpoint="latest"))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"seed": 7}, "seed 7 (the checkpoint: 42)"),
-        ({"train_batch_size": 4}, "train_batch_size 4 (the checkpoint: 8)"),
-        ({"learning_rate": 1.0}, "learning_rate 1.0"),
-        ({"max_train_steps": 20}, "steps 20 (the checkpoint: 12)"),
-        ({"max_train_samples": 30}, "chunks 30"),
-    ],
-)
-def test_another_experiment_is_not_gone_on_with(toy, tmp_path, change, words):
-    config = interrupted(toy, tmp_path / "run")
-    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
-    with pytest.raises(UserError, match=re.escape(words)):
-        train(dataclasses.replace(config, loop=dataclasses.replace(config.loop, **change)))
-    assert before == {
-        path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()
-    }
-
-
-def test_other_masks_or_other_text_are_another_experiment(toy, tmp_path):
-    config = interrupted(toy, tmp_path / "run")
-    with pytest.raises(UserError, match="masks"):
-        train(dataclasses.replace(config, masking=MaskingConfig(mlm_probability=0.3)))
-    other = dataclasses.replace(config.corpus, train_file=str(toy.validation_file))
-    with pytest.raises(UserError, match="train corpus"):
-        train(dataclasses.replace(config, corpus=other))
-
-
-def test_what_does_not_change_the_result_may_change(toy, tmp_path):
-    whole = train(toy.config(tmp_path / "whole"))
-    config = interrupted(toy, tmp_path / "run", at=7)
-    loop = dataclasses.replace(config.loop, per_device_train_batch_size=3, eval_steps=2, eval_on_start=False)
-    assert_same_weights(train(dataclasses.replace(config, loop=loop)).model, whole.model)
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(toy, tmp_path):
-    whole = train(toy.config(tmp_path / "whole"))
-    interrupted(toy, tmp_path / "run", at=7)
-    flags = toy.flags(tmp_path / "run", resume_from_checkpoint="latest")
-    run = subprocess.run(
-        [*TORCHRUN, "scripts/train.py", *flags], cwd=REPOSITORY, capture_output=True, text=True, env=CPU
-    )
-    assert run.returncode == 0, run.stderr
-    assert_same_weights(whole.model, AutoModelForMaskedLM.from_pretrained(tmp_path / "run"))
-
-
-def test_checkpoints_after_the_one_gone_on_from_are_dropped(toy, tmp_path):
-    config = interrupted(toy, tmp_path / "run", at=4)
-    earlier = CheckpointConfig(None, resume_from_checkpoint=str(tmp_path / "run" / "checkpoints" / "step_4"))
-    train(dataclasses.replace(config, checkpoint=earlier))
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_4"]
-
-
-def test_resuming_into_another_run_is_not_a_licence_to_replace_it(toy, tmp_path):
-    interrupted(toy, tmp_path / "one")
-    train(toy.config(tmp_path / "other"))
-    source = CheckpointConfig(resume_from_checkpoint=str(tmp_path / "one" / "checkpoints" / "step_5"))
-    with pytest.raises(UserError, match="is not empty"):
-        train(dataclasses.replace(toy.config(tmp_path / "other"), checkpoint=source))
-    assert train(dataclasses.replace(toy.config(tmp_path / "new"), checkpoint=source)).results["steps"] == 12
-
-
-def test_the_line_that_a_killed_run_was_writing_is_dropped(toy, tmp_path):
-    """Here it is the line of the very checkpoint that is gone on from."""
-    config = interrupted(toy, tmp_path / "run", at=10)
-    path = tmp_path / "run" / "metrics.jsonl"
-    path.write_text(path.read_text().partition('{"event": "checkpoint"')[0] + '{"event": "checkp')
-    train(config)
-    assert [line["step"] for line in metrics(tmp_path / "run", "train")] == [10, 12]
-    assert [line["step"] for line in metrics(tmp_path / "run", "end")] == [12]
-
-
-def test_a_finished_run_that_is_resumed_writes_nothing_twice(toy, tmp_path):
-    config = interrupted(toy, tmp_path / "run", at=6)
-    result = train(config)
-    assert train(config).results["perplexity"] == result.results["perplexity"]
-    for event in ("train", "eval", "checkpoint", "end"):
-        found = [line["step"] for line in metrics(tmp_path / "run", event)]
-        assert found == sorted(set(found)), event
-
-
-def test_the_best_weights_survive_a_resume(toy, tmp_path):
-    loop = {
-        "learning_rate": 3.0,
-        "lr_scheduler_type": "constant",
-        "eval_steps": 1,
-        "load_best_model_at_end": True,
-    }
-    config = interrupted(toy, tmp_path / "run", at=5, **loop)
-    resumed = train(config)
-    losses = [line["eval_loss"] for line in metrics(tmp_path / "run", "eval")]
-    assert resumed.results["eval_loss"] == min(losses) < losses[-1]
-    untouched = AutoModelForMaskedLM.from_pretrained(toy.checkpoint)
-    assert_same_weights(AutoModelForMaskedLM.from_pretrained(tmp_path / "run"), untouched, rtol=0, atol=0)
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_checkpoint(toy, tmp_path):
-    whole = train(toy.config(tmp_path / "whole", max_train_steps=300, eval_on_start=False))
-    flags = toy.flags(tmp_path / "killed", max_train_steps=300, checkpointing_steps=20, eval_on_start="false")
-    command = [sys.executable, "scripts/train.py", *flags]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "killed" / "checkpoints" / "step_40").is_dir() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "all_results.json").exists()
-    subprocess.run(
-        [*command, "--resume_from_checkpoint", "latest"], cwd=REPOSITORY, check=True, capture_output=True
-    )
-    for name, tensor in AutoModelForMaskedLM.from_pretrained(tmp_path / "killed").state_dict().items():
-        assert torch.equal(tensor, whole.model.state_dict()[name]), name
 
 
 @pytest.mark.slow
@@ -537,11 +338,11 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 AutoModelForMaskedLM.from_pretrained(sys.argv[1]); AutoTokenizer.from_pretrained(sys.argv[1])
 print(pipeline("fill-mask", sys.argv[1])("the old [MASK] likes milk every day .")[0]["score"])
 """
-    run = subprocess.run(
+    stock = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "run")], cwd=tmp_path, capture_output=True, text=True
     )
-    assert run.returncode == 0, run.stderr
-    assert 0 < float(run.stdout) <= 1
+    assert stock.returncode == 0, stock.stderr
+    assert 0 < float(stock.stdout) <= 1
 
 
 def test_fp16_on_a_cpu_is_refused_and_bf16_offered(toy, tmp_path):

@@ -1,0 +1,117 @@
+"""Runs as tests start them, in this process and in others, and how their results are compared."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import AutoModelForMaskedLM
+
+from tests.conftest import REPOSITORY
+
+PYTHON = [sys.executable]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+SCRIPT = str(REPOSITORY / "scripts" / "train.py")
+CPU = {"ACCELERATE_USE_CPU": "true"}
+
+
+def start(launcher: list[str], flags: list[str], program: str = SCRIPT) -> subprocess.Popen:
+    """A training process, or a launcher with its own, at work in the background."""
+    return subprocess.Popen(
+        [*launcher, program, *flags],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **CPU},
+    )
+
+
+def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[int, str, str]:
+    """Its exit status, standard output and standard error. An overdue one is killed, and the test fails."""
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        kill_all(process)
+        raise
+    return process.returncode, output, errors
+
+
+def run(launcher: list[str], flags: list[str], program: str = SCRIPT) -> tuple[int, str, str]:
+    return finish(start(launcher, flags, program))
+
+
+def workers(process: subprocess.Popen) -> list[psutil.Process]:
+    """The training processes themselves: the last in the chain of parents and children."""
+    try:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        trains = [p for p in family if any(word.endswith(".py") for word in p.cmdline()[1:2])]
+        return trains or [p for p in family if not p.children()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to a process and all that it started, so that none runs on beside the next test."""
+    try:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    except psutil.NoSuchProcess:
+        family = []
+    for member in family:
+        if member.is_running():
+            member.kill()
+    process.communicate()
+
+
+def wait_for(event: Callable[[], object], process: subprocess.Popen, seconds: float = 120) -> None:
+    """Returns once `event()` is true. Fails where the process ends, or the time is up, before."""
+    end = time.monotonic() + seconds
+    while not event():
+        if process.poll() is not None or time.monotonic() > end:
+            kill_all(process)
+            raise AssertionError(f"waited in vain; the process has ended with {process.returncode}")
+        time.sleep(0.002)
+
+
+def metrics(folder: Path, event: str) -> list[dict]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == event]
+
+
+def steps_taken(folder: Path) -> int:
+    """How far a run has come, by its metrics; 0 while there are none, or the last line is being written."""
+    try:
+        return max((line["step"] for line in metrics(folder, "train")), default=0)
+    except (OSError, ValueError):
+        return 0
+
+
+def assert_each_step_once(folder: Path) -> None:
+    for event in ("start", "train", "eval", "checkpoint", "end"):
+        steps = [line["step"] for line in metrics(folder, event)]
+        assert steps == sorted(set(steps)), event
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForMaskedLM.from_pretrained(folder).state_dict()
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def assert_same_weights(one, other, rtol=1e-3, atol=5e-5):
+    """To what rounding leaves, where weights move by 0.1. A key's bias shifts all scores of a row alike: its
+    gradient is the rounding of zero, which Adam turns into steps, and it changes nothing."""
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        if name.endswith("key.bias"):
+            continue
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
