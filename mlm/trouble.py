@@ -30,14 +30,13 @@ class Trouble(NamedTuple):
         )
 
 
-@torch.no_grad()
 def find_trouble(
     model: SparseMaskedLM, batches: Batches, step: int, store: TokenStore, accelerator: Accelerator
 ) -> Trouble:
-    """The chunks of a step's global batch whose loss is not finite, looked at one by one under its masks.
+    """The chunks of a step's global batch whose loss or gradient is not finite, one by one under its masks.
 
-    All of the batch where each one's loss is finite, and only the gradient, or dropout's draws, were not.
-    Every process looks at the whole batch, so that none has to ask.
+    All of the batch where it takes dropout's draws, or all of them together, to get there. Every process
+    looks at the whole batch, so that none has to ask.
     """
     model.eval()
     chunk_ids, epochs = batches.places(step)
@@ -46,7 +45,10 @@ def find_trouble(
         batch = batches.mask(chunk_ids[row : row + 1], epochs[row : row + 1]).to(accelerator.device)
         with accelerator.autocast():
             nats, _ = model(batch.input_ids, batch.positions, batch.targets, batch.attention_mask)
-        broken.append(not nats.sum().isfinite())
+        model.zero_grad()
+        nats.sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        broken.append(not (nats.sum() + torch.nn.utils.get_total_norm(gradients)).isfinite())
     chunk_ids = chunk_ids[broken] if any(broken) else chunk_ids
     documents = batches.chunks.documents(chunk_ids, store.document_offsets)
     return Trouble(chunk_ids.tolist(), documents.tolist())
