@@ -8,7 +8,8 @@
 
 The key names the corpus (paths, sizes and times, or the Hub's revision) and the tokenizer, so that a second
 run finds its store without reading a document. A store is built beside its place and renamed, so that a
-half-built one is never found.
+half-built one is never found. Of several runs that want the same one, one builds and the others wait, by a
+lock on <key>.lock, a file that stays (`one_builder` says why); it may be removed when no run builds.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -36,7 +38,7 @@ from transformers import PreTrainedTokenizerBase
 from mlm import corpus
 from mlm.corpus import CorpusConfig
 from mlm.errors import UserError, at_least
-from mlm.tokenizer import TokenFacts, text_encoder
+from mlm.tokenizer import TokenFacts, one_builder, text_encoder
 
 log = logging.getLogger(__name__)
 
@@ -128,45 +130,75 @@ def _find_or_build(
             return found
 
     limit_threads(config)
+    # Before the lock: a mistake in the corpus leaves nothing on disk, and reading is quick beside tokenising.
     documents = corpus.load(source)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder)
-        with tempfile.TemporaryDirectory(prefix=f"{key}.building.", dir=folder.parent) as workspace:
-            built = Path(workspace, "store")  # the folder around it is its owner's alone
-            for split, dataset in documents.splits.items():
-                texts = corpus.texts(dataset)
-                progress = tqdm(texts, f"tokenising {split}", len(dataset), unit=" documents", disable=None)
-                origin = {
-                    "split": split,
-                    "splits": list(documents.splits),
-                    "identity": identity,
-                    "empty_documents": documents.dropped.get(split, 0),
-                }
-                build(progress, tokenizer, facts, built / split, origin)
-            if folder.exists() and (config.overwrite_cache or not _open_splits(folder, identity, facts)):
-                shutil.rmtree(folder)
-            built.rename(folder)
+        with one_builder(folder) as alone:
+            stores = {} if config.overwrite_cache else _open_splits(folder, identity, facts)
+            if stores:  # another run has built them meanwhile
+                return stores
+            _remove_abandoned(folder, alone)
+            name = _workspace(folder, alone)
+            with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=folder.parent) as workspace:
+                built = Path(workspace, "store")  # the folder around it is its owner's alone
+                _build_splits(documents, identity, tokenizer, facts, built)
+                if config.overwrite_cache or not _open_splits(folder, identity, facts):
+                    with contextlib.suppress(FileNotFoundError):
+                        folder.rename(Path(workspace, "replaced"))  # goes with the workspace
+                _put_in_place(built, folder)
+            stores = _open_splits(folder, identity, facts)  # before the next run may replace them
     except OSError as error:
-        quicker = error.errno in (errno.ENOTEMPTY, errno.EEXIST) and folder.is_dir()  # another run was
-        if not quicker:
-            raise UserError(f"--token_store {folder.parent}: cannot write there ({error.strerror})") from None
-    stores = _open_splits(folder, identity, facts)
+        raise UserError(f"--token_store {folder.parent}: cannot write there ({error.strerror})") from None
     if not stores:
         raise UserError(f"--token_store {folder}: removed by something else while it was built; run again")
     return stores
 
 
-def _remove_abandoned(folder: Path) -> None:
+def _build_splits(
+    documents: corpus.Corpus,
+    identity: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    facts: TokenFacts,
+    folder: Path,
+) -> None:
+    for split, dataset in documents.splits.items():
+        texts = corpus.texts(dataset)
+        progress = tqdm(texts, f"tokenising {split}", len(dataset), unit=" documents", disable=None)
+        origin = {
+            "split": split,
+            "splits": list(documents.splits),
+            "identity": identity,
+            "empty_documents": documents.dropped.get(split, 0),
+        }
+        build(progress, tokenizer, facts, folder / split, origin)
+
+
+def _put_in_place(built: Path, folder: Path) -> None:
+    try:
+        built.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else a run without the lock was quicker
+            raise
+
+
+def _workspace(folder: Path, alone: bool) -> str:
+    """How the folders are called, up to the last dot, in which a process builds: alone, or perhaps not."""
+    return f"{folder.name}.building.{socket.gethostname()}" if alone else f"{folder.name}.building"
+
+
+def _remove_abandoned(folder: Path, alone: bool) -> None:
     """Removes what killed builds of this store left behind.
 
-    Told by age, not by process, since another machine may be building in the same place.
+    Whoever is alone knows that those before it on this machine are dead. The others are told by age: builds
+    without the lock, and builds of other machines, since not every shared folder has locks that reach there.
     """
     for leftover in folder.parent.glob(f"{folder.name}.building.*"):
         times = []
         with contextlib.suppress(OSError):  # a build that ends meanwhile takes its folder along
             times = [path.stat().st_mtime for path in (leftover, *leftover.rglob("*"))]
-        if times and time.time() - max(times) > ABANDONED:
+        dead = alone and leftover.name.rpartition(".")[0] == _workspace(folder, alone)
+        if dead or (times and time.time() - max(times) > ABANDONED):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

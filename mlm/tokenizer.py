@@ -1,26 +1,37 @@
 """A fast tokenizer, loaded or trained, and what the other rooms have to know of it, in one place."""
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
+import socket
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlm import corpus
 from mlm.corpus import CorpusConfig
-from mlm.errors import UserError, explain_load_failure
+from mlm.errors import UserError, explain_load_failure, one_line
 from mlm.hub import local_files_only
+
+log = logging.getLogger(__name__)
 
 # Placeholders that no text has taught the model anything about: BERT's and ModernBERT's, Gemma's, fairseq's.
 UNUSED = re.compile(r"\[unused\d+\]|<unused\d+>|madeupword\d+")
+
+# Seconds to wait for a run that builds the same: half of what the processes of one run wait for each other
+# (hardware.py), so that the other half is left to build what did not come.
+LOCK_TIMEOUT = 3600.0
+POLL = 0.2  # seconds between two tries, each of which the server of a shared folder has to answer
 
 
 @dataclass(frozen=True)
@@ -102,24 +113,76 @@ def _bert_engine(model: models.WordPiece) -> Tokenizer:
 
 
 def corpus_tokenizer(source: CorpusConfig, vocab_size: int, folder: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer trained on the corpus's training documents, once: later runs find it in `folder`."""
+    """A tokenizer trained on the corpus's training documents, once: later runs find it in `folder`.
+
+    Of several runs at once one trains and the others wait for it (`one_builder`).
+    """
     identity = json.dumps([corpus.identify(source), vocab_size], sort_keys=True)
     place = folder / f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:20]}"
     if not place.is_dir():
         splits = corpus.load(source).splits
         if "train" not in splits:
             raise UserError("no text to learn a vocabulary from: give --train_file, or --tokenizer_name")
-        tokenizer = train_tokenizer(splits["train"]["text"], vocab_size)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f"{place.name}.", dir=folder) as workspace:
-                partial = os.path.join(workspace, "tokenizer")  # the folder around it is its owner's alone
-                tokenizer.save_pretrained(partial)
-                os.rename(partial, place)
+            with one_builder(place):
+                if not place.is_dir():  # still: another run may have trained it meanwhile
+                    _train_into(place, splits["train"]["text"], vocab_size)
         except OSError as error:
-            if not place.is_dir():  # else another run was quicker
+            if not place.is_dir():  # else a run that did not wait was quicker
                 raise UserError(f"--token_store {folder}: cannot write there ({error.strerror})") from None
     return load_tokenizer(str(place))
+
+
+def _train_into(place: Path, documents: Iterable[str], vocab_size: int) -> None:
+    tokenizer = train_tokenizer(documents, vocab_size)
+    with tempfile.TemporaryDirectory(prefix=f"{place.name}.", dir=place.parent) as workspace:
+        partial = os.path.join(workspace, "tokenizer")  # the folder around it is its owner's alone
+        tokenizer.save_pretrained(partial)
+        os.rename(partial, place)
+
+
+@contextlib.contextmanager
+def one_builder(place: Path) -> Iterator[bool]:
+    """Lets the runs that are about to build `place` in one by one; each looks first whether it is there now.
+
+    Yields True where this run holds the lock. False: LOCK_TIMEOUT seconds went by and the holder, stopped or
+    slow, still had it, or there is no locking here (a file system without it, a lock file of another user).
+    Then others may be building as well: build beside the place, and rename.
+
+    The lock is the kernel's, on the file `<place>.lock`. It ends with the process that holds it, however that
+    ends, so that the file of a killed run is no lock and costs no wait. The file itself is left: were it
+    removed, a run that waits on it and one that comes later would each hold a lock of their own.
+    """
+    path = Path(f"{place}.lock")
+
+    def sign(descriptor: int) -> None:
+        with contextlib.suppress(OSError):  # on a full disk those who wait do without the name
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+    # Preserved also means: no lock by the mere existence of a file, which would outlive a killed process.
+    lock = FileLock(path, preserve_lock_file=True, on_acquired=sign)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("%s is building %s: waiting, up to %g s", _holder(path), place, LOCK_TIMEOUT)
+            lock.acquire(timeout=LOCK_TIMEOUT, poll_interval=POLL)
+    except Timeout:
+        log.warning("%s has held %s for %g s: building without it", _holder(path), path, LOCK_TIMEOUT)
+    except OSError:
+        pass  # whether the place can be written at all, building shows
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return one_line(path.read_text(errors="replace"), 80) or "another run"
+    return "another run"
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

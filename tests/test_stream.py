@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -330,9 +331,14 @@ class World:
         config = StreamConfig(token_store=str(self.folder), **options)
         return prepare(self.source, tokenizer, token_facts(tokenizer), config)
 
+    def stores(self):
+        """The folders where stores are kept; beside each lies its lock file."""
+        return [path for path in self.folder.iterdir() if path.suffix != ".lock"]
+
     def files(self):
-        """{path: modification time} of all that is kept."""
-        return {path: path.stat().st_mtime_ns for path in self.folder.rglob("*") if path.is_file()}
+        """{path: modification time} of all that is in them."""
+        files = [path for store in self.stores() for path in store.rglob("*") if path.is_file()]
+        return {path: path.stat().st_mtime_ns for path in files}
 
     def python(self, code):
         """Starts a Python in which `again()` is `prepare` with the same files and the tokenizer from disk."""
@@ -460,7 +466,7 @@ DAMAGES = [value for name, value in globals().items() if name.startswith("damage
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__.removeprefix("damage_"))
 def test_a_damaged_store_is_rebuilt_not_used(damage, world):
     expected = {split: documents_of(store) for split, store in world.prepare().items()}
-    (store,) = world.folder.iterdir()
+    (store,) = world.stores()
     for path in store.rglob("ids.npy"):  # tells a store that is used from one that is rebuilt
         ids = np.load(path)
         np.save(path, np.zeros_like(ids))
@@ -469,7 +475,8 @@ def test_a_damaged_store_is_rebuilt_not_used(damage, world):
     damage(store)
     rebuilt = world.prepare()
     assert {split: documents_of(store) for split, store in rebuilt.items()} == expected
-    assert list(world.folder.iterdir()) == [store], "in the same place, and nothing beside it"
+    beside = {store, store.with_name(f"{store.name}.lock")}
+    assert set(world.folder.iterdir()) == beside, "in the same place, beside it its lock file alone"
 
 
 def test_another_tokenizer_has_a_store_of_its_own(world):
@@ -477,7 +484,7 @@ def test_another_tokenizer_has_a_store_of_its_own(world):
     assert documents_of(first["train"]) == [tokens_of(world.tokenizer, text) for text in TEXTS]
     other = TOKENIZERS["byte_level_bpe"]
     assert documents_of(world.prepare(other)["train"]) == [tokens_of(other, text) for text in TEXTS]
-    first, second = world.folder.iterdir()
+    first, second = world.stores()
     for folder in (first, second):
         stores = [
             open_store(folder / "train", token_facts(tokenizer).fingerprint)
@@ -506,7 +513,7 @@ def test_a_changed_corpus_is_read_again(change, world):
     documents = [line for line in text.splitlines() if line]
     expected = [tokens_of(world.tokenizer, document) for document in documents]
     assert documents_of(world.prepare()["train"]) == expected
-    assert len(list(world.folder.iterdir())) == 2
+    assert len(world.stores()) == 2
 
 
 def test_a_build_that_is_killed_leaves_nothing_that_is_taken_for_a_store(tmp_path):
@@ -527,19 +534,26 @@ def test_a_build_that_is_killed_leaves_nothing_that_is_taken_for_a_store(tmp_pat
     assert world.prepare()["train"].header["documents"] == 1000 * len(TEXTS)
 
 
-def leave_behind(world, days):
+MACHINE = socket.gethostname()
+
+
+def leave_behind(world, days, built_by=""):
     """A build of the world's store that was killed and last wrote so many days ago; its folder."""
     (store,) = world.folder.glob("*/train")
-    leftover = world.folder / f"{store.parent.name}.building.x1y2"
+    leftover = world.folder / f"{store.parent.name}.building{built_by}.x1y2"
     shutil.copytree(store, leftover / "store" / "train")
     for path in (leftover, *leftover.rglob("*")):
         os.utime(path, (time.time() - days * 24 * 3600,) * 2)
     return leftover
 
 
-def test_a_build_removes_what_killed_ones_of_its_store_left(world):
+@pytest.mark.parametrize("built_by", ["", f".{MACHINE}", ".elsewhere", f".{MACHINE}.elsewhere"])
+def test_a_build_removes_what_killed_ones_of_its_store_left(built_by, world):
     world.prepare()
-    old, other = leave_behind(world, 1.1), world.folder / "0123456789abcdef.building.x1y2"
+    old, other = (
+        leave_behind(world, 1.1, built_by),
+        world.folder / f"0123456789abcdef.building{built_by}.x1y2",
+    )
     shutil.copytree(old, other)
     world.prepare()
     assert old.exists(), "a store that is found is no time to tidy up"
@@ -548,13 +562,26 @@ def test_a_build_removes_what_killed_ones_of_its_store_left(world):
     assert other.exists(), "another store's build is another's affair"
 
 
+@pytest.mark.parametrize("built_by", ["", ".elsewhere", f".{MACHINE}.elsewhere"])
 @pytest.mark.parametrize("file", [".", "store/train/ids.npy"])
-def test_a_build_that_may_be_alive_is_left_alone(file, world):
+def test_a_build_that_may_be_alive_is_left_alone(file, built_by, world):
     world.prepare()
-    alive = leave_behind(world, 1.1)
+    alive = leave_behind(world, 1.1, built_by)
     os.utime(alive / file, (time.time() - 0.9 * 24 * 3600,) * 2)
     world.prepare(overwrite_cache=True)
     assert (alive / "store" / "train" / "ids.npy").exists()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_build_that_held_the_lock_here_is_dead_when_another_run_holds_it(alone, world):
+    world.prepare()
+    young = leave_behind(world, 0, f".{MACHINE}")
+    if not alone:
+        (lock,) = world.folder.glob("*.lock")
+        lock.unlink()
+        lock.mkdir()  # no lock to be had
+    world.prepare(overwrite_cache=True)
+    assert young.exists() != alone
 
 
 def test_a_store_that_is_removed_behind_ones_back_is_one_line(world, monkeypatch):
@@ -579,7 +606,7 @@ def test_a_disk_that_is_full_is_one_line_and_harms_nothing(same_place, world):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert world.files() == files
-    assert len(list(world.folder.iterdir())) == 1, "what was half-built is gone"
+    assert len(world.stores()) == 1, "what was half-built is gone"
 
 
 def test_a_run_that_comes_second_uses_the_store_of_the_quicker_one(world, monkeypatch):
@@ -601,7 +628,7 @@ def test_a_run_that_comes_second_uses_the_store_of_the_quicker_one(world, monkey
 def test_colleagues_can_read_a_store(world):
     world.folder.mkdir()
     world.prepare()
-    assert {path.stat().st_mode for path in world.folder.iterdir()} == {world.folder.stat().st_mode}
+    assert {path.stat().st_mode for path in world.stores()} == {world.folder.stat().st_mode}
 
 
 def test_a_place_that_cannot_be_written_is_one_line(world, tmp_path):
