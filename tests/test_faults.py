@@ -95,7 +95,7 @@ def uninterrupted(toy, folder, launcher):
 
 
 def described(hit):
-    return ", ".join(f"{count} {moment}" for moment, count in sorted(hit.items()))
+    return ", ".join(f"{count} while {moment}" for moment, count in sorted(hit.items()))
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_forty_kills_change_no_bit(toy, tmp_path, tally):
     for chain in range(4):
         hit += kill_and_go_on(toy, tmp_path / f"run {chain}", PYTHON, kills=10, seed=chain + 1)
         assert_same_bits(weights(tmp_path / f"run {chain}"), whole)
-    tally(f"kill -9 ({described(hit)})", hit.total(), "resumed each time; the same bits")
+    tally("`kill -9` at a random moment", hit.total(), f"resumed to the same bits ({described(hit)})")
 
 
 @pytest.mark.slow
@@ -126,7 +126,7 @@ def test_ten_kills_of_one_of_two_processes_change_no_bit(toy, tmp_path, tally):
     whole = uninterrupted(toy, tmp_path / "whole", TORCHRUN)
     hit = kill_and_go_on(toy, tmp_path / "run", TORCHRUN, kills=10, seed=5)
     assert_same_bits(weights(tmp_path / "run"), whole)
-    tally(f"kill -9 of one of two processes ({described(hit)})", hit.total(), "resumed; the same bits")
+    tally("the same of one of two processes", hit.total(), f"resumed to the same bits ({described(hit)})")
 
 
 @pytest.mark.slow
@@ -158,9 +158,8 @@ def test_a_process_that_dies_ends_the_others_with_a_clear_message(toy, tmp_path,
     assert errors.count("as another process of the run has") == 1
     assert "Traceback" not in errors
     assert all(damaged(path) is None for path in steps(tmp_path / "run" / "checkpoints").values())
-    tally(
-        "one of two processes dies, no launcher", 2, f"the other ends, {time.monotonic() - began:.0f} s later"
-    )
+    waited = time.monotonic() - began
+    tally("one of two processes dies, without a launcher", 1, f"the other says so and ends ({waited:.1f} s)")
 
 
 # Memory that runs out
@@ -211,7 +210,7 @@ def test_memory_that_runs_out_in_one_process_halves_the_passes_of_all(toy, tmp_p
     assert "out of memory; from here on 3 chunks in a pass" in output
     whole = train(toy.config(tmp_path / "whole", train_batch_size=11)).model.state_dict()
     assert_same_weights(whole, weights(tmp_path / "run"))
-    tally("memory runs out in one of two processes", 2, "both halve their passes; the same weights")
+    tally("memory runs out in one of two processes", 1, "both halve their passes; the same weights")
 
 
 def test_what_auto_has_found_is_remembered_by_a_resumed_run(toy, tmp_path):

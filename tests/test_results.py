@@ -11,9 +11,9 @@ results = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(results)
 
 
-def test_the_readmes_table_is_written_from_the_stored_results():
+def test_the_readmes_tables_are_written_from_the_stored_results():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert results.with_table(text, results.table()) == text
+    assert results.with_tables(text) == text
 
 
 def test_each_stored_result_says_where_it_was_measured():

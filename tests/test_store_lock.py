@@ -187,7 +187,7 @@ def world(tmp_path, kind) -> Iterator[World]:
 
 
 @kinds
-def test_of_runs_that_want_the_same_one_builds_and_the_others_wait(world):
+def test_of_runs_that_want_the_same_one_builds_and_the_others_wait(world, tally):
     runs = [world.start(str(number), gate=True) for number in range(4)]
     until(lambda: sum("waiting" in world.log(run.name) for run in runs) == 3)
     (builder,) = (run for run in runs if run.name in world.builders())
@@ -199,6 +199,7 @@ def test_of_runs_that_want_the_same_one_builds_and_the_others_wait(world):
     assert len({world.ended(run)["inode"] for run in runs}) == 1
     assert world.builders() == [builder.name]
     assert world.workspaces() == set()
+    tally("four runs build the same store, or vocabulary, at once", 1, "one builds, the others wait for it")
 
 
 @kinds
@@ -215,7 +216,7 @@ def test_a_waiting_run_takes_over_from_one_that_is_killed(world):
 
 @pytest.mark.slow
 @kinds
-def test_after_a_run_that_is_killed_at_any_moment_the_next_builds_at_once(kind, tmp_path):
+def test_after_a_run_that_is_killed_at_any_moment_the_next_builds_at_once(kind, tmp_path, tally):
     def world_and_run(name):
         (tmp_path / name).mkdir()
         world = World(tmp_path / name, kind)
@@ -243,6 +244,9 @@ def test_after_a_run_that_is_killed_at_any_moment_the_next_builds_at_once(kind, 
         assert time.monotonic() - started < 20
         assert world.log("next") == "", "it does not wait"
         assert kind == "tokenizer" or world.workspaces() == set()
+    tally(
+        "`kill -9` while a store or vocabulary is built", moments, "the next run builds it at once, the same"
+    )
 
 
 @kinds
