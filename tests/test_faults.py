@@ -296,6 +296,19 @@ def test_a_loss_that_is_not_finite_names_its_step_chunk_and_document(one_bad_doc
     tally("a loss that is not finite", 1, "stops before the update; names step, chunks, documents")
 
 
+def test_a_loss_that_is_infinite_stops_the_run_though_its_gradient_is_not(toy, tmp_path):
+    """A word that the head holds to be impossible: its loss is infinite, the gradient of its logit is -1."""
+    tokenizer = load_tokenizer(str(toy.checkpoint))
+    model = AutoModelForMaskedLM.from_pretrained(toy.checkpoint)
+    with torch.no_grad():
+        model.cls.predictions.bias[tokenizer.convert_tokens_to_ids("cat")] = -math.inf
+    model.save_pretrained(tmp_path / "sure")
+    tokenizer.save_pretrained(tmp_path / "sure")
+    rooms = {"model": ModelConfig(model_name_or_path=str(tmp_path / "sure"), dropout=0.0)}
+    with pytest.raises(UserError, match="step 1: the loss or its gradient is not finite"):
+        train(toy.config(tmp_path / "run", rooms=rooms, eval_on_start=False))
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_no_update_is_made_of_a_gradient_that_is_not_finite_nor_any_after_it(toy, tmp_path, world):
     """The weights at the end are those of the last good step, though the loss is read much later."""
