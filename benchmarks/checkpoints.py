@@ -79,8 +79,8 @@ def main() -> None:
     def median(kind: str, figure: str) -> float:
         return statistics.median(each[figure] for each in runs[kind])
 
-    ratios = [w["training_seconds"] / o["training_seconds"] for w, o in zip(*runs.values(), strict=True)]
-    ratios = [1 / ratio for ratio in ratios]  # with / without
+    pairs = zip(runs["with"], runs["without"], strict=True)
+    ratios = [with_["training_seconds"] / without["training_seconds"] for with_, without in pairs]
     write_json(
         args.out,
         {

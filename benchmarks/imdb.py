@@ -94,7 +94,7 @@ def main() -> None:
                 "steps": found["steps"],
             }
             print(name, json.dumps(results[name]), flush=True)
-        masked = checked["after"]["masked_tokens"]
+        masked = checked["after"]["eval_masked_tokens"]
     write_json(
         args.out,
         {

@@ -82,9 +82,20 @@ class Run:
                 f"--output_dir {self.folder} is not empty; give --overwrite_output_dir to replace "
                 "what is there, or --resume_from_checkpoint latest to go on with it"
             )
+        if self._holds_the_end_only() and resumes == "latest" and not config.overwrite_output_dir:
+            raise UserError(
+                f"--resume_from_checkpoint latest: {self.folder} holds a model and no checkpoint to go on "
+                "from; give --overwrite_output_dir to replace it"
+            )
         nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UserError(f"--output_dir {self.folder}: cannot write in {nearest}")
+
+    def _holds_the_end_only(self) -> bool:
+        ends = ("config.json", "model.safetensors", "all_results.json")
+        return any((self.folder / name).exists() for name in ends) and not checkpoint.steps(
+            self.folder / "checkpoints"
+        )
 
     def say(self, text: str) -> None:
         if self.speaks and text:

@@ -234,11 +234,10 @@ TRAINING = [
     ("a directory nobody can write", {"output_dir": "/proc/run"}, ["--output_dir /proc/run", "cannot write"]),
     ("a store nobody can write", {"token_store": "/proc/x"}, ["--token_store /proc/x", "cannot write"]),
     ("a file as a store", {"token_store": "notes.txt"}, ["--token_store notes.txt", "cannot write"]),
-    ("no checkpoint", {"resume_from_checkpoint": "latest"}, ["latest: no checkpoint"]),
     (
-        "no checkpoint, and an occupied directory",
+        "no checkpoint, and a model in the directory",
         {"resume_from_checkpoint": "latest", "output_dir": "earlier"},
-        ["--resume_from_checkpoint latest", "earlier/checkpoints"],
+        ["--resume_from_checkpoint latest", "earlier holds a model and no checkpoint"],
     ),
     ("no such checkpoint", {"resume_from_checkpoint": "step_9"}, ["--resume_from_checkpoint step_9"]),
     ("half a checkpoint", {"resume_from_checkpoint": "{bad}/checkpoint"}, ["{bad}/checkpoint"]),
@@ -276,7 +275,8 @@ def test_a_mistake_on_resuming_costs_nothing_of_the_run(place, toy, bad):
     flags = toy.flags(place.folder / "run", max_train_steps=2, checkpointing_steps=1)
     assert place.run("train.py", *flags)[0::2] == (0, "")
     flags.append("--resume_from_checkpoint=latest")
-    place.refuses(["step_2", "another model"], "train.py", *flags, f"--model_name_or_path={bad}/other")
+    other = f"--model_name_or_path={bad}/other"
+    place.refuses(["step_2", "another experiment, with model "], "train.py", *flags, other)
     place.refuses(["--max_seq_length 65"], "train.py", *flags, "--max_seq_length=65")
     place.refuses(["is not empty"], "train.py", *flags, "--resume_from_checkpoint=none")
 

@@ -305,7 +305,7 @@ def test_a_loss_that_is_infinite_stops_the_run_though_its_gradient_is_not(toy, t
     model.save_pretrained(tmp_path / "sure")
     tokenizer.save_pretrained(tmp_path / "sure")
     rooms = {"model": ModelConfig(model_name_or_path=str(tmp_path / "sure"), dropout=0.0)}
-    with pytest.raises(UserError, match="step 1: the loss or its gradient is not finite"):
+    with pytest.raises(UserError, match=r"step \d+: the loss or its gradient is not finite"):
         train(toy.config(tmp_path / "run", rooms=rooms, eval_on_start=False))
 
 
