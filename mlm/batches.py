@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mlm.chunks import Chunks
-from mlm.masking import SUBSET, Recipe, corrupt, draw, select, shuffle
+from mlm.masking import SUBSET, Recipe, corrupt_selected, draw, select, select_fold, shuffle
 
 
 class Batch(NamedTuple):
@@ -29,12 +29,27 @@ class Batch(NamedTuple):
 
 
 def mask_chunks(
-    chunks: Chunks, chunk_ids: np.ndarray, epochs: np.ndarray, seed: int, recipe: Recipe, ordinary: np.ndarray
+    chunks: Chunks,
+    chunk_ids: np.ndarray,
+    epochs: np.ndarray,
+    seed: int,
+    recipe: Recipe,
+    ordinary: np.ndarray,
+    fold: tuple[int, int] | None = None,
 ) -> Batch:
-    """chunk_ids [B], epochs [B] in which each is seen -> a Batch. ordinary: [V] bool, 1: may be masked."""
+    """chunk_ids [B], epochs [B] in which each is seen -> a Batch.
+
+    ordinary: [V] bool, 1: may be masked
+    fold: (k, K): what is predicted is fold k of the K that a chunk's tokens are dealt out to, not a sample
+    """
     rows = chunks.take(chunk_ids)
     draws = _draw_rows(seed, epochs, chunk_ids, rows.ids.shape[1])
-    corrupted = corrupt(rows.ids, ordinary[rows.ids], draws, recipe, rows.word_starts)
+    maskable = ordinary[rows.ids]
+    if fold is None:
+        selected = select(maskable, draws, recipe, rows.word_starts)
+    else:
+        selected = select_fold(maskable, draws, recipe, rows.word_starts, *fold)
+    corrupted = corrupt_selected(rows.ids, selected, draws, recipe)
     attention_mask = None
     if rows.lengths is not None and (rows.lengths < rows.ids.shape[1]).any():
         attention_mask = torch.from_numpy(

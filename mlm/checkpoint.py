@@ -4,6 +4,7 @@
                                     optimizer.safetensors  its moments
                                     state.json             the rest of it, the schedule, fp16's scaler
                                     experiment.json        the settings that the result depends on
+                                    before.safetensors     the predictions of before the first step, if any
                                     progress.json          the step, sums of the records
                                     manifest.json          size and SHA-256 of each of these files
                               best_N/                      weights of the lowest evaluation loss, if asked for
@@ -37,6 +38,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mlm.errors import UserError, at_least, one_line
+from mlm.evaluate import Evaluation
 
 Files = dict[str, Any]  # name of a file: its tensors by name for .safetensors, a JSON value for .json
 PARTIAL = ".partial"  # ends the name of a folder that is being written, or removed
@@ -74,8 +76,7 @@ class Progress:
     saving: float = 0.0  # seconds in which the loop stood still for checkpoints
     skipped: int = 0  # steps that fp16's scaler made us take again
     micro_batch: dict[str, int] = field(default_factory=dict)  # what `auto` has found, by number of processes
-    before: dict[str, float] | None = None  # the evaluation before the first step
-    after: dict[str, float] | None = None  # the evaluation of the current weights, where there was one
+    evaluated: bool = False  # whether the current weights have been evaluated
 
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -83,17 +84,29 @@ def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def snapshot(state: State, experiment: dict[str, Any], progress: dict[str, Any]) -> Files:
+def snapshot(
+    state: State,
+    experiment: dict[str, Any],
+    progress: dict[str, Any],
+    before: dict[str, Evaluation] | None = None,
+) -> Files:
     """A copy in host memory of all that a checkpoint holds. The device synchronises here.
 
     experiment: every setting that the result depends on, as `load` compares it. It and progress are JSON.
+    before: the evaluations before the first step, by text, which a resumed run compares its own with
     """
     optimizer = state.optimizer.state_dict()
     moments, rest = {}, {}
     for index, values in optimizer["state"].items():
         for name, value in values.items():
             (moments if isinstance(value, torch.Tensor) else rest)[f"{index}.{name}"] = value
+    predictions = {
+        f"{text}.{column}": torch.from_numpy(values)
+        for text, evaluation in (before or {}).items()
+        for column, values in evaluation._asdict().items()
+    }
     return {
+        **({"before.safetensors": predictions} if predictions else {}),
         "model.safetensors": _on_host(tensors(state.model)),
         "optimizer.safetensors": _on_host(moments),
         "state.json": {
@@ -134,6 +147,16 @@ def load(folder: Path, state: State, experiment: dict[str, Any]) -> dict[str, An
         if state.scaler is not None and described["scaler"] is not None:
             state.scaler.load_state_dict(described["scaler"])
         return _read_json(folder / "progress.json")
+
+
+def load_before(folder: Path) -> dict[str, Evaluation]:
+    """The evaluations before the first step, by text, that `snapshot` was given."""
+    if not (folder / "before.safetensors").exists():
+        return {}
+    with _readable(folder):
+        saved = {name: tensor.numpy() for name, tensor in load_file(folder / "before.safetensors").items()}
+        texts = {name.rpartition(".")[0] for name in saved}
+        return {t: Evaluation(*(saved[f"{t}.{column}"] for column in Evaluation._fields)) for t in texts}
 
 
 def find(wanted: str | None, checkpoints: Path, accelerator: Accelerator) -> tuple[Path | None, list[str]]:

@@ -94,9 +94,14 @@ class Chunks:
             word_starts[self.cut[chunk_ids], size - len(self.suffix) :] = True
         return Rows(ids, word_starts, lengths)
 
+    def places(self, chunk_ids: np.ndarray, columns: np.ndarray | int) -> np.ndarray:
+        """Where in the stream the tokens in these columns [M] of the chunks [M] stand: [M] int64."""
+        first = chunk_ids.astype(np.int64) * self.chunk_size if self.first is None else self.first[chunk_ids]
+        return first + columns
+
     def documents(self, chunk_ids: np.ndarray, document_offsets: np.ndarray) -> np.ndarray:
         """The documents [D] int64, ascending, that the chunks `chunk_ids` [B] hold tokens of."""
-        first = chunk_ids * self.chunk_size if self.first is None else self.first[chunk_ids]
+        first = self.places(chunk_ids, 0)
         length = self.chunk_size if self.lengths is None else self.lengths[chunk_ids]
         begins, ends = np.searchsorted(document_offsets, [first, first + length - 1], side="right") - 1  # [B]
         return np.unique(np.concatenate([np.arange(b, e + 1) for b, e in zip(begins, ends, strict=True)]))

@@ -51,6 +51,20 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True)
+class GeneralConfig:
+    """Text outside the domain, measured before and after, never trained on: it shows what a model forgets."""
+
+    general_file: str | None = None  # such text, in the formats of --train_file
+    general_dataset_name: str | None = None  # or a Hub dataset or folder: its validation split, else 5% of it
+    general_dataset_config_name: str | None = None  # which configuration of it
+    general_text_column: str | None = None  # the column of its documents (default: --text_column)
+
+    def __post_init__(self) -> None:
+        if self.general_file and self.general_dataset_name:
+            raise UserError("--general_file and --general_dataset_name: give one of the two")
+
+
+@dataclass(frozen=True)
 class Corpus:
     splits: "datasets.DatasetDict"  # "train" and/or "validation": one column, "text", no empty document
     dropped: dict[str, int]  # empty, whitespace and null documents left out, for each split
@@ -105,13 +119,13 @@ def load(config: CorpusConfig) -> Corpus:
         sources = _sources(config)
         kept, hashes, dropped = {}, {}, {}
         for split, source in sources.items():
-            origin = _origin(config, split)
-            with _explained(origin):
+            where = origin(config, split)
+            with _explained(where):
                 kept[split], hashes[split] = _scan(source)  # int64[n], uint64[n]
             dropped[split] = len(source) - len(kept[split])
             if not len(kept[split]):
                 why = f"{dropped[split]} empty or whitespace ones were dropped"
-                raise UserError(f"{origin} holds no {split} document: {why}")
+                raise UserError(f"{where} holds no {split} document: {why}")
 
         if "validation" not in sources:
             out = held_out(hashes["train"], config.validation_split_percentage)  # bool[n]
@@ -119,6 +133,19 @@ def load(config: CorpusConfig) -> Corpus:
             kept = {"train": kept["train"][~out], "validation": kept["train"][out]}
         splits = {split: source.select(kept[split]) for split, source in sources.items()}
         return Corpus(datasets.DatasetDict(splits), dropped)
+
+
+def general(config: GeneralConfig, domain: CorpusConfig) -> CorpusConfig | None:
+    """Where the general text is, its documents cut as the domain's are; None where there is none."""
+    if not (config.general_file or config.general_dataset_name):
+        return None
+    return CorpusConfig(
+        dataset_name=config.general_dataset_name,
+        dataset_config_name=config.general_dataset_config_name,
+        validation_file=config.general_file,
+        text_column=config.general_text_column or domain.text_column,
+        sample_by=domain.sample_by,
+    )
 
 
 def texts(dataset: "datasets.Dataset") -> Iterator[str | None]:
@@ -192,7 +219,7 @@ def _sources(config: CorpusConfig) -> dict[str, "datasets.Dataset"]:
     return sources
 
 
-def _origin(config: CorpusConfig, split: str) -> str:
+def origin(config: CorpusConfig, split: str) -> str:
     """Where a split comes from, for messages."""
     if split == "validation" and config.validation_file:
         return config.validation_file

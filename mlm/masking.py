@@ -129,11 +129,34 @@ def select(
                  their first token in the chunk
     """
     if recipe.whole_word:
-        column = np.arange(draws.shape[1])
-        # [B, T] where each token's word begins
-        first = np.maximum.accumulate(np.where(word_starts, column, 0), axis=1)
-        draws = np.take_along_axis(draws, first, axis=1)
+        draws = np.take_along_axis(draws, _word_heads(word_starts), axis=1)
     return (draws >> np.uint64(32) < recipe.select) & maskable
+
+
+def select_fold(
+    maskable: np.ndarray,
+    draws: np.ndarray,
+    recipe: Recipe,
+    word_starts: np.ndarray | None,
+    fold: int,
+    folds: int,
+) -> np.ndarray:
+    """Which tokens are predicted in pass `fold` of `folds`: [B, T] bool, one pass for each maskable token.
+
+    The order of its draw among the chunk's tokens (or words, which stay together) decides, dealt out in turn
+    from a fold that the chunk's draws name. So the folds of a chunk differ by one token or word at most.
+    Arguments as in `select`.
+    """
+    rows, length = draws.shape
+    head = _word_heads(word_starts) if recipe.whole_word else np.broadcast_to(np.arange(length), draws.shape)
+    units = np.zeros((rows, length), bool)  # 1: a token, or a word, to be dealt out
+    row, column = np.nonzero(maskable)
+    units[row, head[row, column]] = True
+    order = np.argsort(np.where(units, draws, ALL_BITS), axis=1, kind="stable")
+    turn = np.empty((rows, length), np.int64)
+    np.put_along_axis(turn, order, np.broadcast_to(np.arange(length), draws.shape), axis=1)
+    turn += ((draws[:, :1] & np.uint64(0xFFFFFFFF)) % np.uint64(folds)).astype(np.int64)
+    return (np.take_along_axis(turn % folds, head, axis=1) == fold) & maskable
 
 
 def corrupt(
@@ -144,7 +167,12 @@ def corrupt(
     word_starts: np.ndarray | None = None,
 ) -> Corrupted:
     """ids [B, T] int64 -> what the model sees, where it predicts, and what stood there. As in `select`."""
-    positions = np.flatnonzero(select(maskable, draws, recipe, word_starts))  # [M]
+    return corrupt_selected(ids, select(maskable, draws, recipe, word_starts), draws, recipe)
+
+
+def corrupt_selected(ids: np.ndarray, selected: np.ndarray, draws: np.ndarray, recipe: Recipe) -> Corrupted:
+    """`corrupt` where `selected` [B, T] bool says which tokens are predicted."""
+    positions = np.flatnonzero(selected)  # [M]
     targets = ids.reshape(-1)[positions]
     second = _mix(draws.reshape(-1)[positions])  # fresh bits: the first draw was used up on the selection
     fate = second >> np.uint64(32)
@@ -180,6 +208,12 @@ def corrupt_torch(
     seen = torch.where(fate < recipe.replace, recipe.mask_id, seen)
     corrupted = ids.reshape(-1).index_copy(0, positions, seen).reshape(ids.shape)
     return Corrupted(corrupted, positions, targets)
+
+
+def _word_heads(word_starts: np.ndarray) -> np.ndarray:
+    """[B, T] int64, the column where each token's word begins in its chunk."""
+    column = np.arange(word_starts.shape[1])
+    return np.maximum.accumulate(np.where(word_starts, column, 0), axis=1)
 
 
 def shuffle(seed: int, epoch: int, n: int, purpose: int = ORDER) -> np.ndarray:

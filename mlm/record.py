@@ -1,7 +1,9 @@
 """What a run leaves behind: the run directory.
 
 <output_dir>/config.json, model.safetensors, tokenizer.json, …   as save_pretrained writes them
-             all_results.json    perplexity before and after, losses, tokens/s
+             all_results.json    perplexity before and after, gain, losses, tokens/s
+             comparison.json     before against after: intervals, breakdowns, words (compare.py)
+             documents.parquet   the same for each document
              metrics.jsonl       one JSON object a line, each with an `event` and a `step`
              run.json            full configuration, versions, hardware, commit, fingerprints
              checkpoints/        see checkpoint.py
@@ -27,6 +29,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
@@ -38,6 +42,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mlm import checkpoint
 from mlm.batches import Batches
 from mlm.errors import UserError, at_least, one_line
+from mlm.evaluate import Text
 from mlm.model import SparseMaskedLM
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
@@ -149,7 +154,7 @@ class Run:
             self.lock.release()
 
     def _clear(self) -> None:
-        for name in ("metrics.jsonl", "all_results.json"):
+        for name in ("metrics.jsonl", "all_results.json", "comparison.json", "documents.parquet"):
             (self.folder / name).unlink(missing_ok=True)
         checkpoint.clear(self.folder / "checkpoints")
 
@@ -198,10 +203,16 @@ class Run:
             )
         self.bar.update()
 
-    def report(self, step: int, window: "Window", loss_so_far: float, learning_rate: float) -> None:
-        """A line of training metrics, shown on the bar, or printed where there is none."""
+    def report(
+        self, step: int, window: "Window", loss_so_far: float, learning_rate: float, tokens: int
+    ) -> None:
+        """A line of training metrics, shown on the bar, or printed where there is none.
+
+        tokens: seen in training so far, padding not counted
+        """
         speed, perplexity = window.tokens / window.seconds, math.exp(min(loss_so_far, 700))
-        self.log("train", step, loss=window.loss, learning_rate=learning_rate, tokens_per_second=speed)
+        told = {"loss": window.loss, "learning_rate": learning_rate, "tokens_per_second": speed}
+        self.log("train", step, tokens=tokens, **told)
         seen = f"loss {window.loss:.4f}, perplexity so far {perplexity:.4g}, lr {learning_rate:.2e}, "
         seen += f"{speed:,.0f} tokens/s"
         self.bar.set_postfix_str(seen)
@@ -209,10 +220,17 @@ class Run:
             self.say(f"step {step}/{self.bar.total}: {seen}")
 
     def finish(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Any, results: dict[str, Any]
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Any,
+        results: dict[str, Any],
+        comparison: dict[str, Any] | None,
+        documents: pa.Table | None,
     ) -> None:
         """The adapted model as an ordinary checkpoint, its results and its card; then, if asked, the Hub.
 
+        comparison, documents: as compare.py has them; None where nothing was measured before.
         The last thing that a run does: afterwards the processes are no group any more.
         """
         if self.bar is not None:
@@ -221,6 +239,10 @@ class Run:
             try:
                 self._save_model(model, tokenizer)
                 write_json(self.folder / "all_results.json", results)
+                if comparison is not None:
+                    write_json(self.folder / "comparison.json", comparison)
+                    pq.write_table(documents, self.folder / "documents.partial")
+                    (self.folder / "documents.partial").replace(self.folder / "documents.parquet")
                 card = model_card(self.hub_id or self.folder.name, config, results)
                 _replace(self.folder / "README.md", card)
             except (OSError, SafetensorError) as error:
@@ -301,12 +323,13 @@ class Meter:
         return Window(nats, self.masked, self.tokens, time.perf_counter() - self.started), int(broken)
 
 
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with None for NaN and infinity, which JSON does not have."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
+def finite(values: Any) -> Any:
+    """`values`, nested as JSON is, with None for NaN and infinity, which JSON does not have."""
+    if isinstance(values, dict):
+        return {name: finite(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def plan(
@@ -314,7 +337,7 @@ def plan(
     model: SparseMaskedLM,
     batches: Batches,
     micro_batch: int,
-    held_out: int,
+    texts: dict[str, Text],
     steps: int,
     accelerator: Accelerator,
 ) -> str:
@@ -329,8 +352,9 @@ def plan(
     lines = {
         "model": f"{name} ({type(model.model).__name__}), {every:,} parameters, {trained:,} of them trained",
         "head": "on the masked positions" if model.sparse else "on all positions",
-        "chunks": f"{batches.num_chunks:,} to train on, {held_out:,} held out, "
-        f"of {batches.chunks.chunk_size} tokens",
+        "chunks": f"{batches.num_chunks:,} to train on, "
+        + "".join(f"{len(text.chunk_ids):,} {name.replace('_', ' ')}, " for name, text in texts.items())
+        + f"of {batches.chunks.chunk_size} tokens",
         "batch": f"{G} chunks a step{often}: {world} process(es) of {share}, in {passes} pass(es) of at most "
         f"{min(micro_batch, share)}",
         "steps": f"{steps:,} ({steps * G / batches.num_chunks:.3g} epochs), {config.loop.lr_scheduler_type} "

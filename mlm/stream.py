@@ -24,11 +24,12 @@ import shutil
 import socket
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -40,9 +41,12 @@ from mlm.corpus import CorpusConfig
 from mlm.errors import UserError, at_least
 from mlm.tokenizer import TokenFacts, one_builder, text_encoder
 
+if TYPE_CHECKING:
+    import datasets
+
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ARRAYS = ("ids", "word_starts", "document_offsets")
 BATCH_DOCUMENTS = 1000
 BATCH_CHARACTERS = 4_000_000  # what is held in memory at a time, unless one document is longer
@@ -72,6 +76,11 @@ class TokenStore:
     document_offsets: np.ndarray  # [D + 1] int64
 
     @property
+    def sees_words(self) -> bool:
+        """Whether the tokenizer's words are words here, and not whole sentences of an unsegmented script."""
+        return self.header["words"] is not None and self.mean_word <= MAX_MEAN_WORD
+
+    @property
     def mean_word(self) -> float:
         """Ordinary tokens a word; infinite where there is no word."""
         return self.header["ordinary_tokens"] / self.header["words"] if self.header["words"] else float("inf")
@@ -91,15 +100,17 @@ def prepare(
     facts: TokenFacts,
     config: StreamConfig,
     whole_words: bool = False,
+    only: str | None = None,
 ) -> dict[str, TokenStore]:
     """The token stores of the corpus's splits: found, or built now.
 
     whole_words: whether words are to be masked. Where the tokenizer sees none, that is a UserError, and
     otherwise a warning.
+    only: the one split that is wanted; the others are not tokenised
 
     Raises UserError where the corpus cannot be read or the store cannot be written.
     """
-    stores = _find_or_build(source, tokenizer, facts, config)
+    stores = _find_or_build(source, tokenizer, facts, config, only)
     longest = max((store.mean_word for store in stores.values() if store.header["words"]), default=0)
     if whole_words:
         for store in stores.values():
@@ -119,9 +130,13 @@ def limit_threads(config: StreamConfig) -> None:
 
 
 def _find_or_build(
-    source: CorpusConfig, tokenizer: PreTrainedTokenizerBase, facts: TokenFacts, config: StreamConfig
+    source: CorpusConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: TokenFacts,
+    config: StreamConfig,
+    only: str | None,
 ) -> dict[str, TokenStore]:
-    identity = corpus.identify(source)
+    identity = corpus.identify(source) | ({} if only is None else {"only": only})
     key = hashlib.sha256(json.dumps([identity, facts.fingerprint], sort_keys=True).encode()).hexdigest()[:20]
     folder = store_folder(config) / key
     if not config.overwrite_cache:
@@ -132,6 +147,7 @@ def _find_or_build(
     limit_threads(config)
     # Before the lock: a mistake in the corpus leaves nothing on disk, and reading is quick beside tokenising.
     documents = corpus.load(source)
+    wanted = {name: split for name, split in documents.splits.items() if only in (None, name)}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with one_builder(folder) as alone:
@@ -142,7 +158,7 @@ def _find_or_build(
             name = _workspace(folder, alone)
             with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=folder.parent) as workspace:
                 built = Path(workspace, "store")  # the folder around it is its owner's alone
-                _build_splits(documents, identity, tokenizer, facts, built)
+                _build_splits(wanted, documents.dropped, identity, tokenizer, facts, built)
                 if config.overwrite_cache or not _open_splits(folder, identity, facts):
                     with contextlib.suppress(FileNotFoundError):
                         folder.rename(Path(workspace, "replaced"))  # goes with the workspace
@@ -156,20 +172,21 @@ def _find_or_build(
 
 
 def _build_splits(
-    documents: corpus.Corpus,
+    splits: "dict[str, datasets.Dataset]",
+    dropped: dict[str, int],
     identity: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     facts: TokenFacts,
     folder: Path,
 ) -> None:
-    for split, dataset in documents.splits.items():
+    for split, dataset in splits.items():
         texts = corpus.texts(dataset)
         progress = tqdm(texts, f"tokenising {split}", len(dataset), unit=" documents", disable=None)
         origin = {
             "split": split,
-            "splits": list(documents.splits),
+            "splits": list(splits),
             "identity": identity,
-            "empty_documents": documents.dropped.get(split, 0),
+            "empty_documents": dropped.get(split, 0),
         }
         build(progress, tokenizer, facts, folder / split, origin)
 
@@ -253,7 +270,7 @@ def build(
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if facts.size - 1 <= np.iinfo(kind).max)
-    digest = hashlib.sha256()
+    digest, text = hashlib.sha256(), Counter()
     tokens = documents = words = ordinary_tokens = unknown = longest = 0
     with (
         _Appender(folder / "ids.npy", dtype) as ids_file,
@@ -261,7 +278,7 @@ def build(
         _Appender(folder / "document_offsets.npy", np.int64) as offsets_file,
     ):
         offsets_file.append(np.zeros(1, np.int64))
-        for encoded in _encode_all(_batches(texts, digest), tokenizer, facts):
+        for encoded in _encode_all(_batches(texts, digest, text), tokenizer, facts):
             ids_file.append(encoded.ids.astype(dtype))
             starts_file.append(encoded.word_starts)
             offsets_file.append(tokens + np.cumsum(encoded.lengths))
@@ -284,6 +301,8 @@ def build(
         "ordinary_tokens": ordinary_tokens,
         "unknown_tokens": unknown,
         "words": words if facts.has_words else None,
+        "characters": text["characters"],
+        "spaced_words": text["words"],
         "longest_word": longest,
         "seconds": seconds,
         **origin,
@@ -312,8 +331,11 @@ def _no_words(mean_word: float) -> str:
     )
 
 
-def _batches(texts: Iterable[str], digest: "hashlib._Hash") -> Iterator[list[str]]:
-    """Batches by number and by characters; `digest` sees each text and, so that borders count, its length."""
+def _batches(texts: Iterable[str], digest: "hashlib._Hash", seen: Counter) -> Iterator[list[str]]:
+    """Batches by number and by characters; `digest` sees each text and, so that borders count, its length.
+
+    seen: counts the texts' characters (code points) and words (by white space), which no tokenizer changes
+    """
     batch: list[str] = []
     characters = 0
     for text in texts:
@@ -322,6 +344,7 @@ def _batches(texts: Iterable[str], digest: "hashlib._Hash") -> Iterator[list[str
         digest.update(data)
         batch.append(text)
         characters += len(text)
+        seen.update(characters=len(text), words=len(text.split()))
         if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -185,6 +185,11 @@ def _holder(path: Path) -> str:
     return "another run"
 
 
+def spell(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Tokens as people read them; as the vocabulary spells them where that is nothing (a newline, say)."""
+    return tokenizer.decode(ids).strip() or " ".join(map(str, tokenizer.convert_ids_to_tokens(ids)))
+
+
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """A private copy of a fast tokenizer's engine: documents stay whole, and special tokens in them are text.
 

@@ -5,7 +5,7 @@ accelerate launch scripts/train.py --model_name_or_path MODEL --dataset_name DAT
 
 import math
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -15,21 +15,22 @@ from accelerate.utils import release_memory
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm import checkpoint, passes
-from mlm.batches import Batches, subset
+from mlm.batches import Batches
 from mlm.checkpoint import CheckpointConfig, Progress, State, Writer
 from mlm.chunks import ChunkConfig, chunk_length, cut_into_chunks
-from mlm.corpus import CorpusConfig
+from mlm.compare import conclude
+from mlm.corpus import CorpusConfig, GeneralConfig
 from mlm.errors import UserError, at_least
-from mlm.evaluate import EvaluateConfig, evaluate, unigram_perplexity
+from mlm.evaluate import EvaluateConfig, Evaluation, evaluate_all, token_counts
 from mlm.hardware import make_accelerator
 from mlm.masking import DROPOUT, MaskingConfig, make_recipe, stream_key
-from mlm.model import ModelConfig, SparseMaskedLM, fingerprint, load_model, max_positions, vocabulary_size
+from mlm.model import ModelConfig, SparseMaskedLM, fingerprint, load_model, max_positions
 from mlm.optimizer import Schedule, make_optimizer, make_scheduler
 from mlm.processes import agree, host_group, sum_gradients
 from mlm.record import Meter, RecordConfig, Run, finite, peak_memory_mib, plan
 from mlm.signals import Stopped, StopSignals
-from mlm.stream import StreamConfig, TokenStore, limit_threads, prepare, store_folder
-from mlm.tokenizer import TokenFacts, corpus_tokenizer, load_tokenizer, token_facts
+from mlm.stream import StreamConfig
+from mlm.texts import open_corpus, open_texts
 from mlm.trouble import check_scale, find_trouble
 
 
@@ -74,6 +75,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    general: GeneralConfig = field(default_factory=GeneralConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     chunks: ChunkConfig = field(default_factory=ChunkConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
@@ -114,17 +116,15 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         raise UserError("--validation_file alone leaves nothing to train on; give --train_file too")
     net = load_model(config.model, tokenizer, loop.seed)
     length = chunk_length(config.chunks, max_positions(net.config))
-    chunks, held_out = (
-        cut_into_chunks(stores[s], config.chunks, length, facts) for s in ("train", "validation")
-    )
+    chunks = cut_into_chunks(stores["train"], config.chunks, length, facts)
     recipe = make_recipe(config.masking, facts)
+    texts = open_texts(config, tokenizer, facts, stores["validation"], length, accelerator)
     G = passes.global_batch(
         loop.train_batch_size, loop.per_device_train_batch_size, loop.gradient_accumulation_steps, world
     )
     batches = Batches(chunks, recipe, facts.ordinary, loop.seed, G, rank, world, loop.max_train_samples)
     n = batches.num_chunks
     last_step = loop.max_train_steps or math.ceil(round(loop.num_train_epochs * n / G, 6))
-    held_out_ids = subset(config.evaluate.eval_mask_seed, len(held_out), config.evaluate.max_eval_samples)
 
     # What the result depends on: a checkpoint of another experiment is not gone on with.
     experiment = {
@@ -150,17 +150,18 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     optimizer = accelerator.prepare(adamw)  # steps through fp16's scaler, where there is one
     state = State(net, optimizer, scheduler, accelerator.scaler)
 
-    progress = Progress()
+    progress, before = Progress(), {}
     checkpoints = run.folder / "checkpoints"
     resumed, notes = checkpoint.find(config.checkpoint.resume_from_checkpoint, checkpoints, accelerator)
     run.say("\n".join(notes))
     if resumed:
         progress = Progress(**checkpoint.load(resumed, state, experiment))
+        before = checkpoint.load_before(resumed)
     micro_batch = passes.first(
         loop.per_device_train_batch_size, progress.micro_batch.get(str(world)), -(-G // world), device
     )
     run.begin(config, experiment, progress.step if resumed else None)
-    run.say(plan(config, model, batches, micro_batch, len(held_out_ids), last_step, accelerator))
+    run.say(plan(config, model, batches, micro_batch, texts, last_step, accelerator))
     run.log("start", progress.step, steps=last_step, train_batch_size=G, chunks=n)
     stop, writer = StopSignals(), Writer(checkpoints, config.checkpoint.save_total_limit)
     meter = Meter()
@@ -171,23 +172,25 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
             return progress.step * G // n > (progress.step - 1) * G // n
         return every is not None and progress.step % every == 0
 
-    def measure() -> dict[str, float]:
-        room = (held_out, held_out_ids, recipe, facts, config.evaluate, accelerator)
-        evaluation = evaluate(model, *room, stopped=stop.asked)
-        if evaluation is None:  # given up: it is made up for when the run goes on
+    def measure(complete: bool) -> dict[str, Evaluation]:
+        """Of each text under all masks, or of the held-out text under those of the first pass."""
+        measured = texts if complete else {"held_out": texts["held_out"]}
+        evaluations = evaluate_all(model, measured, accelerator, complete, stop.asked)
+        if evaluations is None:  # given up: it is made up for when the run goes on
             save_and_stop()
-        found = evaluation.summary()
-        run.log("eval", progress.step, **found)
+        found = evaluations["held_out"].first_pass.summary()
+        run.log("eval", progress.step, tokens=progress.tokens, **found)
         loss, perplexity = found["eval_loss"], found["perplexity"]
         run.say(f"step {progress.step}: held-out loss {loss:.4f}, perplexity {perplexity:.4g}")
         if loop.load_best_model_at_end and run.speaks:
             writer.save_best(progress.step, net, found)
-        return found
+        progress.evaluated = True
+        return evaluations
 
     def save() -> None:
         started = time.perf_counter()
         if run.speaks:
-            writer.save(progress.step, checkpoint.snapshot(state, experiment, asdict(progress)))
+            writer.save(progress.step, checkpoint.snapshot(state, experiment, asdict(progress), before))
         stood_still = time.perf_counter() - started
         progress.saving += stood_still
         run.log("checkpoint", progress.step, seconds_stood_still=stood_still)
@@ -217,9 +220,10 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     with run, stop, writer:
         if resumed and run.speaks and loop.load_best_model_at_end:
             writer.remember_best()
-        if progress.after is None and (due(loop.eval_steps) if progress.step else loop.eval_on_start):
-            progress.after = measure()
-            progress.before = progress.before or (None if progress.step else progress.after)
+        if progress.step == 0 and loop.eval_on_start:
+            before = measure(complete=True)
+        elif 0 < progress.step < last_step and due(loop.eval_steps) and not progress.evaluated:
+            measure(complete=False)
         broken = torch.zeros((), device=device)  # 1 from the first step on that was not finite
         meter.restart()
         model.train()
@@ -276,24 +280,23 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
             for name, value in window._asdict().items():
                 setattr(progress, name, getattr(progress, name) + value)
             rate = scheduler.get_last_lr()[0]
-            run.report(progress.step, window, progress.nats / max(progress.masked, 1), rate)
-            progress.after = None
+            run.report(progress.step, window, progress.nats / max(progress.masked, 1), rate, progress.tokens)
+            progress.evaluated = False
             if asked:
                 save_and_stop()
-            progress.after = measure() if evaluates else None
+            if evaluates and progress.step < last_step:
+                measure(complete=False)
             if saves:
                 save()
             meter.restart()
 
-        after = progress.after or measure()
+        after = before if before and progress.step == 0 else measure(complete=True)
         run.say(writer.wait() or "")
-        if loop.load_best_model_at_end:
-            after = checkpoint.load_best(checkpoints, net, accelerator) or after
+        if loop.load_best_model_at_end and checkpoint.load_best(checkpoints, net, accelerator):
+            after = evaluate_all(model, texts, accelerator)  # to its end: what a checkpoint needs is gone
+        told = conclude(texts, before, after, tokenizer, token_counts(stores["train"], facts.size))
         results = finite({
-            **after,
-            **{f"{name}_before": value for name, value in (progress.before or {}).items()},
-            "perplexity_unigram": unigram_perplexity(
-                stores["train"], held_out, held_out_ids, recipe, facts, config.evaluate),
+            **told.results,
             "train_loss": progress.nats / max(progress.masked, 1),
             "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
             "train_seconds": progress.seconds,
@@ -303,22 +306,6 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
             "skipped_steps": progress.skipped,
             "peak_memory_mib": peak_memory_mib(device),
         })  # fmt: skip
-        run.finish(net, tokenizer, config, results)
+        run.say(told.lines)
+        run.finish(net, tokenizer, config, results, told.comparison, told.documents)
     return Result(net, tokenizer, results, run.folder)
-
-
-def open_corpus(
-    config: Config, accelerator: Accelerator
-) -> tuple[PreTrainedTokenizerBase, TokenFacts, dict[str, TokenStore]]:
-    """The tokenizer (named, or trained on the corpus for a model from nothing), its facts, the stores."""
-    model, corpus, stream = config.model, config.corpus, config.stream
-    limit_threads(stream)
-    if not accelerator.is_local_main_process:
-        stream = replace(stream, overwrite_cache=False)
-    with accelerator.local_main_process_first():  # one process a machine tokenises, the others find its store
-        if name := model.tokenizer_name or model.model_name_or_path:
-            tokenizer = load_tokenizer(name, model.trust_remote_code)
-        else:
-            tokenizer = corpus_tokenizer(corpus, vocabulary_size(model), store_folder(stream))
-        facts = token_facts(tokenizer)
-        return tokenizer, facts, prepare(corpus, tokenizer, facts, stream, config.masking.whole_word_mask)

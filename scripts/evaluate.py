@@ -15,7 +15,8 @@ from mlm.masking import MaskingConfig, make_recipe
 from mlm.model import ModelConfig, SparseMaskedLM, check_embeddings, load_model, max_positions
 from mlm.record import finite
 from mlm.stream import StreamConfig
-from mlm.train import Config, open_corpus
+from mlm.texts import open_corpus
+from mlm.train import Config
 
 
 @dataclass(frozen=True)

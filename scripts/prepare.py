@@ -17,8 +17,9 @@ from mlm.hardware import make_accelerator
 from mlm.masking import MaskingConfig, Recipe, make_recipe
 from mlm.model import ModelConfig, position_limit
 from mlm.stream import StreamConfig, TokenStore
+from mlm.texts import open_corpus
 from mlm.tokenizer import TokenFacts
-from mlm.train import Config, open_corpus
+from mlm.train import Config
 
 
 @dataclass(frozen=True)
