@@ -187,7 +187,8 @@ def _holder(path: Path) -> str:
 
 def spell(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """Tokens as people read them; as the vocabulary spells them where that is nothing (a newline, say)."""
-    return tokenizer.decode(ids).strip() or " ".join(map(str, tokenizer.convert_ids_to_tokens(ids)))
+    spelt = (tokenizer.convert_ids_to_tokens(i) or f"id {i}" for i in ids)  # embeddings without a token
+    return tokenizer.decode(ids).strip() or " ".join(spelt)
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
