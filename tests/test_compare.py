@@ -21,7 +21,8 @@ from mlm.errors import UserError
 from mlm.evaluate import EvaluateConfig, evaluate, make_text, token_counts
 from mlm.masking import MaskingConfig, make_recipe
 from mlm.model import ModelConfig, SparseMaskedLM
-from mlm.stream import build
+from mlm.record import RecordConfig
+from mlm.stream import StreamConfig, build
 from mlm.tokenizer import token_facts
 from mlm.train import train
 from tests.test_corridor import script
@@ -374,6 +375,23 @@ def test_a_general_text_that_cannot_be_is_refused_in_words(toy, tmp_path):
     with pytest.raises(UserError, match=r"short\.txt: .*less than one chunk"):
         train(with_general(toy, tmp_path / "short.txt", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_of_a_general_data_set_the_held_out_part_alone_is_tokenised(toy, general_file, tmp_path):
+    """A folder with a training split as well, which may be all of Wikipedia."""
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "data" / f"{split}.txt").write_text(general_file.read_text())
+    rooms = {
+        "general": GeneralConfig(general_dataset_name=str(tmp_path / "data")),
+        "stream": StreamConfig(token_store=str(tmp_path / "stores")),
+    }
+    config = toy.config(tmp_path / "run", rooms=rooms, max_train_steps=1)
+    by_file = dataclasses.replace(config, general=GeneralConfig(general_file=str(general_file)))
+    found = train(config).results
+    assert sorted(path.name for path in (tmp_path / "stores").glob("*/train")) == ["train"], "the domain's"
+    by_file = dataclasses.replace(by_file, record=RecordConfig(output_dir=str(tmp_path / "by_file")))
+    assert train(by_file).results["general_loss"] == found["general_loss"]
 
 
 # On the command line
