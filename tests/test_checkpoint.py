@@ -113,6 +113,20 @@ def test_other_masks_or_other_text_are_another_experiment(toy, tmp_path):
         train(dataclasses.replace(config, corpus=other))
 
 
+def test_another_tokenizer_is_another_experiment(toy, tmp_path):
+    """Here one that gives two words each other's ids."""
+    config = interrupted(toy, tmp_path / "run")
+    shutil.copytree(toy.checkpoint, tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    described = json.loads(path.read_text())
+    vocabulary = described["model"]["vocab"]
+    vocabulary["cat"], vocabulary["dog"] = vocabulary["dog"], vocabulary["cat"]
+    path.write_text(json.dumps(described))
+    model = dataclasses.replace(config.model, tokenizer_name=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="another experiment, with tokenizer"):
+        train(dataclasses.replace(config, model=model))
+
+
 def test_what_does_not_change_the_result_may_change(toy, tmp_path):
     whole = train(toy.config(tmp_path / "whole"))
     config = interrupted(toy, tmp_path / "run", at=7)
