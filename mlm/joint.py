@@ -12,8 +12,8 @@ The next mask to fill is
 
 These are the order-based and the confidence-based decoding of X-FACTR (Jiang et al. 2020, arXiv:2010.06189);
 its third way, independent, is `mlm.fill_mask.fill`. Either order gives each way to fill all masks one
-probability, and these sum to 1, as what is filled in so far decides alone which mask is next. A masked language
-model is no joint distribution: the two orders give the same sentence different probabilities.
+probability, and these sum to 1, as what is filled in so far decides alone which mask is next. A masked
+language model is no joint distribution: the two orders give the same sentence different probabilities.
 
 Beam search keeps the `num_beams` likeliest sentences after each mask.
 """
@@ -117,7 +117,7 @@ def likeliest(log_probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], sentence: str) -> str:
-    """The ids as text, without blanks where the sentence is in a script without: WordPiece decodes with them."""
+    """The ids as text. WordPiece decodes Chinese with blanks: without, where the sentence has none."""
     text = tokenizer.decode(ids)
     return text.replace(" ", "") if columns(sentence) > len(sentence) and " " not in sentence else text
 

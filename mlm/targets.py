@@ -4,11 +4,11 @@ A word of n pieces takes n masks, and its pieces are filled in from left to righ
 
     log p(word) = Σ_j log p(piece_j | the sentence, the pieces before j in their places, masks for the rest)
 
-For one piece that is the probability that `mlm.fill_mask.fill` gives it. For more it is the sum over a word that
-Kauf and Ivanova call PLL-word-l2r (2023, "A Better Way to Do Masked Language Model Scoring", arXiv:2305.10588).
-transformers' `pipeline("fill-mask", targets=…)` takes the first piece for the word (its issues 4306, 9678 and
-17374). The number of masks tells the model how long the word is: the probabilities of words of one length
-sum to at most 1, those of words of several lengths are no distribution together.
+For one piece that is the probability that `mlm.fill_mask.fill` gives it. For more it is the sum over a word
+that Kauf and Ivanova name PLL-word-l2r (2023, "A Better Way to Do Masked Language Model Scoring",
+arXiv:2305.10588). transformers' `pipeline("fill-mask", targets=…)` takes the first piece for the word (its
+issues 4306, 9678, 17374). The number of masks tells the model how long the word is: the probabilities of words
+of one length sum to at most 1, those of words of several lengths are no distribution together.
 """
 
 import csv
