@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
 
@@ -14,8 +13,8 @@ from accelerate import Accelerator
 from transformers import BertConfig, BertForMaskedLM
 
 from mlm.errors import UserError
-from mlm.model import SparseMaskedLM
-from mlm.pseudo_perplexity import Scores, score
+from mlm.model import ModelConfig, SparseMaskedLM
+from mlm.pseudo_perplexity import Scores, measure, score
 from tests.conftest import REPOSITORY
 from tests.tokenizers_for_tests import byte_level_bpe, unigram, wordpiece
 
@@ -123,26 +122,23 @@ def test_the_model_stays_in_its_mode_and_draws_nothing():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_sentence_that_is_too_long_is_named_by_its_line(toy, answer, tmp_path):
+def measured(toy, file) -> dict:
+    return measure(str(file), ModelConfig(model_name_or_path=str(toy.checkpoint)), 3, Accelerator(cpu=True))
+
+
+def test_a_sentence_that_is_too_long_is_named_by_its_line(toy, tmp_path):
     file = tmp_path / "sentences.txt"
     file.write_text("the old cat\n\n" + "milk " * 80 + "\n")
     with pytest.raises(UserError, match=r"line 3 \('milk .*…'\) is 82 tokens long, .* takes 64"):
-        answer("--model_name_or_path", toy.checkpoint, "--pseudo_perplexity", file)
+        measured(toy, file)
 
 
-@pytest.fixture
-def answer():
-    """The script's `main`, in this process."""
-    main = runpy.run_path(str(REPOSITORY / "scripts/evaluate.py"))["main"]
-    return lambda *argv: main([str(word) for word in argv])
-
-
-def test_the_script_prints_a_line_for_each_sentence_and_the_total(toy, answer, tmp_path, capsys):
+def test_a_line_is_printed_for_each_sentence_and_one_for_the_total(toy, tmp_path, capsys):
     file = tmp_path / "sentences.txt"
     file.write_text(
         "the old cat likes milk every day .\n\n  \nthe young fox likes grapes . " + "so " * 30 + "\n"
     )
-    found = answer("--model_name_or_path", toy.checkpoint, "--pseudo_perplexity", file)
+    found = measured(toy, file)
     assert [sentence["line"] for sentence in found["sentences"]] == [1, 4]
     assert found["tokens"] == sum(sentence["tokens"] for sentence in found["sentences"])
     total = sum(sentence["pseudo_log_likelihood"] for sentence in found["sentences"])
@@ -166,26 +162,28 @@ def test_the_script_prints_a_line_for_each_sentence_and_the_total(toy, answer, t
         (b"caf\xe9\n", "not UTF-8 text"),
     ],
 )
-def test_a_file_without_sentences_is_refused(content, words, toy, answer, tmp_path):
+def test_a_file_without_sentences_is_refused(content, words, toy, tmp_path):
     file = tmp_path / "sentences.txt"
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError) as refused:
-        answer("--model_name_or_path", toy.checkpoint, "--pseudo_perplexity", file)
+        measured(toy, file)
     assert str(refused.value).startswith(f"{file}: ")
     assert words in str(refused.value)
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_sentences_and_one_speaks(toy, answer, tmp_path):
+def test_two_processes_share_the_sentences_and_one_speaks(toy, tmp_path):
     file = tmp_path / "sentences.txt"
     file.write_text("\n".join(SENTENCES))
     flags = ["--model_name_or_path", str(toy.checkpoint), "--pseudo_perplexity", str(file)]
     flags += ["--per_device_eval_batch_size", "3"]
-    expected = answer(*flags)
+    expected = measured(toy, file)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-        + [str(REPOSITORY / "scripts/evaluate.py"), *flags],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
+            *(str(REPOSITORY / "scripts/evaluate.py"), *flags),
+        ],
         capture_output=True,
         text=True,
         env={**os.environ, "ACCELERATE_USE_CPU": "true"},
@@ -197,3 +195,11 @@ def test_two_processes_share_the_sentences_and_one_speaks(toy, answer, tmp_path)
     found = json.loads(last)
     assert found["pseudo_perplexity"] == pytest.approx(expected["pseudo_perplexity"], rel=1e-6)
     assert [s["tokens"] for s in found["sentences"]] == [s["tokens"] for s in expected["sentences"]]
+
+
+def test_a_mistake_ends_the_script_with_one_line_and_status_2(toy, tmp_path):
+    flags = ["--model_name_or_path", str(toy.checkpoint), "--pseudo_perplexity", "-"]
+    command = [sys.executable, str(REPOSITORY / "scripts/evaluate.py"), *flags]
+    done = subprocess.run(command, input="\n", capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: standard input: no sentence in it; write one on each line\n"
