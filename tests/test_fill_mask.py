@@ -352,18 +352,6 @@ def test_what_does_not_go_together_is_refused(flags, words, bert, answer):
         answer("--model_name_or_path", bert, *flags)
 
 
-def test_the_script_reads_standard_input(bert):
-    words = [sys.executable, "scripts/fill_mask.py", "--model_name_or_path", str(bert)]
-    done = subprocess.run(
-        [*words, "--sentences_file", "-", "--targets", "so so"],
-        cwd=ROOT, input="A [MASK] story\n", capture_output=True, text=True, encoding="utf-8",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    [record] = json.loads(done.stdout.splitlines()[-1])["sentences"]
-    assert record["text"] == "A [MASK] story"
-    assert record["targets"][0][0]["word"] == "so so"
-
-
 def test_the_script_ends_with_one_json_object(bert):
     done = script("--model_name_or_path", bert, "--top_k", 3, *SENTENCES)
     assert done.returncode == 0, done.stderr

@@ -136,7 +136,7 @@ def test_a_sentence_that_is_too_long_is_named_by_its_line(toy, tmp_path):
 def test_a_line_is_printed_for_each_sentence_and_one_for_the_total(toy, tmp_path, capsys):
     file = tmp_path / "sentences.txt"
     file.write_text(
-        "the old cat likes milk every day .\n\n  \nthe young fox likes grapes . " + "so " * 30 + "\n"
+        "the old cat likes milk every day .\n\n  \nthe young fox likes grapes . " + "every day " * 10 + "\n"
     )
     found = measured(toy, file)
     assert [sentence["line"] for sentence in found["sentences"]] == [1, 4]
