@@ -17,6 +17,8 @@ from mlm.evaluate import EvaluateConfig, Evaluation, Text, evaluate_all, measure
 from mlm.hardware import make_accelerator
 from mlm.masking import MaskingConfig
 from mlm.model import ModelConfig, SparseMaskedLM, check_embeddings, load_model, position_limit
+from mlm.pseudo_perplexity import PseudoPerplexityConfig
+from mlm.pseudo_perplexity import measure as measure_sentences
 from mlm.record import figure, finite, write_json
 from mlm.stream import StreamConfig, TokenStore
 from mlm.texts import open_corpus, open_texts
@@ -37,7 +39,7 @@ class CheckpointToMeasure:
 
 ROOMS = (
     *(CheckpointToMeasure, CorpusConfig, GeneralConfig, StreamConfig, ChunkConfig, MaskingConfig),
-    EvaluateConfig,
+    *(EvaluateConfig, PseudoPerplexityConfig),
 )
 
 
@@ -52,7 +54,7 @@ class Measured(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    what, corpus, general, stream, chunking, masking, evaluation, _ = cli.parse(
+    what, corpus, general, stream, chunking, masking, evaluation, pseudo, _ = cli.parse(
         ROOMS, argv, cli.command(__doc__)
     )
     if not what.model_name_or_path:
@@ -61,6 +63,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     base = replace(model, model_name_or_path=what.compare) if what.compare else None
     model = replace(model, tokenizer_name=what.tokenizer_name)
     accelerator = make_accelerator(what.mixed_precision)
+    if pseudo.pseudo_perplexity:
+        size = evaluation.per_device_eval_batch_size
+        return measure_sentences(pseudo.pseudo_perplexity, model, size, accelerator)
     config = Config(model, corpus, general, stream, chunking, masking, evaluate=evaluation)
     limits = [limit for limit in map(position_limit, (model, base) if base else (model,)) if limit]
     length = chunk_length(chunking, min(limits, default=None))
