@@ -12,16 +12,19 @@
 No file can execute code. The order of chunks, their masks and dropout's draws are functions of (seed, step),
 both in it: that is all the state that generators have here.
 
-The loop waits for a copy to host memory; a thread writes it beside its place, syncs it and renames it, so
-that a folder named step_N is whole, whatever happens. What happens to it later, its manifest tells.
+The loop waits for a copy to host memory (and where two are still being written, for the first of them); a
+thread writes it beside its place, syncs it and renames it, so that a folder named step_N is whole, whatever
+happens. What happens to it later, its manifest tells.
 """
 
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,6 +45,8 @@ from mlm.evaluate import Evaluation
 
 Files = dict[str, Any]  # name of a file: its tensors by name for .safetensors, a JSON value for .json
 PARTIAL = ".partial"  # ends the name of a folder that is being written, or removed
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+COPIES = 2  # in host memory at most: a checkpoint, and the best weights of the same step
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,8 @@ def load(folder: Path, state: State, experiment: dict[str, Any]) -> Progress:
         ]
         if differences:
             raise UserError(
-                f"--resume_from_checkpoint {folder}: another experiment, with {', '.join(differences)}"
+                f"--resume_from_checkpoint {folder}: another experiment, with {', '.join(differences)}; give "
+                "it its settings back, or another --output_dir"
             )
         load_weights(folder, state.model)
         described = _read_json(folder / "state.json")
@@ -170,7 +176,10 @@ def find(wanted: str | None, checkpoints: Path, accelerator: Accelerator) -> tup
     """
     found: list[Any] = [None, [], None]
     if wanted is not None and accelerator.is_main_process:
-        found = _find(wanted, checkpoints)
+        try:
+            found = _find(wanted, checkpoints)
+        except UserError as error:
+            found = [None, [], str(error)]
     if accelerator.num_processes > 1:
         broadcast_object_list(found)
     folder, passed_over, mistake = found
@@ -182,7 +191,7 @@ def find(wanted: str | None, checkpoints: Path, accelerator: Accelerator) -> tup
 def _find(wanted: str, checkpoints: Path) -> list[Any]:
     last = math.inf
     if wanted != "latest":
-        folder = Path(wanted)
+        folder = Path(wanted).resolve()
         if not folder.is_dir():
             return [None, [], "no such folder"]
         if (step := _number(folder)) is not None:
@@ -203,28 +212,33 @@ def _find(wanted: str, checkpoints: Path) -> list[Any]:
 
 def _number(folder: Path) -> int | None:
     """7 for a folder named step_7."""
-    prefix, _, number = folder.name.partition("_")
-    return int(number) if prefix == "step" and number.isdigit() else None
+    named = re.fullmatch(r"step_(\d+)", folder.name, re.ASCII)
+    return int(named[1]) if named else None
 
 
 def steps(checkpoints: Path) -> dict[int, Path]:
     """The checkpoints in a folder, by their step, whole or not."""
-    named = ((_number(path), path) for path in checkpoints.glob("step_*"))
+    named = ((_number(path), path) for path in checkpoints.glob("step_*") if path.is_dir())
     return {step: path for step, path in named if step is not None}
 
 
 def damaged(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, by its manifest; None where they are as they were written."""
+    """What is wrong with a checkpoint's files, by its manifest; None where they are as they were written.
+
+    Raises UserError where they cannot be read just now, which says nothing about them.
+    """
     try:
         manifest = _read_json(folder / "manifest.json")
         for name, written in manifest.items():
             if (folder / name).stat().st_size != written["bytes"]:
-                return f"{name} is truncated"
+                return f"{name} has another size"
         for name, written in manifest.items():
             if _digest(folder / name) != written["sha256"]:
                 return f"{name} is altered"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*MISSING, ValueError, KeyError, TypeError, AttributeError) as error:
         return one_line(f"{type(error).__name__}: {error}", 120)
+    except OSError as error:
+        raise UserError(f"the checkpoint {folder} cannot be read ({error.strerror})") from error
     return None
 
 
@@ -251,30 +265,36 @@ class Writer:
         self._failure: str | None = None
         self.best_loss = math.inf  # of the weights that `save_best` has kept
         self._thread = ThreadPoolExecutor(1)
-        self._pending: Future | None = None
+        self._pending: deque[Future] = deque()
 
-    def save(self, step: int, files: Files) -> None:
-        """Has a checkpoint written; waits for the one before it, so that host memory holds one copy."""
-        self._submit(self.folder / f"step_{step}", files, self._remove_old)
+    def save(self, step: int, take: Callable[[], Files]) -> None:
+        """Has a checkpoint written that `take` copies to host memory, as soon as there is room for it."""
+        self._submit(self.folder / f"step_{step}", take, self._remove_old)
 
     def save_best(self, step: int, model: torch.nn.Module, evaluation: dict[str, float]) -> None:
         """Keeps the weights that an evaluation found better than all before, if it did."""
         if not evaluation["eval_loss"] < self.best_loss:
             return
         self.best_loss = evaluation["eval_loss"]
-        files = {"model.safetensors": _on_host(tensors(model)), "evaluation.json": evaluation}
-        place = self.folder / f"best_{step}"
-        self._submit(place, files, lambda: _remove(*(best for best in bests(self.folder) if best != place)))
+        self._submit_best(
+            f"best_{step}",
+            lambda: {"model.safetensors": _on_host(tensors(model)), "evaluation.json": evaluation},
+        )
 
-    def remember_best(self) -> None:
-        """What is kept from before a run was resumed counts."""
-        if best := find_best(self.folder):
-            self.best_loss = best[1]["eval_loss"]
+    def remember_best(self, checkpoints: Path) -> None:
+        """What the run that is gone on with has kept counts; it comes along to another directory."""
+        if best := find_best(checkpoints):
+            folder, evaluation = best
+            self.best_loss = evaluation["eval_loss"]
+            if checkpoints.resolve() != self.folder.resolve():
+                weights = load_file(folder / "model.safetensors")
+                self._submit_best(
+                    folder.name, lambda: {"model.safetensors": weights, "evaluation.json": evaluation}
+                )
 
     def wait(self) -> str | None:
         """Returns when nothing is being written any more, as `take_failure` does."""
-        if self._pending is not None:
-            self._pending.result()
+        self._wait_for_all_but(0)
         return self.take_failure()
 
     def take_failure(self) -> str | None:
@@ -282,12 +302,21 @@ class Writer:
         failure, self._failure = self._failure, None
         return failure
 
-    def _submit(self, place: Path, files: Files, afterwards: Any) -> None:
-        if self._pending is not None:
-            self._pending.result()
-        self._pending = self._thread.submit(self._write, place, files, afterwards)
+    def _submit_best(self, name: str, take: Callable[[], Files]) -> None:
+        def remove_others() -> None:
+            _remove(*(best for best in bests(self.folder) if best.name != name))
 
-    def _write(self, place: Path, files: Files, afterwards: Any) -> None:
+        self._submit(self.folder / name, take, remove_others)
+
+    def _submit(self, place: Path, take: Callable[[], Files], afterwards: Callable[[], None]) -> None:
+        self._wait_for_all_but(COPIES - 1)
+        self._pending.append(self._thread.submit(self._write, place, take(), afterwards))
+
+    def _wait_for_all_but(self, few: int) -> None:
+        while len(self._pending) > few:
+            self._pending.popleft().result()
+
+    def _write(self, place: Path, files: Files, afterwards: Callable[[], None]) -> None:
         try:
             write(place, files)
             afterwards()
@@ -310,11 +339,20 @@ class Writer:
         self._thread.shutdown()  # a checkpoint that has been begun is finished, whatever ends the run
 
 
-def write(place: Path, files: Files) -> None:
-    """Writes a folder and its manifest, whole or not at all, in place of one of that name.
+def not_written(failure: str | None) -> UserError:
+    """The end of a run that cannot write a checkpoint; None on the processes that do not write."""
+    return UserError(f"{failure or 'a checkpoint could not be written'}; earlier ones are intact")
 
-    Raises OSError, or SafetensorError where its library meets one.
+
+def write(place: Path, files: Files) -> None:
+    """Writes a folder and its manifest, whole or not at all.
+
+    An intact one of that name stays: a run that was resumed from it and is stopped before its next step has
+    the same to write, and a kill between removing and renaming would leave none. Raises OSError, or
+    SafetensorError where its library meets one.
     """
+    if place.is_dir() and not damaged(place):
+        return
     partial = place.with_name(f"{place.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

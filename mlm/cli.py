@@ -33,6 +33,7 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 from mlm.errors import UserError, one_line
+from mlm.passes import out_of_memory
 from mlm.processes import lost_a_process
 from mlm.signals import Stopped
 
@@ -97,10 +98,19 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]]) -> None:
         if speaks:
             print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.number)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            print(
+                f"error: out of memory ({one_line(error, 200)}); use smaller batches "
+                "(--per_device_eval_batch_size, --per_device_train_batch_size) or a shorter --max_seq_length",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         if not lost_a_process(error):
             raise
         rank = os.environ.get("RANK", "0")
+        if not speaks:  # a launcher names the first that fails: let that be one with more to say
+            time.sleep(2)
         print(
             f"error: process {rank} ends, as another process of the run has, whose words, if it had any, are "
             "the reason; --resume_from_checkpoint latest goes on from the last checkpoint",

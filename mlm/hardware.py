@@ -4,11 +4,10 @@ import ctypes
 import os
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
 from mlm.errors import UserError, one_line
-from mlm.processes import PATIENCE
 
 DATA_PARALLEL = (
     DistributedType.NO,
@@ -42,7 +41,6 @@ def make_accelerator(
             project_dir=project_dir,
             # The loop sums its micro-batches itself: accelerate would divide by its own count of them.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:  # accelerate's own words on a precision or a tracker that it does not know
         raise UserError(one_line(error)) from error

@@ -5,13 +5,16 @@ tell each other, in host memory, whether all of them have a gradient: one that r
 again alone would leave the others waiting.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-# The others wait while one process tokenises the corpus; what takes longer is for scripts/prepare.py.
+# The others wait while one process tokenises the corpus; what takes longer is for scripts/prepare.py. They do
+# so in the host's group alone: a device's reduction that waits so long has lost a process.
 PATIENCE = timedelta(hours=2)
 # What gloo and NCCL say of a process that is gone, whose sockets its machine has closed.
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
@@ -20,6 +23,17 @@ LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", 
 def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
     """All processes, for messages in host memory, so that no device is waited for; None for one alone."""
     return dist.new_group(backend="gloo", timeout=PATIENCE) if accelerator.num_processes > 1 else None
+
+
+@contextmanager
+def local_main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """A context that one process of each machine goes through before the others, who wait for PATIENCE."""
+    group = host_group(accelerator)
+    if group is not None and not accelerator.is_local_main_process:
+        dist.barrier(group)
+    yield
+    if group is not None and accelerator.is_local_main_process:
+        dist.barrier(group)
 
 
 def agree(values: list[int], group: dist.ProcessGroup | None) -> list[int]:

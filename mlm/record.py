@@ -22,7 +22,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +44,7 @@ from mlm.errors import UserError, at_least, one_line
 from mlm.evaluate import Text
 from mlm.model import SparseMaskedLM
 
+MODEL_FILES = {"config.json", "model.safetensors", "pytorch_model.bin"}
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
 
@@ -77,7 +77,7 @@ class Run:
         self.goes_on = resumes == "latest" or (
             resumes is not None and Path(resumes).resolve().is_relative_to(self.folder.resolve())
         )
-        self.lock = FileLock(self.folder / ".lock", timeout=0)  # the kernel's: a killed run does not keep it
+        self._lock = FileLock(self.folder / ".lock", timeout=0)  # the kernel's: a killed run does not keep it
         # Every process looks, none writes yet: a mistake found later must not have cost what is here.
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output_dir {self.folder}: this is a file")
@@ -97,10 +97,10 @@ class Run:
             raise UserError(f"--output_dir {self.folder}: cannot write in {nearest}")
 
     def _holds_the_end_only(self) -> bool:
-        ends = ("config.json", "model.safetensors", "all_results.json")
-        return any((self.folder / name).exists() for name in ends) and not checkpoint.steps(
-            self.folder / "checkpoints"
-        )
+        """Whether a run that has ended, or a model of other origin, is here, and no checkpoint."""
+        here = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        ended = "all_results.json" in here or ("run.json" not in here and here & MODEL_FILES)
+        return bool(ended) and not checkpoint.steps(self.folder / "checkpoints")
 
     def say(self, text: str) -> None:
         if self.speaks and text:
@@ -126,13 +126,10 @@ class Run:
                 self.hub_id = _create_repository(self.config.hub_model_id or self.folder.name)
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with suppress(NotImplementedError):  # a file system without locks
-                    self.lock.acquire()
+                self._acquire()
                 self._clear() if step is None or not self.goes_on else self._rewind(step)
                 about = {"configuration": described, "experiment": experiment}
                 write_json(self.folder / "run.json", {**about, "environment": environment(self.accelerator)})
-            except Timeout:
-                raise UserError(f"--output_dir {self.folder}: another run is at work in it") from None
             except OSError as error:
                 raise UserError(
                     f"--output_dir {self.folder}: cannot write there ({error.strerror})"
@@ -142,16 +139,31 @@ class Run:
             self.accelerator.init_trackers("mlm", config=_flat(described))
 
     def __enter__(self) -> "Run":
+        """From here on the directory, if it is there, is this run's: what it finds in it stays as it is.
+
+        Raises UserError where another run is at work in it.
+        """
+        if self.speaks and self.folder.is_dir():
+            self._acquire()
         return self
+
+    def _acquire(self) -> None:
+        try:
+            if not self._lock.is_locked:
+                self._lock.acquire()
+        except Timeout:
+            raise UserError(f"--output_dir {self.folder}: another run is at work in it") from None
+        except NotImplementedError:
+            pass  # a file system without locks
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.lock.is_locked:
-            Path(self.lock.lock_file).unlink(missing_ok=True)  # still ours: no other run can hold it now
-            self.lock.release()
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)  # still ours: no other run can hold it now
+            self._lock.release()
 
     def _clear(self) -> None:
         for name in ("metrics.jsonl", "all_results.json", "comparison.json", "documents.parquet"):
@@ -162,14 +174,19 @@ class Run:
         checkpoint.clear(self.folder / "checkpoints", after=step)
         metrics = self.folder / "metrics.jsonl"
         kept = []
-        for line in metrics.read_text().splitlines() if metrics.is_file() else ():
+        for line in metrics.read_text(errors="replace").splitlines() if metrics.is_file() else ():
             try:
                 event = json.loads(line)
-            except json.JSONDecodeError:  # the line that a killed run was writing
+                name, at = event["event"], int(event["step"])
+            except (
+                ValueError,
+                TypeError,
+                KeyError,
+            ):  # the line that a killed run was writing, or no line of ours
                 continue
-            if event["step"] <= step:
+            if at <= step:
                 kept.append(line)
-            if event["step"] >= step and event["event"] == "checkpoint":  # the state that is gone on from
+            if at >= step and name == "checkpoint":  # the state that is gone on from
                 break
         _replace(metrics, "".join(f"{line}\n" for line in kept))
 
@@ -267,6 +284,7 @@ class Run:
     def _save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Beside its place first: a disk that fills up, or a kill, leaves no half a model under its name."""
         partial = self.folder / "model.partial"
+        shutil.rmtree(partial, ignore_errors=True)
         try:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)

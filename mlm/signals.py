@@ -3,13 +3,16 @@
 first signal    remembered; the loop and the evaluation look at `asked()` once a batch
 second signal   ends the process at once
 launcher gone   counts as SIGTERM: not every launcher passes signals on to its workers before it dies
+
+A thread hears them: Python's own handlers run in the main thread, and only between two of its instructions,
+which a step in a C library, or a collective that waits for another process, can keep apart for long.
 """
 
 import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from types import TracebackType
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what Slurm users have sent
 # Ctrl-C reaches a worker twice, from the terminal and from its launcher, which passes it on. Signals that
@@ -31,12 +34,12 @@ class Stopped(Exception):
 class StopSignals:
     """A context in which signals ask for a stop instead of ending the process.
 
-    Outside the main thread, where Python lets nobody handle signals, it changes nothing.
+    Outside the main thread, where Python lets nobody handle signals, it changes nothing. A launcher that goes
+    is noticed from the moment on at which this is made.
     """
 
     def __init__(self) -> None:
         self.received = 0
-        self._since = 0.0
         self._parent = os.getppid()
         self._launched = any(name in os.environ for name in LAUNCHERS)
 
@@ -46,16 +49,26 @@ class StopSignals:
             self.received = signal.SIGTERM
         return int(self.received)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self.received:
-            self.received, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since > SAME_REQUEST:
-            os._exit(128 + number)
+    def _listen(self, pipe: int) -> None:
+        since = 0.0
+        while byte := os.read(pipe, 1):  # b"" once the other end is closed
+            [number] = byte
+            if number not in ASKING:
+                continue
+            if not self.received:
+                self.received, since = number, time.monotonic()
+            elif time.monotonic() - since > SAME_REQUEST:
+                os._exit(128 + number)
+        os.close(pipe)
 
     def __enter__(self) -> "StopSignals":
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in ASKING}
+            heard, self._told = os.pipe()
+            os.set_blocking(self._told, False)
+            threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
+            self._wakeup = signal.set_wakeup_fd(self._told)  # the C library's handler writes numbers to it
+            self._before = {number: signal.signal(number, lambda *_: None) for number in ASKING}
         return self
 
     def __exit__(
@@ -63,3 +76,6 @@ class StopSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._told)

@@ -10,6 +10,7 @@ from mlm import corpus
 from mlm.evaluate import Text, make_text
 from mlm.masking import make_recipe
 from mlm.model import vocabulary_size
+from mlm.processes import local_main_process_first
 from mlm.stream import StreamConfig, TokenStore, limit_threads, prepare, store_folder
 from mlm.tokenizer import TokenFacts, corpus_tokenizer, load_tokenizer, token_facts
 
@@ -23,7 +24,7 @@ def open_corpus(
     """The tokenizer (named, or trained on the corpus for a model from nothing), its facts, the stores."""
     model, stream = config.model, _for_this_process(config.stream, accelerator)
     limit_threads(stream)
-    with accelerator.local_main_process_first():  # one process a machine tokenises, the others find its store
+    with local_main_process_first(accelerator):  # one process a machine tokenises, the others find its store
         if name := model.tokenizer_name or model.model_name_or_path:
             tokenizer = load_tokenizer(name, model.trust_remote_code)
         else:
@@ -48,7 +49,7 @@ def open_texts(
     sources, stores = {"held_out": config.corpus}, {"held_out": held_out}
     if general := corpus.general(config.general, config.corpus):
         stream, whole_words = _for_this_process(config.stream, accelerator), config.masking.whole_word_mask
-        with accelerator.local_main_process_first():
+        with local_main_process_first(accelerator):
             found = prepare(general, tokenizer, facts, stream, whole_words, only="validation")
         sources["general"], stores["general"] = general, found["validation"]
     recipe = make_recipe(config.masking, facts)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm import checkpoint, passes
 from mlm.batches import Batches
-from mlm.checkpoint import CheckpointConfig, Progress, State, Writer
+from mlm.checkpoint import CheckpointConfig, Progress, State, Writer, not_written
 from mlm.chunks import ChunkConfig, chunk_length, cut_into_chunks
 from mlm.compare import conclude
 from mlm.corpus import CorpusConfig, GeneralConfig
@@ -109,6 +109,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     group = host_group(accelerator)
     run = Run(config.record, accelerator, config.checkpoint.resume_from_checkpoint)
+    stop = StopSignals()
 
     # The rooms, in order.
     tokenizer, facts, stores = open_corpus(config, accelerator)
@@ -128,7 +129,13 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
 
     # What the result depends on: a checkpoint of another experiment is not gone on with.
     experiment = {
-        **{f"{split} corpus": store.header["corpus"] for split, store in stores.items()},
+        "train corpus": stores["train"].header["corpus"],
+        **{f"{name} corpus": text.store.header["corpus"] for name, text in texts.items()},
+        **{
+            name: value
+            for name, value in asdict(config.evaluate).items()
+            if name != "per_device_eval_batch_size"
+        },
         **{name: getattr(loop, name) for name in ("seed", "learning_rate", "weight_decay", "max_grad_norm")},
         **{name: getattr(loop, name) for name in ("lr_scheduler_type", "num_warmup_steps")},
         "model": fingerprint(net),
@@ -152,19 +159,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
 
     progress, before = Progress(), {}
     checkpoints = run.folder / "checkpoints"
-    resumed, notes = checkpoint.find(config.checkpoint.resume_from_checkpoint, checkpoints, accelerator)
-    run.say("\n".join(notes))
-    if resumed:
-        progress = checkpoint.load(resumed, state, experiment)
-        before = checkpoint.load_before(resumed)
-    micro_batch = passes.first(
-        loop.per_device_train_batch_size, progress.micro_batch.get(str(world)), -(-G // world), device
-    )
-    run.begin(config, experiment, progress.step if resumed else None)
-    run.say(plan(config, model, batches, micro_batch, texts, last_step, accelerator))
-    run.log("start", progress.step, steps=last_step, train_batch_size=G, chunks=n)
-    stop, writer = StopSignals(), Writer(checkpoints, config.checkpoint.save_total_limit)
-    meter = Meter()
+    writer, meter = Writer(checkpoints, config.checkpoint.save_total_limit), Meter()
 
     def due(every: int | str | None) -> bool:
         """Whether what is done every so many steps, or after each epoch, comes after the step just taken."""
@@ -190,15 +185,19 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     def save() -> None:
         started = time.perf_counter()
         if run.speaks:
-            writer.save(progress.step, checkpoint.snapshot(state, experiment, asdict(progress), before))
+            writer.save(
+                progress.step, lambda: checkpoint.snapshot(state, experiment, asdict(progress), before)
+            )
         stood_still = time.perf_counter() - started
         progress.saving += stood_still
         run.log("checkpoint", progress.step, seconds_stood_still=stood_still)
 
     def save_and_stop() -> NoReturn:
         save()
-        run.say(writer.wait() or "")
-        [number] = agree([stop.asked()], group)
+        failure = writer.wait()
+        number, failed = agree([stop.asked(), failure is not None], group)
+        if failed:
+            raise not_written(failure)
         raise Stopped(number, run.how_to_go_on(number, progress.step))
 
     def forward_backward() -> tuple[torch.Tensor, int]:
@@ -218,8 +217,20 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         return nats, masked
 
     with run, stop, writer:
+        resumed, notes = checkpoint.find(config.checkpoint.resume_from_checkpoint, checkpoints, accelerator)
+        run.say("\n".join(notes))
+        if resumed:
+            progress = checkpoint.load(resumed, state, experiment)
+            before = checkpoint.load_before(resumed)
+        micro_batch = passes.first(
+            loop.per_device_train_batch_size, progress.micro_batch.get(str(world)), -(-G // world), device
+        )
+        run.begin(config, experiment, progress.step if resumed else None)
+        run.say(plan(config, model, batches, micro_batch, texts, last_step, accelerator))
+        run.log("start", progress.step, steps=last_step, train_batch_size=G, chunks=n)
         if resumed and run.speaks and loop.load_best_model_at_end:
-            writer.remember_best()
+            writer.remember_best(resumed.parent)
+
         if progress.step == 0 and loop.eval_on_start:
             before = measure(complete=True)
         elif 0 < progress.step < last_step and due(loop.eval_steps) and not progress.evaluated:
@@ -239,7 +250,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
             failure = writer.take_failure()
             ran_out, asked, failed = agree([ran_out, stop.asked(), failure is not None], group)
             if failed and config.checkpoint.on_save_error == "stop":
-                raise UserError(f"{failure or 'a checkpoint could not be written'}; earlier ones are intact")
+                raise not_written(failure)
             run.say(failure or "")
             if ran_out:  # the same batch again, in smaller passes
                 micro_batch = passes.smaller(micro_batch, loop.per_device_train_batch_size, length)

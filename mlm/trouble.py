@@ -18,12 +18,14 @@ OPENING = 30  # tokens of the first document that it quotes
 class Trouble(NamedTuple):
     chunks: list[int]
     documents: list[int]  # those that the chunks came from, by their number in the token store
+    alone: bool  # whether each of them shows it alone, or only the whole batch together, with dropout's draws
 
     def words(self, step: int, store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> str:
         start, end = store.document_offsets[self.documents[0] : self.documents[0] + 2]
         ids = store.ids[start : min(end, start + OPENING)]
+        which = "chunk" if self.alone else "no chunk shows it alone: all of"
         return (
-            f"step {step + 1}: the loss or its gradient is not finite, so that no update was made; chunk "
+            f"step {step + 1}: the loss or its gradient is not finite, so that no update was made; {which} "
             f"{_some(self.chunks)} of the training split, from document {_some(self.documents)} (the first "
             f"begins {one_line(tokenizer.decode(ids, skip_special_tokens=True), 60)!r}); earlier checkpoints "
             "are good; lower --learning_rate, or leave out what is amiss"
@@ -51,7 +53,7 @@ def find_trouble(
         broken.append(not (nats.sum() + torch.nn.utils.get_total_norm(gradients)).isfinite())
     chunk_ids = chunk_ids[broken] if any(broken) else chunk_ids
     documents = batches.chunks.documents(chunk_ids, store.document_offsets)
-    return Trouble(chunk_ids.tolist(), documents.tolist())
+    return Trouble(chunk_ids.tolist(), documents.tolist(), any(broken))
 
 
 def check_scale(scale: float, step: int) -> None:
