@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 UNUSED = re.compile(r"\[unused\d+\]|<unused\d+>|madeupword\d+")
 
 # Seconds to wait for a run that builds the same: half of what the processes of one run wait for each other
-# (hardware.py), so that the other half is left to build what did not come.
+# (PATIENCE in processes.py), so that the other half is left to build what did not come.
 LOCK_TIMEOUT = 3600.0
 POLL = 0.2  # seconds between two tries, each of which the server of a shared folder has to answer
 

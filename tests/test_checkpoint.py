@@ -1,6 +1,8 @@
 """Checkpoints: whole or not there, exact, found again, and never another experiment's (law 4)."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -13,8 +15,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from filelock import FileLock, Timeout
 from transformers import AutoModelForMaskedLM
 
+from mlm import checkpoint
 from mlm.checkpoint import (
     CheckpointConfig,
     Progress,
@@ -27,6 +31,7 @@ from mlm.checkpoint import (
     snapshot,
     steps,
     tensors,
+    write,
 )
 from mlm.errors import UserError
 from mlm.masking import MaskingConfig
@@ -44,6 +49,7 @@ from tests.runs import (
     metrics,
     run,
     start,
+    steps_taken,
     wait_for,
     weights,
 )
@@ -114,6 +120,16 @@ def test_other_masks_or_other_text_are_another_experiment(toy, tmp_path):
         train(dataclasses.replace(config, corpus=other))
 
 
+def test_other_evaluation_masks_are_another_experiment(toy, tmp_path):
+    """Else the perplexity before and the one after would be of different tokens."""
+    config = interrupted(toy, tmp_path / "run")
+    other = dataclasses.replace(config.evaluate, eval_mask_seed=7)
+    with pytest.raises(UserError, match=re.escape("eval_mask_seed 7 (the checkpoint: 0)")):
+        train(dataclasses.replace(config, evaluate=other))
+    larger = dataclasses.replace(config.evaluate, per_device_eval_batch_size=3)
+    assert train(dataclasses.replace(config, evaluate=larger)).results["steps"] == 12
+
+
 def test_another_tokenizer_is_another_experiment(toy, tmp_path):
     """Here one that gives two words each other's ids."""
     config = interrupted(toy, tmp_path / "run")
@@ -179,6 +195,19 @@ def test_the_line_that_a_killed_run_was_writing_is_dropped(toy, tmp_path):
     assert [line["step"] for line in metrics(tmp_path / "run", "end")] == [12]
 
 
+def test_what_others_have_left_in_a_run_directory_is_passed_over(toy, tmp_path):
+    config = interrupted(toy, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as metrics_file:
+        metrics_file.write(b'5\n[]\n{"step": "one"}\n\xff\n')
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step_²").mkdir()
+    (checkpoints / "step_99").write_text("no checkpoint")
+    latest = CheckpointConfig(4, save_total_limit=1, resume_from_checkpoint="latest")
+    train(dataclasses.replace(config, checkpoint=latest))
+    assert_each_step_once(tmp_path / "run")
+    assert list(steps(checkpoints)) == [12]
+
+
 def test_a_finished_run_that_is_resumed_writes_nothing_twice(toy, tmp_path):
     config = interrupted(toy, tmp_path / "run", at=6)
     result = train(config)
@@ -199,6 +228,20 @@ def test_the_best_weights_survive_a_resume(toy, tmp_path):
     assert resumed.results["eval_loss"] == min(losses) < losses[-1]
     untouched = weights(toy.checkpoint)
     assert_same_bits(weights(tmp_path / "run"), untouched)
+
+
+def test_the_best_weights_come_along_to_another_directory(toy, tmp_path):
+    loop = {
+        "learning_rate": 3.0,
+        "lr_scheduler_type": "constant",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+    }
+    config = interrupted(toy, tmp_path / "run", at=5, **loop)
+    source = CheckpointConfig(resume_from_checkpoint=str(tmp_path / "run"))
+    elsewhere = dataclasses.replace(config.record, output_dir=str(tmp_path / "elsewhere"))
+    train(dataclasses.replace(config, checkpoint=source, record=elsewhere))
+    assert_same_bits(weights(tmp_path / "elsewhere"), weights(toy.checkpoint))
 
 
 # What is on the disk
@@ -284,7 +327,7 @@ def test_damaged_checkpoints_are_named_and_passed_over(toy, tmp_path, capsys):
     capsys.readouterr()
     resumed = train(config)
     told = capsys.readouterr().out
-    assert "step_12 is damaged (optimizer.safetensors is truncated), so it is passed over" in told
+    assert "step_12 is damaged (optimizer.safetensors has another size), so it is passed over" in told
     assert "step_8 is damaged (progress.json is altered), so it is passed over" in told
     assert_same_bits(whole.model.state_dict(), resumed.model.state_dict())
     assert_each_step_once(tmp_path / "run")
@@ -298,6 +341,45 @@ def test_where_every_checkpoint_is_damaged_nothing_is_begun_again(toy, tmp_path)
     with pytest.raises(UserError, match=r"no intact checkpoint; the checkpoint .*step_12 is damaged"):
         train(config)
     assert sorted((tmp_path / "run").rglob("*")) == kept
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_taken_for_damaged(toy, tmp_path, monkeypatch):
+    """A server of files that is away for a minute must not cost the checkpoints on it."""
+    config = interrupted(toy, tmp_path / "run", at=6)
+    kept = sorted((tmp_path / "run").rglob("*"))
+    with monkeypatch.context() as patch:
+
+        def away(path):
+            raise OSError(errno.EIO, "Input/output error")
+
+        patch.setattr(checkpoint, "_digest", away)
+        with pytest.raises(UserError, match=r"step_12 cannot be read \(Input/output error\)"):
+            train(config)
+    assert sorted((tmp_path / "run").rglob("*")) == kept
+    assert train(config).results["steps"] == 12
+
+
+def test_an_intact_checkpoint_is_not_written_again(tmp_path):
+    """A kill in the middle of that would leave none."""
+    place = tmp_path / "step_1"
+    write(place, {"progress.json": {"step": 1}})
+    first = place.stat().st_ino
+    write(place, {"progress.json": {"step": 1}})
+    assert place.stat().st_ino == first
+    (place / "progress.json").write_text("{}")
+    write(place, {"progress.json": {"step": 1}})
+    assert damaged(place) is None
+
+
+def test_latest_goes_on_where_the_end_of_a_run_was_killed(toy, tmp_path):
+    """In the middle of saving its model, that is, without a checkpoint."""
+    config = toy.config(tmp_path / "run")
+    config = dataclasses.replace(config, checkpoint=CheckpointConfig(resume_from_checkpoint="latest"))
+    whole = train(config)
+    with pytest.raises(UserError, match="holds a model and no checkpoint"):
+        train(config)
+    (tmp_path / "run" / "all_results.json").unlink()
+    assert_same_bits(train(config).model.state_dict(), whole.model.state_dict())
 
 
 def test_latest_where_there_is_no_checkpoint_yet_starts_at_the_beginning(toy, tmp_path):
@@ -346,7 +428,7 @@ def test_a_checkpoint_is_a_copy_that_later_steps_do_not_reach(toy, tmp_path):
 
     before = {name: tensor.clone() for name, tensor in everything().items()}
     with Writer(tmp_path) as writer:
-        writer.save(1, snapshot(state, {}, {"step": 1}))
+        writer.save(1, lambda: snapshot(state, {}, {"step": 1}))
         with torch.no_grad():
             for tensor in everything().values():
                 tensor.add_(1)
@@ -393,6 +475,20 @@ def test_two_runs_do_not_share_a_run_directory(toy, tmp_path):
     assert train(config).results["steps"] == 12  # the lock of a killed run is nobody's
 
 
+def test_the_directory_is_the_runs_own_before_it_looks_for_a_checkpoint(toy, tmp_path, monkeypatch):
+    """Else a job that is queued again could miss, and then remove, what its predecessor wrote last."""
+    config = interrupted(toy, tmp_path / "run")
+    look = checkpoint.find
+
+    def find_and_check(*where):
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / "run" / ".lock", timeout=0).acquire()
+        return look(*where)
+
+    monkeypatch.setattr(checkpoint, "find", find_and_check)
+    assert train(config).results["steps"] == 12
+
+
 # A disk that fills up
 
 
@@ -401,6 +497,8 @@ def small_disk(tmp_path):
     """A file system of 20 MB."""
     place = tmp_path / "disk"
     place.mkdir()
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount command here")
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", place], capture_output=True)
     if mount.returncode:
         pytest.skip("this test has to mount a file system of its own, which takes root")
@@ -429,18 +527,36 @@ def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints_intact(toy, tm
     tally("a disk of 20 MB fills up", 1, "says so, earlier checkpoints intact; resumed to the same bits")
 
 
+def test_a_signalled_run_that_cannot_write_its_checkpoint_does_not_say_that_it_has(toy, small_disk):
+    folder = small_disk / "run"
+    process = start(
+        PYTHON, toy.flags(folder, max_train_steps=100_000, eval_on_start="false", eval_steps=10**6)
+    )
+    wait_for(lambda: steps_taken(folder) > 10, process)
+    fill(small_disk)
+    process.terminate()
+    status, _, errors = finish(process)
+    assert status == 2
+    assert "could not be written: " in errors
+    assert "to go on" not in errors
+
+
+def fill(disk: Path) -> Path:
+    """A file that takes all that is left of a file system."""
+    ballast = disk / "ballast"
+    with ballast.open("wb") as file, contextlib.suppress(OSError):
+        while True:
+            os.write(file.fileno(), bytes(1 << 14))
+    return ballast
+
+
 def test_a_run_goes_on_without_the_checkpoints_that_a_full_disk_costs(toy, tmp_path, small_disk, tally):
     flags = toy.flags(small_disk / "run", max_train_steps=2000, checkpointing_steps=5, save_total_limit=2,
                       on_save_error="continue", eval_on_start="false", eval_steps=10_000)  # fmt: skip
     process = start(PYTHON, flags)
-    checkpoints, ballast = small_disk / "run" / "checkpoints", small_disk / "ballast"
+    checkpoints = small_disk / "run" / "checkpoints"
     wait_for(lambda: len(steps(checkpoints)) == 2, process)
-    with ballast.open("wb") as file:
-        while True:
-            try:
-                os.write(file.fileno(), bytes(1 << 14))
-            except OSError:
-                break
+    ballast = fill(small_disk)
     for line in process.stdout:
         if "could not be written: " in line:
             break

@@ -238,6 +238,26 @@ def test_a_pass_that_cannot_or_may_not_be_smaller_is_a_mistake_in_one_line(toy, 
     assert "out of memory with --per_device_train_batch_size 8; `auto` finds what fits" in errors
 
 
+def test_memory_that_an_evaluation_lacks_is_a_mistake_in_one_line(toy, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("""
+import torch
+from mlm import cli
+from mlm.model import SparseMaskedLM
+from mlm.train import ROOMS, Config, train
+forward = SparseMaskedLM.forward
+def short_of_memory(self, input_ids, *others):
+    return forward(self, input_ids, *others) if self.training else torch.empty(1 << 50)
+SparseMaskedLM.forward = short_of_memory
+cli.run(lambda argv: train(Config(*cli.parse(ROOMS, argv, cli.command(""))[:-1])).results)
+""")
+    status, _, errors = run(PYTHON, toy.flags(tmp_path / "run"), str(program))
+    assert status == 2
+    assert errors.count("\n") == 1
+    assert "error: out of memory (" in errors
+    assert "--per_device_eval_batch_size" in errors
+
+
 def test_auto_asks_for_the_batch_itself(toy, tmp_path):
     with pytest.raises(UserError, match="give the batch itself with --train_batch_size"):
         train(toy.config(tmp_path / "run", train_batch_size=None, per_device_train_batch_size="auto"))

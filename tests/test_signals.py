@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import psutil
@@ -10,6 +11,7 @@ import pytest
 
 from mlm.signals import StopSignals
 from mlm.train import train
+from tests.conftest import REPOSITORY
 from tests.runs import (
     ACCELERATE,
     PYTHON,
@@ -90,12 +92,33 @@ def test_a_second_signal_stops_at_once(toy, tmp_path):
     assert not (folder / "checkpoints").exists()
 
 
+def test_a_second_signal_ends_a_process_that_is_not_in_python_code():
+    """Here in minutes of hashing; in a collective that waits for a process which is gone, say."""
+    program = """
+import hashlib
+from mlm.signals import StopSignals
+with StopSignals():
+    print("begun", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "begun\n"
+    process.terminate()
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+
+
 def test_signals_that_come_together_are_one_request():
     """Ctrl-C reaches a worker from the terminal, and again from its launcher."""
     before = signal.getsignal(signal.SIGINT)
     with StopSignals() as stop:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)  # a thread hears them
         assert stop.asked() == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -110,7 +133,7 @@ def test_a_signal_during_an_evaluation_gives_it_up_and_it_is_made_up_for(toy, tm
     wait_for(under_way(folder), process)
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    status, _, errors = finish(process, seconds=20)
+    status, _, errors = finish(process)
     assert status == 128 + signal.SIGTERM
     assert "after step 20" in errors
     assert metrics(folder, "eval") == []
@@ -156,6 +179,29 @@ def test_a_worker_whose_launcher_is_gone_stops_in_order(toy, tmp_path, whole, la
     assert errors.count("stopped by SIGTERM after step") == 1
     check_it_goes_on(toy, folder, launcher, whole)
     tally("`kill -9` of the launcher", 1, "its workers stop at one step; resumed, no step lost")
+
+
+def test_a_launcher_that_goes_while_the_run_starts_is_noticed(toy, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import time
+from pathlib import Path
+from mlm import cli, train as loop
+load = loop.load_model
+def slowly(*arguments):
+    Path({str(tmp_path / "loading")!r}).touch()
+    time.sleep(3)
+    return load(*arguments)
+loop.load_model = slowly
+cli.run(lambda argv: loop.train(loop.Config(*cli.parse(loop.ROOMS, argv, cli.command(""))[:-1])).results)
+""")
+    process = start(ACCELERATE, flags(toy, tmp_path / "run", max_train_steps=10**6), str(program))
+    wait_for((tmp_path / "loading").exists, process)
+    orphans = workers(process)
+    process.kill()
+    _, errors = process.communicate()
+    assert psutil.wait_procs(orphans, timeout=60)[1] == []
+    assert errors.count("stopped by SIGTERM after step 1;") == 1
 
 
 def test_a_run_started_with_nohup_outlives_its_shell(toy, tmp_path):
