@@ -93,6 +93,7 @@ def results(request, corpus):
     if folder := request.config.getoption("--results"):
         where = environment(Accelerator(cpu=True)) | {"command": ["python", "-m", "pytest", *sys.argv[1:]]}
         what = f"{corpus.name}, {len(corpus.store.ids):,} tokens"
+        folder.mkdir(parents=True, exist_ok=True)
         name = request.module.__name__.rpartition("test_")[2]
         write_json(folder / f"{name}.json", {"what": what, "rows": rows, "environment": where})
 
