@@ -131,7 +131,7 @@ def select(
     hit = draws >> np.uint64(32) < recipe.select
     if recipe.whole_word:
         starts = word_starts.copy()
-        starts[:, 0] = True  # a chunk may begin inside a word
+        starts[:, :1] = True  # a chunk may begin inside a word
         word = np.cumsum(starts) - 1  # [B * T] each token's, counted through the batch
         hit = hit[starts][word].reshape(hit.shape)
     return hit & maskable
