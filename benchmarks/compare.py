@@ -32,13 +32,15 @@ def compare(
     *,
     tokens: int,
     size: int,
-) -> None:
+) -> np.ndarray | None:
     """Times both in turn, ours first, `case.rounds` times, in this process; adds a row to `results`.
 
     A round's ratio is their seconds over ours, so that above 1 ours is faster, and what else the machine
     does falls on both. The benchmark's own statistics are those of `theirs`.
 
     tokens: that one call of either handles; size: bytes, likewise
+
+    Returns the seconds of ours [rounds], or None where benchmarks are disabled and each ran once, untimed.
     """
     seconds: list[float] = []
 
@@ -49,7 +51,7 @@ def compare(
 
     benchmark.pedantic(theirs, setup=time_ours, rounds=case.rounds)
     if benchmark.disabled:
-        return
+        return None
     mine, others = np.array(seconds), np.array(benchmark.stats.stats.data)
     medians = {"ours": np.median(mine), "theirs": np.median(others)}
     found = row(
@@ -64,6 +66,7 @@ def compare(
     )
     benchmark.extra_info.update(found)
     results.append(found)
+    return mine
 
 
 def row(
@@ -71,7 +74,7 @@ def row(
     against: str,
     kind: str,
     unit: str,
-    values: np.ndarray,
+    values: np.ndarray | list[float],
     at_least: float | None = None,
     **more: Any,
 ) -> dict[str, Any]:

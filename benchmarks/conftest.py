@@ -8,6 +8,7 @@ The first FOLDER holds train.parquet with a column `text`; without it, the text 
 of it. The second gets a JSON file for each file of benchmarks, test_data_path.py's in data_path.json.
 """
 
+import os
 import random
 import sys
 from functools import partial
@@ -88,10 +89,13 @@ def _word(rng: random.Random) -> str:
 @pytest.fixture(scope="module")
 def results(request, corpus):
     """The rows of this file's benchmarks; written where --results says when all have been measured."""
-    rows = []
+    rows, load = [], os.getloadavg()[0]
     yield rows
     if folder := request.config.getoption("--results"):
-        where = environment(Accelerator(cpu=True)) | {"command": ["python", "-m", "pytest", *sys.argv[1:]]}
+        where = environment(Accelerator(cpu=True)) | {
+            "command": ["python", "-m", "pytest", *sys.argv[1:]],
+            "load_before": load,  # processes that wanted a core when the first benchmark began
+        }
         what = f"{corpus.name}, {len(corpus.store.ids):,} tokens"
         folder.mkdir(parents=True, exist_ok=True)
         name = request.module.__name__.rpartition("test_")[2]
