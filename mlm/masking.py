@@ -132,8 +132,7 @@ def select(
     if recipe.whole_word:
         starts = word_starts.copy()
         starts[:, :1] = True  # a chunk may begin inside a word
-        word = np.cumsum(starts) - 1  # [B * T] each token's, counted through the batch
-        hit = hit[starts][word].reshape(hit.shape)
+        hit = _through_words(hit.reshape(-1), starts.reshape(-1)).reshape(hit.shape)
     return hit & maskable
 
 
@@ -186,6 +185,20 @@ def corrupt_torch(
 def shuffle(seed: int, epoch: int, n: int, purpose: int = ORDER) -> np.ndarray:
     """The permutation [n] int64 of 0 … n - 1 that (seed, epoch) names: the order of n draws."""
     return np.argsort(draw(seed, epoch, np.zeros(1, dtype=np.int64), n, purpose)[0], kind="stable")
+
+
+def _through_words(hit: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """What a word's first token has, given to all its tokens; [n] bool each, starts[0] is 1.
+
+    A segmented scan by doubling (Hillis & Steele, "Data parallel algorithms", CACM 1986), since passes over
+    bool arrays are all but free: as many as the logarithm of the longest word hit, whatever the tokens.
+    """
+    hit, inside, reach = hit & starts, ~starts, 1  # inside: the last `reach` tokens start no word
+    while (further := hit[:-reach] & inside[reach:]).any():
+        hit[reach:] |= further
+        inside[reach:] &= inside[:-reach]
+        reach *= 2
+    return hit
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
