@@ -1,6 +1,7 @@
 """Masked batches of the same chunks, ours and the peers', and what holds for each of them."""
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from benchmarks import peers
 from benchmarks.peers import Columns, Feature
 from mlm.batches import Batch, mask_chunks
 from mlm.chunks import Chunks
-from mlm.masking import MaskingConfig, make_recipe
+from mlm.masking import Corrupted, MaskingConfig, corrupt, draw, make_recipe
 from mlm.tokenizer import TokenFacts
 from tests.test_masking import slow_corrupt, slow_draw
 
@@ -49,7 +50,9 @@ class MaskedBatches:
                 tokenizer, mlm_probability=RATE, whole_word_mask=whole_words, seed=SEED
             )
         self.draws = np.random.RandomState(SEED)
-        self.target = np.empty_like(self.rows.ids)
+        ids = [chunks.take(chunk_ids).ids for chunk_ids in self.batches]
+        self.ready = ids, [facts.ordinary[each] for each in ids]
+        self.target = np.empty_like(ids[0])
 
     def _features(self, documents: Columns, *names: str) -> list[list[Feature]]:
         """For each batch the features that a DataLoader hands to the collator."""
@@ -57,28 +60,31 @@ class MaskedBatches:
         chunks = peers.chain_batch(columns, self.chunks.chunk_size)
         return [[{name: chunks[name][i] for name in chunks} for i in batch] for batch in self.batches]
 
-    def ours(self) -> list[Batch]:
-        return [
-            mask_chunks(self.chunks, ids, np.zeros_like(ids), SEED, self.recipe, self.facts.ordinary)
-            for ids in self.batches
-        ]
+    def ours(self) -> Iterator[Batch]:
+        for ids in self.batches:
+            yield mask_chunks(self.chunks, ids, np.zeros_like(ids), SEED, self.recipe, self.facts.ordinary)
 
-    def collator(self) -> list[dict[str, Any]]:
-        return [self.collate(features) for features in self.collator_features]
+    def draw_and_corrupt(self) -> Iterator[Corrupted]:
+        """The kernels of `ours` alone: the ids, and which of them are ordinary, lie ready."""
+        for chunk_ids, ids, maskable in zip(self.batches, *self.ready, strict=True):
+            yield corrupt(ids, maskable, draw(SEED, 0, chunk_ids, ids.shape[1]), self.recipe)
 
-    def course(self) -> list[dict[str, Any]]:
-        return [
-            peers.course_whole_words(features, self.tokenizer, RATE, self.draws)
-            for features in self.course_features
-        ]
+    def collator(self) -> Iterator[dict[str, Any]]:
+        for features in self.collator_features:
+            yield self.collate(features)
 
-    def copy(self) -> None:
+    def course(self) -> Iterator[dict[str, Any]]:
+        for features in self.course_features:
+            yield peers.course_whole_words(features, self.tokenizer, RATE, self.draws)
+
+    def copy(self) -> Iterator[None]:
         """What no batch can do without: writing its ids."""
-        np.copyto(self.target, self.rows.ids)
+        for ids in self.ready[0]:
+            yield np.copyto(self.target[: len(ids)], ids)
 
     def check(self) -> None:
         """Each implementation masks what it promises to, by its own notion of special tokens and of words."""
-        ids, ours = self.rows.ids, self.ours()
+        ids, ours = self.rows.ids, list(self.ours())
         before = [chunk_ids[0] * ids.shape[1] for chunk_ids in self.batches]  # tokens in earlier batches
         chosen = np.zeros(ids.shape, bool)
         for batch, start in zip(ours, before, strict=True):
@@ -86,6 +92,10 @@ class MaskedBatches:
         seen = np.concatenate([batch.input_ids for batch in ours])
         check_masks(ids, seen, chosen, self.facts.ordinary[ids], self._words(self.rows.word_starts))
         self._check_by_the_definition(ours[0])
+        if not self.recipe.whole_word:
+            for corrupted, batch in zip(self.draw_and_corrupt(), ours, strict=True):
+                assert np.array_equal(corrupted.ids, batch.input_ids)
+                assert np.array_equal(corrupted.positions, batch.positions)
 
         template = np.isin(ids, self.facts.prefix + self.facts.suffix)
         check_masks(ids, *_seen_and_chosen(self.collator()), ~template, self._words(self._gaps(template)))
@@ -115,7 +125,8 @@ class MaskedBatches:
         assert (batch.input_ids.tolist(), batch.positions.tolist(), batch.targets.tolist()) == expected
 
 
-def _seen_and_chosen(batches: list[dict[str, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+def _seen_and_chosen(masked: Iterator[dict[str, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+    batches = list(masked)
     seen, labels = (torch.cat([batch[name] for batch in batches]).numpy() for name in ("input_ids", "labels"))
     return seen, labels != -100
 
