@@ -88,16 +88,20 @@ def chunk(documents: datasets.DatasetDict, length: int) -> datasets.DatasetDict:
     The end of every 1,000 documents is dropped: up to `length - 1` tokens each time.
     """
 
-    def chunk_batch(batch: Columns) -> Columns:
-        chunks: Columns = {}
-        for name, rows in batch.items():
-            # Each addition copies all that came before: quadratic in a batch, as in the course.
-            joined = sum(rows, [])  # noqa: RUF017
-            kept = len(joined) // length * length
-            chunks[name] = [joined[start : start + length] for start in range(0, kept, length)]
-        return {**chunks, "labels": chunks["input_ids"]}
+    return documents.map(
+        lambda batch: chunk_batch(batch, length), batched=True, batch_size=1000, desc="chunking"
+    )
 
-    return documents.map(chunk_batch, batched=True, batch_size=1000, desc="chunking")
+
+def chunk_batch(batch: Columns, length: int) -> Columns:
+    """The documents of a batch joined and cut, column by column; the chunks are their own labels."""
+    chunks: Columns = {}
+    for name, rows in batch.items():
+        # Each addition copies all that came before: quadratic in a batch, as in the course.
+        joined = sum(rows, [])  # noqa: RUF017
+        kept = len(joined) // length * length
+        chunks[name] = [joined[start : start + length] for start in range(0, kept, length)]
+    return {**chunks, "labels": chunks["input_ids"]}
 
 
 def sample(chunks: datasets.Dataset, count: int | None, seed: int) -> datasets.Dataset:

@@ -128,9 +128,12 @@ def select(
     word_starts: [B, T] bool, 1: a word begins here; for whole words, which share the draw of
                  their first token in the chunk
     """
+    hit = draws >> np.uint64(32) < recipe.select
     if recipe.whole_word:
-        draws = np.take_along_axis(draws, _word_heads(word_starts), axis=1)
-    return (draws >> np.uint64(32) < recipe.select) & maskable
+        starts = word_starts.copy()
+        starts[:, :1] = True  # a chunk may begin inside a word
+        hit = _through_words(hit.reshape(-1), starts.reshape(-1)).reshape(hit.shape)
+    return hit & maskable
 
 
 def select_fold(
@@ -221,14 +224,27 @@ def shuffle(seed: int, epoch: int, n: int, purpose: int = ORDER) -> np.ndarray:
     return np.argsort(draw(seed, epoch, np.zeros(1, dtype=np.int64), n, purpose)[0], kind="stable")
 
 
+def _through_words(hit: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """What a word's first token has, given to all its tokens; [n] bool each, starts[0] is 1.
+
+    A segmented scan by doubling (Hillis & Steele, "Data parallel algorithms", CACM 1986), since passes over
+    bool arrays are all but free: as many as the logarithm of the longest word hit, whatever the tokens.
+    """
+    hit, inside, reach = hit & starts, ~starts, 1  # inside: the last `reach` tokens start no word
+    while (further := hit[:-reach] & inside[reach:]).any():
+        hit[reach:] |= further
+        inside[reach:] &= inside[:-reach]
+        reach *= 2
+    return hit
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     """`mix` on uint64, in place: the passes over memory are what it costs."""
-    scratch = np.empty_like(x)
-    for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, None), strict=True):
-        np.right_shift(x, np.uint64(shift), out=scratch)
-        np.bitwise_xor(x, scratch, out=x)
-        if multiplier is not None:
-            np.multiply(x, np.uint64(multiplier), out=x)
+    x ^= x >> SHIFTS[0]
+    x *= MULTIPLIERS[0]
+    x ^= x >> SHIFTS[1]
+    x *= MULTIPLIERS[1]
+    x ^= x >> SHIFTS[2]
     return x
 
 

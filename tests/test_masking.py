@@ -206,6 +206,17 @@ def test_all_tokens_of_a_word_are_masked_together(seed):
             assert word.all() or not word.any()
 
 
+@given(seed=seeds, lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20))
+def test_a_word_of_any_length_goes_by_the_draw_of_its_first_token(seed, lengths):
+    first = np.cumsum([0, *lengths[:-1]])
+    starts = np.zeros((1, sum(lengths)), bool)
+    starts[0, first] = True
+    draws = draw(seed, 0, np.arange(1), sum(lengths))
+    chosen = select(np.ones_like(starts), draws, recipe(whole_word=True), starts)
+    by_first = draws[0, first] >> np.uint64(32) < HALF
+    assert chosen[0].tolist() == np.repeat(by_first, lengths).tolist()
+
+
 def test_the_input_is_left_as_it_was():
     ids = np.full((2, 10), 6)
     corrupt(ids, ids > MASK, draw(0, 0, np.arange(2), 10), recipe(ALL))

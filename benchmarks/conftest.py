@@ -1,0 +1,108 @@
+"""The text that the benchmarks of the data path work on, and where their results go.
+
+    python -m pytest benchmarks --benchmark-disable          checks every implementation's results, in seconds
+    python -m pytest benchmarks --imdb FOLDER --model_name_or_path CHECKPOINT --results FOLDER
+                                                             measures, on reviews and their tokenizer
+
+The first FOLDER holds train.parquet with a column `text`; without it, the text is made up and there is little
+of it. The second gets a JSON file for each file of benchmarks, test_data_path.py's in data_path.json.
+"""
+
+import os
+import random
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.compare import compare
+from mlm.record import environment, write_json
+from mlm.stream import TokenStore, build
+from mlm.tokenizer import TokenFacts, load_tokenizer, token_facts
+from tests.tokenizers_for_tests import wordpiece
+
+REVIEWS, MADE_UP = 4000, 1200
+SYLLABLES = ("ba", "ke", "li", "mo", "nu", "ra", "se", "ti", "vo", "zu")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--imdb", type=Path, help="folder of train.parquet")
+    parser.addoption("--model_name_or_path", help="checkpoint whose tokenizer is used")
+    parser.addoption("--results", type=Path, help="folder to write what was measured to, as JSON")
+
+
+class Corpus(NamedTuple):
+    """Documents, and what both sides need to begin."""
+
+    name: str
+    texts: list[str]
+    dataset: datasets.Dataset  # the same texts, read from a parquet file
+    tokenizer: PreTrainedTokenizerBase
+    facts: TokenFacts
+    store: TokenStore
+    long: int  # tokens in a long chunk
+
+    @property
+    def size(self) -> int:
+        """Bytes of text."""
+        return sum(len(text.encode()) for text in self.texts)
+
+
+@pytest.fixture(scope="session")
+def corpus(request, tmp_path_factory) -> Corpus:
+    room = tmp_path_factory.mktemp("corpus")
+    folder, checkpoint = (request.config.getoption(name) for name in ("--imdb", "--model_name_or_path"))
+    if (folder is None) != (checkpoint is None):
+        raise pytest.UsageError("--imdb and --model_name_or_path go together")
+    rng = random.Random(0)
+    if folder is None:
+        texts = [" ".join(_word(rng) for _ in range(rng.randint(5, 40))) for _ in range(MADE_UP)]
+        tokenizer, name, long = wordpiece(texts, 300), f"{MADE_UP:,} made-up documents", 1024
+    else:
+        texts = rng.sample(
+            pq.read_table(folder / "train.parquet", columns=["text"])["text"].to_pylist(), REVIEWS
+        )
+        tokenizer, name, long = load_tokenizer(checkpoint), f"{REVIEWS:,} IMDb reviews", 8192
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    datasets.disable_caching()  # every round does the work again
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(room / "texts.parquet")
+    dataset = datasets.load_dataset(
+        "parquet", data_files=str(room / "texts.parquet"), split="train", cache_dir=str(room / "cache")
+    )
+    facts = token_facts(tokenizer)
+    store = build(texts, tokenizer, facts, room / "store", {"split": "train"})
+    return Corpus(name, texts, dataset, tokenizer, facts, store, long)
+
+
+def _word(rng: random.Random) -> str:
+    return "".join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) + rng.choice(["", "", "", ",", "."])
+
+
+@pytest.fixture(scope="module")
+def results(request, corpus):
+    """The rows of this file's benchmarks; written where --results says when all have been measured."""
+    rows, load = [], os.getloadavg()[0]
+    yield rows
+    if folder := request.config.getoption("--results"):
+        where = environment(Accelerator(cpu=True)) | {
+            "command": ["python", "-m", "pytest", *sys.argv[1:]],
+            "load_before": load,  # processes that wanted a core when the first benchmark began
+        }
+        what = f"{corpus.name}, {len(corpus.store.ids):,} tokens"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = request.module.__name__.rpartition("test_")[2]
+        write_json(folder / f"{name}.json", {"what": what, "rows": rows, "environment": where})
+
+
+@pytest.fixture
+def versus(benchmark, results):
+    """compare() for the benchmark at hand."""
+    return partial(compare, benchmark, results)
