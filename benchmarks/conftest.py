@@ -86,13 +86,13 @@ def _word(rng: random.Random) -> str:
 
 
 @pytest.fixture(scope="module")
-def results(request, corpus):
+def results(request):
     """The rows of this file's benchmarks; written where --results says when all have been measured."""
     rows = []
     yield rows
     if folder := request.config.getoption("--results"):
         where = environment(Accelerator(cpu=True)) | {"command": ["python", "-m", "pytest", *sys.argv[1:]]}
-        what = f"{corpus.name}, {len(corpus.store.ids):,} tokens"
+        what = request.module.__doc__.splitlines()[0]
         name = request.module.__name__.rpartition("test_")[2]
         write_json(folder / f"{name}.json", {"what": what, "rows": rows, "environment": where})
 
