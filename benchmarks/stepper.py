@@ -19,8 +19,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM, PreTrainedModel
-from transformers import get_scheduler
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    PreTrainedModel,
+    get_scheduler,
+)
 
 from mlm.hardware import keep_freed_memory
 from mlm.model import SparseMaskedLM
@@ -29,6 +35,7 @@ from mlm.passes import AUTO_ON_CPU
 
 # Without dropout, so that ways that do the same arrive at the same weights.
 TOY = {"vocab_size": 300, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TOY |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 RATE, LEARNING_RATE, STEPS = 0.15, 5e-5, 10_000
 
 
@@ -47,15 +54,7 @@ SIZES = {
         32,
         128,
     ),
-    "toy": Size(
-        lambda: BertForMaskedLM(
-            BertConfig(
-                hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, **TOY
-            )
-        ),
-        4,
-        16,
-    ),
+    "toy": Size(lambda: BertForMaskedLM(BertConfig(**TOY)), 4, 16),
 }
 
 

@@ -1,7 +1,7 @@
 """A training step and an evaluation pass, against what people use now: speed, memory, utilisation.
 
-Each way runs in a process of its own (stepper.py), told in turn. Where nothing is timed (--benchmark-disable),
-the model is a toy, and the ways have to arrive at the same loss.
+Each way runs in a process of its own (stepper.py), told in turn. Where nothing is timed
+(--benchmark-disable), the model is a toy, and the ways have to arrive at the same loss, in one process.
 """
 
 import json
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.compare import Case, cases, row
-from benchmarks.stepper import SIZES
+from benchmarks.stepper import SIZES, WAYS, Workload, loss
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -54,16 +54,14 @@ class Stepper:
 
 def measure(case, versus, results, way, size, full, at_most=None):
     """Times `way` against case.against at `size`; rows for speed, memory and utilisation."""
-    size = size if full else "toy"
+    if not full:
+        return check(case, versus, way)
     tokens = SIZES[size].batch * SIZES[size].length
     with Stepper(way, size) as ours, Stepper(case.against, size) as theirs:
         for _ in range(3):  # the first steps allocate memory
             ours(), theirs()
-        if not way.startswith("evaluation"):
-            assert ours.ask("loss") == pytest.approx(theirs.ask("loss"), rel=0.05 if full else 1e-3)
         versus(case, ours, theirs, tokens=tokens, size=8 * tokens)
-        if not results:
-            return
+        assert ours.ask("loss") == pytest.approx(theirs.ask("loss"), rel=0.05)
         speed, mine, other = results[-1]["tokens_per_second"]["ours"], ours.ask("end"), theirs.ask("end")
     passes = 1 if way.startswith("evaluation") else 3  # backward does twice the work of forward
     work = passes * mine["flops"] * speed / tokens
@@ -75,6 +73,21 @@ def measure(case, versus, results, way, size, full, at_most=None):
         row(f"{results[-1]['workload']}: peak memory", case.against, case.kind, "of its", memory,
             at_most=at_most, mebibytes={"ours": mine["peak_memory_mib"], "theirs": other["peak_memory_mib"]})
     )  # fmt: skip
+
+
+def check(case, versus, way):
+    """Both ways arrive at the same loss, here in this process."""
+    ours, theirs = Workload(SIZES["toy"]), Workload(SIZES["toy"])
+    steps = WAYS[way](ours), WAYS[case.against](theirs)
+    before = loss(ours)
+    for _ in range(3):
+        found = [step() for step in steps]
+    if way.startswith("evaluation"):
+        assert found[0] == pytest.approx(found[1], rel=1e-6)
+    else:
+        assert loss(ours) == pytest.approx(loss(theirs), rel=1e-3 if "bf16" in way else 1e-6)
+        assert loss(ours) < before - 1e-4
+    versus(case, *steps, tokens=1, size=1)
 
 
 @cases(
