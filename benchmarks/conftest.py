@@ -9,7 +9,6 @@ of it. The second gets a JSON file for each file of benchmarks, test_data_path.p
 """
 
 import random
-import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -91,8 +90,9 @@ def results(request):
     rows = []
     yield rows
     if folder := request.config.getoption("--results"):
-        where = environment(Accelerator(cpu=True)) | {"command": ["python", "-m", "pytest", *sys.argv[1:]]}
+        where = environment(Accelerator(cpu=True))
         what = request.module.__doc__.splitlines()[0]
+        folder.mkdir(parents=True, exist_ok=True)
         name = request.module.__name__.rpartition("test_")[2]
         write_json(folder / f"{name}.json", {"what": what, "rows": rows, "environment": where})
 

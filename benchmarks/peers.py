@@ -3,6 +3,7 @@
 Lists of Python integers between the steps, as Arrow gives them out; `course_recipe.py` has the course's maps.
 """
 
+from collections import defaultdict
 from itertools import chain
 from typing import Any
 
@@ -48,7 +49,10 @@ def tensors(rows: list[list[int]], order: np.ndarray, batch_size: int) -> list[t
 
 
 def course_whole_words(
-    features: list[Feature], mask_id: int, probability: float, draws: np.random.RandomState
+    features: list[Feature],
+    tokenizer: PreTrainedTokenizerBase,
+    probability: float,
+    draws: np.random.RandomState,
 ) -> dict[str, torch.Tensor]:
     """The course's whole-word collator: for each chunk a map from words to their tokens, and a draw a word.
 
@@ -56,19 +60,20 @@ def course_whole_words(
     """
     masked = []
     for feature in features:
-        words: list[list[int]] = []
+        words: dict[int, list[int]] = defaultdict(list)
         last = None
         for place, word in enumerate(feature["word_ids"]):
             if word is None:
                 continue
             if word != last:
-                words.append([])
                 last = word
-            words[-1].append(place)
+                number = len(words)
+            words[number].append(place)
         ids, labels = list(feature["input_ids"]), [-100] * len(feature["input_ids"])
-        for chosen in np.flatnonzero(draws.binomial(1, probability, len(words))):
+        for chosen in np.flatnonzero(draws.binomial(1, probability, len(words))).tolist():
             for place in words[chosen]:
-                labels[place], ids[place] = ids[place], mask_id
+                labels[place] = ids[place]
+                ids[place] = tokenizer.mask_token_id
         rest = {name: column for name, column in feature.items() if name != "word_ids"}
         masked.append({**rest, "input_ids": ids, "labels": labels})
     return default_data_collator(masked)

@@ -49,8 +49,8 @@ def test_token_store(case, corpus, versus, tmp_path):
             backend.encode_batch_fast(batch, add_special_tokens=False)
 
     store, begin = ours(), 0
-    for text, end in zip(corpus.texts, store.document_offsets[1:].tolist(), strict=True):
-        encoding = backend.encode(text)
+    encodings = backend.encode_batch(corpus.texts)
+    for encoding, end in zip(encodings, store.document_offsets[1:].tolist(), strict=True):
         words = np.array([-1 if word is None else word for word in encoding.word_ids])
         assert store.ids[begin:end].tolist() == encoding.ids
         starts = (np.diff(words, prepend=-1) != 0) | (words == -1)
@@ -170,13 +170,13 @@ def test_chunk_and_gather(case, corpus, documents, versus):
 
 
 class Masking:
-    """Chunks of the 1,000 documents as masked batches of `size` chunks, as the project and the peers make them.
+    """Masked batches of the 1,000 documents' chunks, `size` a batch: ours, and the peers'.
 
     The peers begin with lists, ours with the chunks still in the store. limit: of the number of batches.
     """
 
     def __init__(self, corpus, documents, length, size, whole_words, limit=None) -> None:
-        self.facts = corpus.facts
+        self.facts, self.tokenizer = corpus.facts, corpus.tokenizer
         self.chunks = chunks_of_the_store(corpus, length)
         self.batches = np.split(np.arange(len(self.chunks)), range(size, len(self.chunks), size))[:limit]
         self.rows = self.chunks.take(np.concatenate(self.batches))
@@ -208,7 +208,7 @@ class Masking:
 
     def course(self):
         return [
-            peers.course_whole_words(features, self.facts.mask_id, RATE, self._draws)
+            peers.course_whole_words(features, self.tokenizer, RATE, self._draws)
             for features in self.course_features
         ]
 

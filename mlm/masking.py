@@ -128,12 +128,13 @@ def select(
     word_starts: [B, T] bool, 1: a word begins here; for whole words, which share the draw of
                  their first token in the chunk
     """
+    hit = draws >> np.uint64(32) < recipe.select
     if recipe.whole_word:
-        column = np.arange(draws.shape[1])
-        # [B, T] where each token's word begins
-        first = np.maximum.accumulate(np.where(word_starts, column, 0), axis=1)
-        draws = np.take_along_axis(draws, first, axis=1)
-    return (draws >> np.uint64(32) < recipe.select) & maskable
+        starts = word_starts.copy()
+        starts[:, :1] = True  # a chunk may begin inside a word
+        word = np.cumsum(starts) - 1  # [B * T] each token's, counted through the batch
+        hit = hit[starts][word].reshape(hit.shape)
+    return hit & maskable
 
 
 def corrupt(
@@ -189,12 +190,11 @@ def shuffle(seed: int, epoch: int, n: int, purpose: int = ORDER) -> np.ndarray:
 
 def _mix(x: np.ndarray) -> np.ndarray:
     """`mix` on uint64, in place: the passes over memory are what it costs."""
-    scratch = np.empty_like(x)
-    for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, None), strict=True):
-        np.right_shift(x, np.uint64(shift), out=scratch)
-        np.bitwise_xor(x, scratch, out=x)
-        if multiplier is not None:
-            np.multiply(x, np.uint64(multiplier), out=x)
+    x ^= x >> SHIFTS[0]
+    x *= MULTIPLIERS[0]
+    x ^= x >> SHIFTS[1]
+    x *= MULTIPLIERS[1]
+    x ^= x >> SHIFTS[2]
     return x
 
 
