@@ -127,6 +127,7 @@ def main() -> None:
                 "wall_seconds_of_each": [ran.seconds for ran in each],
                 "peak_memory_mib": statistics.median(ran.peak_memory_mib for ran in each),
                 "steps": each[0].said["steps"],
+                "evaluates_before": name in ("course", "mlm"),
             }
             for name, each in runs.items()
         }
