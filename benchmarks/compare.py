@@ -76,6 +76,7 @@ def row(
     unit: str,
     values: np.ndarray | list[float],
     at_least: float | None = None,
+    at_most: float | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """A row of the stored results: the values' median, range and number, beside the target for the median."""
@@ -89,5 +90,6 @@ def row(
         "high": float(np.max(values)),
         "n": len(values),
         "at_least": at_least,
+        "at_most": at_most,
         **more,
     }

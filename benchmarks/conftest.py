@@ -10,7 +10,6 @@ of it. The second gets a JSON file for each file of benchmarks, test_data_path.p
 
 import os
 import random
-import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -87,16 +86,15 @@ def _word(rng: random.Random) -> str:
 
 
 @pytest.fixture(scope="module")
-def results(request, corpus):
+def results(request):
     """The rows of this file's benchmarks; written where --results says when all have been measured."""
     rows, load = [], os.getloadavg()[0]
     yield rows
     if folder := request.config.getoption("--results"):
         where = environment(Accelerator(cpu=True)) | {
-            "command": ["python", "-m", "pytest", *sys.argv[1:]],
-            "load_before": load,  # processes that wanted a core when the first benchmark began
-        }
-        what = f"{corpus.name}, {len(corpus.store.ids):,} tokens"
+            "load_before": load
+        }  # processes that wanted a core when it began
+        what = request.module.__doc__.splitlines()[0]
         folder.mkdir(parents=True, exist_ok=True)
         name = request.module.__name__.rpartition("test_")[2]
         write_json(folder / f"{name}.json", {"what": what, "rows": rows, "environment": where})

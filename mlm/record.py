@@ -128,7 +128,7 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._acquire()
                 self._clear() if step is None or not self.goes_on else self._rewind(step)
-                about = {"configuration": described, "experiment": experiment}
+                about = {"command": sys.argv, "configuration": described, "experiment": experiment}
                 write_json(self.folder / "run.json", {**about, "environment": environment(self.accelerator)})
             except OSError as error:
                 raise UserError(
@@ -421,7 +421,6 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "mixed_precision": accelerator.mixed_precision,
         "commit": _commit(),
-        "command": sys.argv,
     }
 
 

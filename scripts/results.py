@@ -1,5 +1,6 @@
-"""Writes the README's table of results from the JSON files that the benchmarks left."""
+"""Writes benchmarks/RESULTS.md, its chart and the README's tables from the JSON files that benchmarks left."""
 
+import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,58 +9,184 @@ from typing import Any
 from mlm import cli
 
 REPOSITORY = Path(__file__).parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results"
+BENCHMARKS = REPOSITORY / "benchmarks"
 BEGIN, END = "<!-- {}: written by scripts/results.py -->\n", "<!-- end of {} -->\n"
+SUITES = ("data_path", "training")  # what pytest-benchmark's suites left
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     cli.parse([], argv, cli.command(__doc__))
     readme = REPOSITORY / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    return {"written": str(readme)}
+    written = {
+        readme: with_tables(readme.read_text(encoding="utf-8")),
+        BENCHMARKS / "RESULTS.md": page(),
+        BENCHMARKS / "results" / "imdb.svg": chart(),
+    }
+    for path, text in written.items():
+        path.write_text(text, encoding="utf-8")
+    return {"written": [str(path) for path in written]}
 
 
 def with_tables(text: str) -> str:
     """`text` with what stands between each pair of marks replaced."""
-    for name, table in (("results", results()), ("faults", faults())):
+    for name, table in (("results", imdb()), ("checkpoints", checkpoints()), ("faults", faults())):
         head, rest = text.split(BEGIN.format(name))
         text = f"{head}{BEGIN.format(name)}{table}{rest[rest.index(END.format(name)) :]}"
     return text
 
 
-def faults() -> str:
-    """The accidents that the tests have tried, how often, and how they ended."""
-    stored = json.loads((RESULTS / "faults.json").read_text())
-    rows = ['| fault | cases | outcome | `./scripts/test.sh -m "" -k …` |', "| --- | --- | --- | --- |"]
-    for fault, tried in stored["faults"].items():
-        rows.append(f"| {fault} | {tried['cases']} | {tried['outcome']} | `{tried['test']}` |")
-    where = stored["environment"]
-    caption = f"One run on {_machine(where)}."
-    return "\n".join(rows) + f"\n\n{caption}\n"
-
-
-def results() -> str:
-    """The course's workload, its recipe against ours, with where and how it was measured."""
-    imdb = json.loads((RESULTS / "imdb.json").read_text())
-    peer = imdb["results"]["course"]
-    rows = [
-        "| | perplexity before | after | training tokens/s | process, start to end | peak memory |",
-        "| --- | --- | --- | --- | --- | --- |",
+def page() -> str:
+    """benchmarks/RESULTS.md, whole."""
+    parts = [
+        "# Results\n\nWritten by `scripts/results.py` from the files in `benchmarks/results/`. A ratio is the median of those of rounds in which "
+        "both sides were timed in turn; behind it stand the lowest and the highest round. A target in bold is "
+        "missed.\n",
+        f"## A run from start to end\n\n{imdb()}\n{first_step()}",
+        *(suite(name) for name in SUITES),
+        f"## What a checkpoint costs\n\n{checkpoints()}",
+        f"## Accidents\n\n{faults()}",
     ]
-    for name, run in imdb["results"].items():
-        speed, memory = run["tokens_per_second"], run["peak_memory_mib"]
-        rows.append(
+    return "\n".join(parts)
+
+
+def suite(name: str) -> str:
+    """The rows of a pytest-benchmark suite."""
+    stored = _stored(name)
+    lines = [
+        f"## {stored['what']}\n",
+        "| workload | against | ours is | target | rounds | ours | theirs |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in stored["rows"]:
+        if row["kind"] == "again":
+            continue
+        values = [row[key] for key in ("median", "low", "high")]
+        median, low, high = (_figure(value) for value in values)
+        spread = f" ({low} to {high})" if row["n"] > 1 else ""
+        lines.append(
+            f"| {row['workload']} | {row['against']}{', a ceiling' if row['kind'] == 'ceiling' else ''} "
+            f"| {median}{row['unit'] if row['unit'] == '×' else ' ' + row['unit']}{spread} | {_target(row)} "
+            f"| {row['n']} | {_speed(row, 'ours')} | {_speed(row, 'theirs')} |"
+        )
+    noise = [f"{row['low']:.2f} to {row['high']:.2f}" for row in stored["rows"] if row["kind"] == "again"]
+    lines.append(f"\nOurs against itself, which shows the noise: {'; '.join(noise)}.\n")
+    used = [
+        f"{row['workload']}: {row['flops_per_token'] / 1e6:,.0f} MFLOP a token, "
+        f"{row['products_per_second'] / 1e9:,.0f} GFLOP/s of matrix products, utilisation "
+        f"{row['utilisation']:.2f}"
+        for row in {row["workload"]: row for row in stored["rows"] if "utilisation" in row}.values()
+    ]
+    if used:
+        lines += [f"- {line}" for line in used]
+        lines.append("")
+    lines.append(
+        f"{_machine(stored['environment'])}. `python -m pytest benchmarks --imdb FOLDER "
+        "--model_name_or_path CHECKPOINT --results benchmarks/results`.\n"
+    )
+    return "\n".join(lines)
+
+
+def imdb() -> str:
+    """The course's workload, two recipes against ours, with where and how it was measured."""
+    stored = _stored("imdb")
+    lines = [
+        "| | perplexity before | after | process, start to end | peak memory |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, run in stored["results"].items():
+        peer = stored["results"]["course" if run["evaluates_before"] else "run_mlm_no_trainer"]
+        wall, memory = run["wall_seconds"], run["peak_memory_mib"]
+        lines.append(
             f"| {name} | {run['perplexity_before']:.1f} | {run['perplexity']:.1f} "
-            f"| {speed:,.0f} ({speed / peer['tokens_per_second']:.1f}×) "
-            f"| {run['wall_seconds']:.0f} s ({peer['wall_seconds'] / run['wall_seconds']:.1f}× sooner) "
+            f"| {wall:.0f} s ({peer['wall_seconds'] / wall:.1f}× sooner) "
             f"| {memory:,.0f} MiB ({memory / peer['peak_memory_mib']:.2f}) |"
         )
-    where = imdb["environment"]
+    where = stored["environment"]
     caption = (
-        f"O{imdb['what'][1:]}, {imdb['model']}, {imdb['evaluated_masked_tokens']:,} masked tokens; "
-        f"n = 1; {_machine(where)}. `python benchmarks/imdb.py`."
+        f"O{stored['what'][1:]}, {stored['model']}, {stored['evaluated_masked_tokens']:,} masked tokens; the "
+        f"first and third evaluate before and after, the others after only; medians of n = {stored['n']} "
+        f"(the course's recipe: 1); {_machine(where)}. `python benchmarks/imdb.py`."
     )
-    return "\n".join(rows) + f"\n\n{caption}\n"
+    return "\n".join(lines) + f"\n\n{caption}\n"
+
+
+def first_step() -> str:
+    peer, ours = _stored("imdb")["first_step_seconds"].values()
+    ratios = sorted(theirs / mine for theirs, mine in zip(peer, ours, strict=True))
+    return (
+        f"From the command to the first optimizer step, caches warm: {ratios[len(ratios) // 2]:.1f}× sooner than "
+        f"run_mlm_no_trainer's recipe ({ratios[0]:.1f} to {ratios[-1]:.1f}, n = {len(ratios)}; target 1.5).\n"
+    )
+
+
+def checkpoints() -> str:
+    """How long a run stands still for one, and what all of them cost."""
+    stored = _stored("checkpoints")
+    ratios = stored["training_time_ratios"]
+    return (
+        f"With {stored['what']} (a step takes {stored['step_seconds']:.2f} s), the loop stands still for "
+        f"{stored['stood_still_seconds']:.2f} s each time, where a bare copy in memory takes "
+        f"{stored['copy_seconds']:.2f} s; training takes {stored['training_time_ratio']:.2f} of its time without "
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f}, n = {stored['n']}), as the thread that hashes and writes takes "
+        f"a core's time. {_machine(stored['environment'])}. `python benchmarks/checkpoints.py`.\n"
+    )
+
+
+def faults() -> str:
+    """The accidents that the tests have tried, how often, and how they ended."""
+    stored = _stored("faults")
+    lines = ['| fault | cases | outcome | `./scripts/test.sh -m "" -k …` |', "| --- | --- | --- | --- |"]
+    for fault, tried in stored["faults"].items():
+        lines.append(f"| {fault} | {tried['cases']} | {tried['outcome']} | `{tried['test']}` |")
+    return "\n".join(lines) + f"\n\nOne run on {_machine(stored['environment'])}.\n"
+
+
+def chart() -> str:
+    """Wall times as bars, in the colours of the page around them."""
+    results = _stored("imdb")["results"]
+    longest, bars = max(run["wall_seconds"] for run in results.values()), []
+    for row, (name, run) in enumerate(results.items()):
+        seconds, y = run["wall_seconds"], 10 + 34 * row
+        width = 330 * seconds / longest
+        bars.append(
+            f'<text x="190" y="{y + 16}" text-anchor="end">{html.escape(name)}</text>'
+            f'<rect class="{"ours" if name.startswith("mlm") else "theirs"}" x="200" y="{y}" '
+            f'width="{width:.1f}" height="22" rx="2"/><text x="{206 + width:.1f}" y="{y + 16}">'
+            f"{seconds:.0f} s</text>"
+        )
+    height = 20 + 34 * len(results)
+    style = (
+        "text{font:13px system-ui,sans-serif;fill:#24292f}.ours{fill:#0b7285}.theirs{fill:#adb5bd}"
+        "@media(prefers-color-scheme:dark){text{fill:#e6edf3}.ours{fill:#3bc9db}.theirs{fill:#6c757d}}"
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 {height}" role="img">'
+        f"<title>Wall time of one epoch, process start to end</title><style>{style}</style>{''.join(bars)}</svg>\n"
+    )
+
+
+def _stored(name: str) -> dict[str, Any]:
+    return json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _target(row: dict[str, Any]) -> str:
+    if row.get("at_least") is not None:
+        met, words = row["median"] >= row["at_least"], f"≥ {_figure(row['at_least'])}"
+    elif row.get("at_most") is not None:
+        met, words = row["median"] <= row["at_most"], f"≤ {_figure(row['at_most'])}"
+    else:
+        return ""
+    return words if met else f"**{words}**"
+
+
+def _speed(row: dict[str, Any], who: str) -> str:
+    if "mebibytes" in row:
+        return f"{row['mebibytes'][who]:,.0f} MiB"
+    return f"{row['tokens_per_second'][who]:,.0f} tokens/s" if "tokens_per_second" in row else ""
 
 
 def _machine(where: dict[str, Any]) -> str:

@@ -1,0 +1,234 @@
+"""One way to take a training step, or to evaluate a batch, in a process of its own that does so when told.
+
+    python -m benchmarks.stepper WAY SIZE        then lines on standard input, each answered by one of JSON:
+        step    takes one                        its seconds
+        loss    of the batch, without dropout    nats a masked token
+        end                                      peak memory in MiB, FLOPs, the rate of matrix products
+
+Two of them told in turn are two ways timed in one run, each with a memory of its own. The batch is ready, the
+weights are random; the model, its dropout included, is what transformers makes of its default configuration.
+"""
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    PreTrainedModel,
+    get_scheduler,
+)
+
+from mlm.hardware import keep_freed_memory
+from mlm.model import SparseMaskedLM
+from mlm.optimizer import make_optimizer, make_scheduler
+from mlm.passes import AUTO_ON_CPU
+
+# Without dropout, so that ways that do the same arrive at the same weights.
+TOY = {"vocab_size": 300, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TOY |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+RATE, LEARNING_RATE, STEPS = 0.15, 5e-5, 10_000
+
+
+class Size(NamedTuple):
+    model: Callable[[], PreTrainedModel]
+    batch: int
+    length: int
+
+
+SIZES = {
+    "distilbert": Size(lambda: DistilBertForMaskedLM(DistilBertConfig()), 16, 128),
+    "bert 2x128": Size(
+        lambda: BertForMaskedLM(
+            BertConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)
+        ),
+        32,
+        128,
+    ),
+    "toy": Size(lambda: BertForMaskedLM(BertConfig(**TOY)), 4, 16),
+}
+
+
+class Workload:
+    """A model and a batch: corrupted ids [B, T], labels [B, T] with -100 elsewhere, positions and targets."""
+
+    def __init__(self, size: Size) -> None:
+        torch.manual_seed(0)
+        self.model = size.model()
+        vocabulary = self.model.config.vocab_size
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(5, vocabulary, (size.batch, size.length), generator=generator)
+        masked = torch.rand(self.ids.shape, generator=generator) < RATE
+        self.labels = torch.where(masked, self.ids, -100)
+        self.inputs = torch.where(masked, 4, self.ids)
+
+    def parts(self, chunks: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Ids, positions and targets of passes of at most so many chunks."""
+        found = []
+        for ids, labels in zip(self.inputs.split(chunks), self.labels.split(chunks), strict=True):
+            positions = (labels.flatten() != -100).nonzero().squeeze(1)
+            found.append((ids, positions, labels.flatten()[positions]))
+        return found
+
+    @property
+    def masked(self) -> int:
+        return int((self.labels != -100).sum())
+
+    @property
+    def flops(self) -> int:
+        """Of a forward pass over the batch, where the head runs on the masked positions: two for each
+        multiplication with a weight, and with queries, keys and values (Kaplan et al. 2020, table 1)."""
+        config = self.model.config
+        hidden, layers = config.hidden_size, config.num_hidden_layers
+        encoder = sum(p.numel() for n, p in self.model.base_model.named_parameters() if "embeddings" not in n)
+        tokens, length = self.ids.numel(), self.ids.shape[1]
+        attention = 2 * 2 * layers * length * hidden
+        head = 2 * (hidden * config.vocab_size + hidden * hidden)
+        return tokens * (2 * encoder + attention) + self.masked * head
+
+
+def defaults(work: Workload) -> Callable[[], object]:
+    """As run_mlm_no_trainer has it: the collator's batch, the model's own loss, plain AdamW, fp32."""
+    model = work.model.train()
+    plain = [p for name, p in model.named_parameters() if "bias" in name or "LayerNorm.weight" in name]
+    others = [p for name, p in model.named_parameters() if not ("bias" in name or "LayerNorm.weight" in name)]
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": plain}], lr=LEARNING_RATE, weight_decay=0.0)
+    scheduler = get_scheduler("linear", optimizer, 0, STEPS)
+    padding = torch.ones_like(work.ids)
+
+    def step() -> None:
+        model(input_ids=work.inputs, attention_mask=padding, labels=work.labels).loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def dense(work: Workload) -> Callable[[], object]:
+    """The dense head with labels passed in; passes, precision, optimizer and memory as ours."""
+    keep_freed_memory()
+    model = work.model.train()
+    optimizer = make_optimizer(model, LEARNING_RATE, 0.0, fused=True)
+    scheduler = make_scheduler(optimizer, "linear", 0, STEPS)
+
+    def step() -> None:
+        for ids, labels in zip(work.inputs.split(AUTO_ON_CPU), work.labels.split(AUTO_ON_CPU), strict=True):
+            share = (labels != -100).sum() / work.masked
+            (model(input_ids=ids, labels=labels).loss * share).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours(work: Workload, precision: torch.dtype | None = None) -> Callable[[], object]:
+    """A step of train.py's loop on a ready batch."""
+    keep_freed_memory()
+    model = SparseMaskedLM(work.model).train()
+    optimizer = make_optimizer(model, LEARNING_RATE, 0.0, fused=True)
+    scheduler = make_scheduler(optimizer, "linear", 0, STEPS)
+    autocast = torch.autocast("cpu", precision) if precision else contextlib.nullcontext()
+    parts = work.parts(AUTO_ON_CPU)
+
+    def step() -> None:
+        for ids, positions, targets in parts:
+            with autocast:
+                nats, _ = model(ids, positions, targets)
+            (nats.sum() / work.masked).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def evaluate_dense(work: Workload) -> Callable[[], object]:
+    """Loss by the model itself, from the logits of all positions."""
+    keep_freed_memory()
+    model = work.model.eval()
+
+    def step() -> float:
+        with torch.no_grad():
+            return model(input_ids=work.inputs, labels=work.labels).loss.item()
+
+    return step
+
+
+def evaluate_ours(work: Workload) -> Callable[[], object]:
+    """Loss and hits of the masked positions, as evaluate.py has them."""
+    keep_freed_memory()
+    model = SparseMaskedLM(work.model).eval()
+    [part] = work.parts(len(work.ids))
+
+    def step() -> float:
+        with torch.no_grad():
+            nats, _ = model(*part)
+            return nats.double().mean().item()
+
+    return step
+
+
+WAYS = {
+    "defaults": defaults,
+    "dense": dense,
+    "ours": ours,
+    "ours, bf16": lambda work: ours(work, torch.bfloat16),
+    "evaluation, dense": evaluate_dense,
+    "evaluation, ours": evaluate_ours,
+}
+
+
+@torch.no_grad()
+def loss(work: Workload) -> float:
+    """Nats a masked token of the batch, by the dense head, without dropout: how far the steps have come."""
+    logits = work.model.eval()(input_ids=work.inputs).logits
+    work.model.train()
+    return F.cross_entropy(logits.flatten(0, 1), work.labels.flatten()).item()
+
+
+def matrix_products(precision: torch.dtype, seconds: float = 1.0) -> float:
+    """The machine's rate, in FLOP/s, at products of DistilBERT's largest shape."""
+    left, right = torch.randn(2048, 768, dtype=precision), torch.randn(768, 3072, dtype=precision)
+    left @ right
+    best, began = 0.0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        left @ right
+        best = max(best, 2 * 2048 * 768 * 3072 / (time.perf_counter() - start))
+    return best
+
+
+def main() -> None:
+    way, size = sys.argv[1:]
+    work = Workload(SIZES[size])
+    step = WAYS[way](work)
+    for line in sys.stdin:
+        answer: object
+        if line.strip() == "step":
+            began = time.perf_counter()
+            step()
+            answer = time.perf_counter() - began
+        elif line.strip() == "loss":
+            answer = loss(work)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # before the products below
+            rate = matrix_products(torch.bfloat16 if "bf16" in way else torch.float32)
+            answer = {"peak_memory_mib": peak, "flops": work.flops, "products_per_second": rate}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

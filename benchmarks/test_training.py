@@ -1,0 +1,134 @@
+"""A training step and an evaluation pass, against what people use now: speed, memory, utilisation.
+
+Each way runs in a process of its own (stepper.py), told in turn. Where nothing is timed
+(--benchmark-disable), the model is a toy, and the ways have to arrive at the same loss, in one process.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.compare import Case, cases, row
+from benchmarks.stepper import SIZES, WAYS, Workload, loss
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def full(benchmark) -> bool:
+    """Whether the models have their real sizes."""
+    return not benchmark.disabled
+
+
+class Stepper:
+    """A process that takes a step when called."""
+
+    def __init__(self, way: str, size: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.stepper", way, size],
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, what: str):
+        self.process.stdin.write(f"{what}\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def __call__(self) -> None:
+        self.ask("step")
+
+    def __enter__(self) -> "Stepper":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(case, versus, results, way, size, full, at_most=None):
+    """Times `way` against case.against at `size`; rows for speed, memory and utilisation."""
+    if not full:
+        return check(case, versus, way)
+    tokens = SIZES[size].batch * SIZES[size].length
+    with Stepper(way, size) as ours, Stepper(case.against, size) as theirs:
+        for _ in range(3):  # the first steps allocate memory
+            ours(), theirs()
+        versus(case, ours, theirs, tokens=tokens, size=8 * tokens)
+        assert ours.ask("loss") == pytest.approx(theirs.ask("loss"), rel=0.05)
+        speed, mine, other = results[-1]["tokens_per_second"]["ours"], ours.ask("end"), theirs.ask("end")
+    passes = 1 if way.startswith("evaluation") else 3  # backward does twice the work of forward
+    work = passes * mine["flops"] * speed / tokens
+    results[-1]["flops_per_token"] = passes * mine["flops"] / tokens
+    results[-1]["utilisation"] = work / mine["products_per_second"]
+    results[-1]["products_per_second"] = mine["products_per_second"]
+    memory = np.array([mine["peak_memory_mib"] / other["peak_memory_mib"]])
+    results.append(
+        row(f"{results[-1]['workload']}: peak memory", case.against, case.kind, "of its", memory,
+            at_most=at_most, mebibytes={"ours": mine["peak_memory_mib"], "theirs": other["peak_memory_mib"]})
+    )  # fmt: skip
+
+
+def check(case, versus, way):
+    """Both ways arrive at the same loss, here in this process."""
+    ours, theirs = Workload(SIZES["toy"]), Workload(SIZES["toy"])
+    steps = WAYS[way](ours), WAYS[case.against](theirs)
+    before = loss(ours)
+    for _ in range(3):
+        found = [step() for step in steps]
+    if way.startswith("evaluation"):
+        assert found[0] == pytest.approx(found[1], rel=1e-6)
+    else:
+        assert loss(ours) == pytest.approx(loss(theirs), rel=1e-3 if "bf16" in way else 1e-6)
+        assert loss(ours) < before - 1e-4
+    versus(case, *steps, tokens=1, size=1)
+
+
+@cases(
+    Case("ours", "again", rounds=9),
+    Case("dense", "peer", rounds=15, at_least=1.4),
+    Case("defaults", "peer", rounds=15),
+)
+@pytest.mark.benchmark(group="training step, DistilBERT, 16 × 128, fp32")
+def test_distilbert_fp32(case, versus, results, full):
+    measure(case, versus, results, "ours", "distilbert", full)
+
+
+@cases(Case("defaults", "peer", rounds=15, at_least=3.0))
+@pytest.mark.benchmark(group="training step, DistilBERT, 16 × 128, bf16")
+def test_distilbert_bf16(case, versus, results, full):
+    measure(case, versus, results, "ours, bf16", "distilbert", full, at_most=0.75)
+
+
+@cases(
+    Case("ours", "again", rounds=9),
+    Case("dense", "peer", rounds=15),
+    Case("defaults", "peer", rounds=15, at_least=5.0),
+)
+@pytest.mark.benchmark(group="training step, BERT 2 × 128, 32 × 128, fp32")
+def test_small_bert_fp32(case, versus, results, full):
+    measure(case, versus, results, "ours", "bert 2x128", full, at_most=0.5)
+
+
+@cases(Case("defaults", "peer", rounds=15))
+@pytest.mark.benchmark(group="training step, BERT 2 × 128, 32 × 128, bf16")
+def test_small_bert_bf16(case, versus, results, full):
+    measure(case, versus, results, "ours, bf16", "bert 2x128", full)
+
+
+@cases(Case("evaluation, dense", "peer", rounds=15, at_least=1.3))
+@pytest.mark.benchmark(group="evaluation pass, DistilBERT, 16 × 128, fp32")
+def test_distilbert_evaluation(case, versus, results, full):
+    measure(case, versus, results, "evaluation, ours", "distilbert", full)
+
+
+@cases(Case("evaluation, dense", "peer", rounds=15, at_least=4.0))
+@pytest.mark.benchmark(group="evaluation pass, BERT 2 × 128, 32 × 128, fp32")
+def test_small_bert_evaluation(case, versus, results, full):
+    measure(case, versus, results, "evaluation, ours", "bert 2x128", full)
