@@ -1,4 +1,4 @@
-"""Writes benchmarks/RESULTS.md, its chart and the README's tables from the JSON files that benchmarks left."""
+"""Writes benchmarks/RESULTS.md, its chart and the README's tables from what benchmarks left as JSON."""
 
 import html
 import json
@@ -38,9 +38,9 @@ def with_tables(text: str) -> str:
 def page() -> str:
     """benchmarks/RESULTS.md, whole."""
     parts = [
-        "# Results\n\nWritten by `scripts/results.py` from the files in `benchmarks/results/`. A ratio is the median of those of rounds in which "
-        "both sides were timed in turn; behind it stand the lowest and the highest round. A target in bold is "
-        "missed.\n",
+        "# Results\n\nWritten by `scripts/results.py` from the files in `benchmarks/results/`. A ratio is the "
+        "median of those of rounds in which both sides were timed in turn; behind it stand the lowest and the "
+        "highest round. A target in bold is missed.\n",
         f"## A run from start to end\n\n{imdb()}\n{first_step()}",
         *(suite(name) for name in SUITES),
         f"## What a checkpoint costs\n\n{checkpoints()}",
@@ -114,8 +114,9 @@ def first_step() -> str:
     peer, ours = _stored("imdb")["first_step_seconds"].values()
     ratios = sorted(theirs / mine for theirs, mine in zip(peer, ours, strict=True))
     return (
-        f"From the command to the first optimizer step, caches warm: {ratios[len(ratios) // 2]:.1f}× sooner than "
-        f"run_mlm_no_trainer's recipe ({ratios[0]:.1f} to {ratios[-1]:.1f}, n = {len(ratios)}; target 1.5).\n"
+        "From the command to the first optimizer step, caches warm: "
+        f"{ratios[len(ratios) // 2]:.1f}× sooner than run_mlm_no_trainer's recipe ({ratios[0]:.1f} to "
+        f"{ratios[-1]:.1f}, n = {len(ratios)}; target 1.5).\n"
     )
 
 
@@ -126,9 +127,9 @@ def checkpoints() -> str:
     return (
         f"With {stored['what']} (a step takes {stored['step_seconds']:.2f} s), the loop stands still for "
         f"{stored['stood_still_seconds']:.2f} s each time, where a bare copy in memory takes "
-        f"{stored['copy_seconds']:.2f} s; training takes {stored['training_time_ratio']:.2f} of its time without "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f}, n = {stored['n']}), as the thread that hashes and writes takes "
-        f"a core's time. {_machine(stored['environment'])}. `python benchmarks/checkpoints.py`.\n"
+        f"{stored['copy_seconds']:.2f} s; training takes {stored['training_time_ratio']:.2f} of its time "
+        f"without ({ratios[0]:.2f} to {ratios[-1]:.2f}, n = {stored['n']}), as the thread that hashes and "
+        f"writes takes a core. {_machine(stored['environment'])}. `python benchmarks/checkpoints.py`.\n"
     )
 
 
@@ -159,9 +160,10 @@ def chart() -> str:
         "text{font:13px system-ui,sans-serif;fill:#24292f}.ours{fill:#0b7285}.theirs{fill:#adb5bd}"
         "@media(prefers-color-scheme:dark){text{fill:#e6edf3}.ours{fill:#3bc9db}.theirs{fill:#6c757d}}"
     )
+    title = "<title>Wall time of one epoch, process start to end</title>"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 {height}" role="img">'
-        f"<title>Wall time of one epoch, process start to end</title><style>{style}</style>{''.join(bars)}</svg>\n"
+        f"{title}<style>{style}</style>{''.join(bars)}</svg>\n"
     )
 
 
