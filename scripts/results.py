@@ -39,8 +39,8 @@ def page() -> str:
     """benchmarks/RESULTS.md, whole."""
     parts = [
         "# Results\n\nWritten by `scripts/results.py` from the files in `benchmarks/results/`. A ratio is "
-        "the median of those of rounds in which both sides were timed in turn; behind it stand the lowest and "
-        "the highest round. A target in bold is missed.\n",
+        "the median of those of rounds in which both sides were timed in turn; behind it stand the lowest "
+        "and the highest round. A target in bold is missed.\n",
         f"## A run from start to end\n\n{imdb()}\n{first_step()}",
         *(suite(name) for name in SUITES),
         f"## What a checkpoint costs\n\n{checkpoints()}",
