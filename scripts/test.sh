@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The whole suite in .venv: lint, format, tests. Arguments go to pytest.
+# The whole suite in .venv: lint, format, tests on all cores, benchmarks as tests. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh "[test]"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+[ $# -gt 0 ] || set -- tests benchmarks --benchmark-disable
+exec .venv/bin/python -m pytest --numprocesses logical --dist worksteal "$@"
