@@ -4,22 +4,20 @@ The distribution is the model's, over its whole vocabulary: nothing is left out,
 other's fillers. transformers' `pipeline("fill-mask")` gives the same numbers.
 """
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mlm.errors import UserError, at_least, one_line
+from mlm.columns import PAGE, fit
+from mlm.errors import UserError, at_least
 from mlm.model import ModelConfig, SparseMaskedLM, check_embeddings, load_model, max_positions
-from mlm.tokenizer import load_tokenizer
+from mlm.sentences import encode, mask_positions, predict
+from mlm.tokenizer import load_tokenizer, spell
 
-MASK = "[MASK]"  # how a sentence writes a mask, whatever the tokenizer's own mask token is
-AT_A_TIME = 32  # sentences in a batch; no figure depends on it
-PAGE = 100  # terminal columns that a table may fill
+Order = Literal["independent", "left_to_right", "confidence"]
 
 
 @dataclass(frozen=True)
@@ -28,16 +26,31 @@ class FillMaskConfig:
 
     model_name_or_path: str | None = None  # checkpoint that fills the masks, a Hub name or a folder
     compare: str | None = None  # second checkpoint, the base that is shown beside it
-    top_k: int = 5  # fillers shown for each mask
+    sentences_file: str | None = None  # text file with a sentence on each line; - reads standard input
+    top_k: int = 5  # fillers shown for each mask, or ways to fill a sentence
+    order: Order = (
+        "independent"  # masks filled each on its own, or jointly: one after the other, surest first
+    )
+    num_beams: int | None = None  # sentences that the beam search of a joint order keeps (default: --top_k)
+    targets: str | None = None  # words to score instead, with commas between them: good,bad,"so, so"
     trust_remote_code: bool = False  # run the Python code that a checkpoint brings along
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "top_k")
+        at_least(self, 1, "top_k", "num_beams")
+        if self.num_beams is not None and self.order == "independent":
+            raise UserError(
+                "--num_beams: beam search fills jointly; give --order left_to_right or confidence"
+            )
+        if self.targets is not None and self.order != "independent":
+            raise UserError(f"--targets scores given words, --order {self.order} searches for some: give one")
 
 
 class Filler(NamedTuple):
     token: str
     probability: float
+
+    def __str__(self) -> str:
+        return f"{self.probability:.4f}  {self.token}"
 
 
 def load(name: str, trust_remote_code: bool = False) -> tuple[SparseMaskedLM, PreTrainedTokenizerBase]:
@@ -52,7 +65,6 @@ def load(name: str, trust_remote_code: bool = False) -> tuple[SparseMaskedLM, Pr
     return SparseMaskedLM(model.to("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
 
 
-@torch.inference_mode()
 def fill(
     model: SparseMaskedLM, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], top_k: int
 ) -> list[list[list[Filler]]]:
@@ -67,93 +79,46 @@ def fill(
     vocabulary = model.model.config.get_text_config().vocab_size
     if top_k > vocabulary:
         raise UserError(f"--top_k {top_k}: the model's vocabulary has {vocabulary} tokens")
-    ids = _encode(tokenizer, sentences, max_positions(model.model.config))
-    was_training = model.training
-    model.eval()
+    rows = encode(tokenizer, sentences, max_positions(model.model.config))
+    positions = [mask_positions(tokenizer, row) for row in rows]
     found: list[list[list[Filler]]] = [[] for _ in sentences]
-
-    # Sentences of one length at a time, as padding is not neutral everywhere: ConvBERT's and MobileBERT's
-    # convolutions look past the attention mask, and a sentence's fillers would depend on its neighbours.
-    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for _, same in groupby(by_length, key=lambda i: len(ids[i])):
-        rows = list(same)
-        for part in (rows[first : first + AT_A_TIME] for first in range(0, len(rows), AT_A_TIME)):
-            batch = torch.tensor([ids[i] for i in part])  # [B, T]
-            positions = (batch.flatten() == tokenizer.mask_token_id).nonzero().squeeze(1)  # [M]
-            logits = model.logits(batch.to(model.model.device), positions.to(model.model.device))  # [M, V]
-            best = logits.float().softmax(dim=-1).topk(top_k)  # [M, top_k]
-            values, tokens = best.values.tolist(), best.indices.tolist()  # the device synchronises here
-            for position, *ranked in zip(positions.tolist(), tokens, values, strict=True):
-                fillers = [Filler(_spell(tokenizer, t), p) for t, p in zip(*ranked, strict=True)]
-                found[part[position // batch.shape[1]]].append(fillers)
-    model.train(was_training)
+    for part, logits in predict(model, rows, positions):
+        best = logits.softmax(dim=-1).topk(top_k)
+        # the device synchronises here
+        ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        for i in part:
+            for tokens, values in (next(ranked) for _ in positions[i]):
+                fillers = [Filler(spell(tokenizer, t), p) for t, p in zip(tokens, values, strict=True)]
+                found[i].append(fillers)
     return found
 
 
-def table(sentence: str, names: Sequence[str], fillers: Sequence[list[list[Filler]]]) -> str:
-    """What one or two models fill into a sentence, side by side for a person to read in 100 columns.
+def cell_width(models: int) -> int:
+    """Columns of a table's cell, behind four blanks."""
+    return PAGE // models - 4
+
+
+def table(sentence: str, names: Sequence[str], answers: Sequence[Sequence[Sequence[Any]]]) -> str:
+    """What one or two models say to a sentence, side by side for a person to read in 100 columns.
 
     Args:
         sentence: printed above them, as it is.
         names: `[model]`, heads of the columns where there are two.
-        fillers: `[model][mask][rank]`, as many masks and ranks for each.
+        answers: `[model][mask][rank]`, as many masks and ranks for each; `str` of one is what is shown.
     """
     lines = [sentence]
-    width = PAGE // len(names) - 4  # of a cell, behind four blanks
+    width = cell_width(len(names))
     if len(names) > 1:
         # Of a name that is too long the end is kept: folders differ there.
         heads = [name if len(name) <= width else f"…{name[1 - width :]}" for name in names]
         lines.append(_line(heads, width))
-    masks = list(zip(*fillers, strict=True))  # [mask][model][rank]
+    masks = list(zip(*answers, strict=True))  # [mask][model][rank]
     for number, ranked in enumerate(masks, start=1):
         if len(masks) > 1:
             lines.append(f"  mask {number}")
-        for rank in zip(*ranked, strict=True):
-            lines.append(_line([f"{filler.probability:.4f}  {filler.token}" for filler in rank], width))
+        lines += [_line([str(cell) for cell in rank], width) for rank in zip(*ranked, strict=True)]
     return "\n".join(lines)
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], longest: int | None
-) -> list[list[int]]:
-    """Ids of each sentence, special tokens around it, at least one mask in it, at most `longest` of them."""
-    if tokenizer.mask_token_id is None:
-        raise UserError(
-            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no mask token; "
-            "give the checkpoint of a masked language model"
-        )
-    # Blanks around the mask stay as they are written: a mask token that takes the blank before it (RoBERTa's,
-    # lstrip) does so in the tokenizer.
-    texts = [sentence.replace(MASK, tokenizer.mask_token) for sentence in sentences]
-    ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
-    for number, (sentence, row) in enumerate(zip(sentences, ids, strict=True), start=1):
-        quoted = f"sentence {number} ({one_line(sentence, 60)!r})"
-        if tokenizer.mask_token_id not in row:
-            own = "" if tokenizer.mask_token == MASK else f" or {tokenizer.mask_token}"
-            raise UserError(f"{quoted} has no mask: write {MASK}{own} where a token is to be filled in")
-        if longest is not None and len(row) > longest:
-            raise UserError(
-                f"{quoted} is {len(row)} tokens long, the model's position table takes {longest}: shorten it"
-            )
-    return ids
-
-
-def _spell(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """A token as people read it; as the vocabulary spells it where that is nothing (a blank, a newline)."""
-    read = tokenizer.decode([token_id]).strip()
-    return read or tokenizer.convert_ids_to_tokens(token_id) or f"id {token_id}"  # embeddings without a token
-
-
 def _line(cells: Sequence[str], width: int) -> str:
-    return "".join(f"    {_fit(cell, width)}" for cell in cells).rstrip()
-
-
-def _fit(text: str, width: int) -> str:
-    """`text` cut or filled to `width` terminal columns, of which East Asian characters take two."""
-    kept = ""
-    for character in text:
-        columns = 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if columns > width:
-            break
-        kept, width = kept + character, width - columns
-    return kept + " " * width
+    return "".join(f"    {fit(cell, width)}" for cell in cells).rstrip()

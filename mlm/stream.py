@@ -370,6 +370,14 @@ def _encode_all(
             waiting = following
 
 
+def encode_texts(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, facts: TokenFacts
+) -> Iterator[np.ndarray]:
+    """The ids `[n]` of each text as the store holds a document; of one without tokens, none."""
+    for encoded in _encode_all(([text] for text in texts), tokenizer, facts):
+        yield encoded.ids
+
+
 def _unpack(batch: list[str], encodings: list[Encoding], backend: Tokenizer, facts: TokenFacts) -> Encoded:
     chain = itertools.chain.from_iterable
     lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))

@@ -220,7 +220,7 @@ def token_facts(tokenizer: PreTrainedTokenizerBase) -> TokenFacts:
     if not ordinary.any():
         raise UserError(f"the tokenizer {tokenizer.name_or_path} knows no token besides its special ones")
 
-    prefix, suffix = _template(tokenizer)
+    prefix, suffix = template(tokenizer)
     pad_id = tokenizer.pad_token_id
     return TokenFacts(
         size=size,
@@ -236,7 +236,13 @@ def token_facts(tokenizer: PreTrainedTokenizerBase) -> TokenFacts:
     )
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def spell(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """A token as people read it; as the vocabulary spells it where that is nothing (a blank, a newline)."""
+    read = tokenizer.decode([token_id]).strip()
+    return read or tokenizer.convert_ids_to_tokens(token_id) or f"id {token_id}"  # embeddings without a token
+
+
+def template(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """([CLS], [SEP]) of `[CLS] a [SEP]`: the special ids before and after the text."""
     bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
     full = tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"]

@@ -13,6 +13,7 @@ from mlm.evaluate import EvaluateConfig, evaluate
 from mlm.hardware import make_accelerator
 from mlm.masking import MaskingConfig, make_recipe
 from mlm.model import ModelConfig, SparseMaskedLM, check_embeddings, load_model, max_positions
+from mlm.pseudo_perplexity import PseudoPerplexityConfig, measure
 from mlm.record import finite
 from mlm.stream import StreamConfig
 from mlm.texts import open_corpus
@@ -29,11 +30,21 @@ class CheckpointToMeasure:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # default: as accelerate is configured
 
 
-ROOMS = (CheckpointToMeasure, CorpusConfig, StreamConfig, ChunkConfig, MaskingConfig, EvaluateConfig)
+ROOMS = (
+    CheckpointToMeasure,
+    CorpusConfig,
+    StreamConfig,
+    ChunkConfig,
+    MaskingConfig,
+    EvaluateConfig,
+    PseudoPerplexityConfig,
+)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    what, corpus, stream, chunking, masking, evaluation, _ = cli.parse(ROOMS, argv, cli.command(__doc__))
+    what, corpus, stream, chunking, masking, evaluation, pseudo, _ = cli.parse(
+        ROOMS, argv, cli.command(__doc__)
+    )
     if not what.model_name_or_path:
         raise UserError("nothing to measure; give --model_name_or_path")
     model = ModelConfig(
@@ -42,6 +53,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         trust_remote_code=what.trust_remote_code,
     )
     accelerator = make_accelerator(what.mixed_precision)
+    if pseudo.pseudo_perplexity:
+        return measure(pseudo.pseudo_perplexity, model, evaluation.per_device_eval_batch_size, accelerator)
     config = Config(model=model, corpus=corpus, stream=stream, masking=masking)
     tokenizer, facts, stores = open_corpus(config, accelerator)
     check_embeddings(model, tokenizer)

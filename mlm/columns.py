@@ -1,0 +1,26 @@
+"""Text in the columns of a terminal."""
+
+import unicodedata
+
+PAGE = 100  # columns that a table may fill
+
+
+def columns(text: str) -> int:
+    """How many terminal columns `text` takes: East Asian characters take two."""
+    return sum(map(_columns, text))
+
+
+def fit(text: str, width: int) -> str:
+    """`text` cut or filled to `width` terminal columns; what is cut ends in an ellipsis."""
+    if columns(text) <= width:
+        return text + " " * (width - columns(text))
+    kept, room = "", width - 1
+    for character in text:
+        if (room := room - _columns(character)) < 0:
+            break
+        kept += character
+    return f"{kept}…" + " " * (width - 1 - columns(kept))
+
+
+def _columns(character: str) -> int:
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
