@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,49 +11,71 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from mlm.errors import UserError
-from mlm.fill_mask import MASK, fill, load
+from mlm.fill_mask import Filler, fill, load
 from mlm.model import ModelConfig, SparseMaskedLM, load_model
+from mlm.record import write_json
+from mlm.sentences import MASK
 
 EXAMPLES = 6
 TOP_K = 5
 EDGE = 2  # words that have to stand on either side of a mask
+Examples = list[dict[str, Any]]
+
+
+def keep_examples(folder: Path, trust_remote_code: bool = False) -> str:
+    """Writes <folder>/fill_mask.json, {"sentences": Examples}, where a run has ended and there is none yet.
+
+    Returns why there is none, in one line, or nothing.
+    """
+    kept = folder / "fill_mask.json"
+    if kept.exists() or not (folder / "comparison.json").exists():
+        return ""
+    try:
+        examples = fill_before_and_after(folder, None, trust_remote_code)
+    except UserError as error:  # the base may be gone, and a report is good without
+        return f"{folder}: no examples of filled masks, as {error}\n"
+    with suppress(OSError):  # a run that may only be read
+        write_json(kept, {"sentences": examples})
+    return ""
 
 
 def fill_before_and_after(
     folder: Path, sentences: Sequence[str] | None, trust_remote_code: bool = False
-) -> dict[str, Any] | None:
-    """What fill_mask.json holds: {"sentences": [{"text", "truth", "before", "after"}]}, before and after as
-    [mask][rank] of {"token", "probability"}.
+) -> Examples:
+    """What a run's model, and the one that it began from, write at the masks of sentences.
 
     folder: a run directory
-    sentences: with masks in them; None: openings of held-out documents, each with one of the words masked
-        that gained most
+    sentences: with masks in them; None: openings of held-out documents (`from_held_out`)
 
-    None where nothing is to be filled: no sentences, and the run compared nothing.
+    Returns [sentence] of {"text", "truth": word or None, "before", "after"}, the last two [mask][rank] of
+    {"token", "probability"}.
 
-    Raises UserError where the run's model or its base cannot be loaded, or a sentence has no mask.
+    Raises UserError where one of the models cannot be loaded, or a sentence has no mask.
     """
     adapted, tokenizer = load(str(folder), trust_remote_code)
-    chosen = [(text, None) for text in sentences] if sentences else from_held_out(folder, tokenizer)
+    if sentences is None:
+        chosen = from_held_out(folder, tokenizer)
+    else:
+        chosen = [(text.replace(tokenizer.mask_token or MASK, MASK), None) for text in sentences]
     if not chosen:
-        return None
+        return []
     about = json.loads((folder / "run.json").read_text(encoding="utf-8"))["configuration"]
     # Of a model from nothing the seed draws the very weights from which training began.
     config = ModelConfig(**{**about["model"], "trust_remote_code": trust_remote_code})
     base = SparseMaskedLM(load_model(config, tokenizer, about["loop"]["seed"]).to(adapted.model.device))
     texts = [text for text, _ in chosen]
-    before, after = ([_plain(a) for a in fill(m, tokenizer, texts, TOP_K)] for m in (base, adapted))
-    rows = zip(chosen, before, after, strict=True)
-    return {
-        "sentences": [
-            {"text": text, "truth": truth, "before": was, "after": now} for (text, truth), was, now in rows
-        ]
-    }
+    before, after = (fill(model, tokenizer, texts, TOP_K) for model in (base, adapted))
+    return [
+        {"text": text, "truth": truth, "before": _plain(was), "after": _plain(now)}
+        for (text, truth), was, now in zip(chosen, before, after, strict=True)
+    ]
 
 
 def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> list[tuple[str, str]]:
-    """Openings of held-out documents, drawn by `seed`, each with a word of one token masked, and the word:
-    those that gained most first, each word and each document once."""
+    """Openings of held-out documents, in an order drawn by `seed`, each with a word of one token masked.
+
+    Returns sentences and their words: those that gained most first, each word and each document once.
+    """
     try:
         compared = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["held_out"]
         table = pq.read_table(folder / "documents.parquet", columns=["text", "opening"])
@@ -60,31 +83,17 @@ def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 
         return []
     openings = [row["opening"].split() for row in table.to_pylist() if row["text"] == "held_out"]
     openings = [openings[i] for i in np.random.default_rng(seed).permutation(len(openings))]
-    found = []
+    found: list[tuple[str, str]] = []
     for word in (row["text"] for row in (compared["words"] or compared["tokens"])["gained"]):
-        if not word.isalpha() or len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) != 1:
+        ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+        opening = next((words for words in openings if word in words[EDGE:-EDGE]), None)
+        if opening is None or len(ids) != 1 or not word.isalpha():
             continue
-        for words in openings:
-            if word in words[EDGE:-EDGE]:
-                place = words.index(word, EDGE)
-                found.append((" ".join([*words[:place], MASK, *words[place + 1 :]]), word))
-                openings.remove(words)
-                break
-        if len(found) == EXAMPLES:
-            break
-    return found
+        openings.remove(opening)
+        place = opening.index(word, EDGE)
+        found.append((" ".join([*opening[:place], MASK, *opening[place + 1 :]]), word))
+    return found[:EXAMPLES]
 
 
-def _plain(masks: list[list[Any]]) -> list[list[dict[str, Any]]]:
+def _plain(masks: list[list[Filler]]) -> list[list[dict[str, Any]]]:
     return [[filler._asdict() for filler in ranked] for ranked in masks]
-
-
-def read_sentences(path: str) -> list[str]:
-    """The lines of a file that are not blank. Raises UserError where it cannot be read or has none."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--sentences {path}: cannot be read ({error})") from None
-    if not any(line.strip() for line in lines):
-        raise UserError(f"--sentences {path}: no sentence in it")
-    return [line for line in lines if line.strip()]

@@ -88,7 +88,7 @@ def fill(
         ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         for i in part:
             for tokens, values in (next(ranked) for _ in positions[i]):
-                fillers = [Filler(spell(tokenizer, t), p) for t, p in zip(tokens, values, strict=True)]
+                fillers = [Filler(spell(tokenizer, [t]), p) for t, p in zip(tokens, values, strict=True)]
                 found[i].append(fillers)
     return found
 

@@ -95,7 +95,7 @@ def fill_jointly(
         [
             Filled(
                 _text(tokenizer, h.row[before : len(h.row) - after], sentence),
-                tuple(spell(tokenizer, h.row[position]) for position in positions),
+                tuple(spell(tokenizer, [h.row[position]]) for position in positions),
                 h.log_probability,
             )
             for h in beam

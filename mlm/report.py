@@ -38,23 +38,26 @@ class Record:
     examples: Rows  # fill_mask.json
 
 
-def write_report(folders: Sequence[Path], output: Path) -> Path:
-    """Writes the report of one or several runs, whole or not at all, and returns where.
-
-    Raises UserError where a folder holds no run, a file of it is damaged, or `output` cannot be written.
-    """
-    page = render([read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)])
+def write_report(runs: Sequence[Record], output: Path) -> None:
+    """Writes the page, whole or not at all. Raises UserError where `output` cannot be written."""
+    page = render(runs)
     partial = output.with_name(f"{output.name}.partial")
     try:
         partial.write_text(page, encoding="utf-8")
         partial.replace(output)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror})") from None
-    return output
 
 
-def read(folder: Path, name: str | None = None) -> Record:
-    """A run directory. Raises UserError where it holds no run or a file of it is damaged."""
+def read_runs(folders: Sequence[Path]) -> list[Record]:
+    """Run directories, named so that they can be told apart.
+
+    Raises UserError where one holds no run, a file of it is damaged, or it is named twice.
+    """
+    return [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+
+
+def _read(folder: Path, name: str) -> Record:
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} holds no run.json; name the --output_dir of a training run")
     found = {n: _json(folder / f"{n}.json") for n in ("run", "all_results", "comparison", "fill_mask")}
@@ -66,7 +69,7 @@ def read(folder: Path, name: str | None = None) -> Record:
         except json.JSONDecodeError:  # the line that a running, or killed, run was writing
             continue
     return Record(
-        name=name or folder.resolve().name,
+        name=name,
         about=found["run"],
         results=found["all_results"],
         comparison=found["comparison"],
@@ -162,7 +165,7 @@ Measure = tuple[str, str | None, str, Callable[[float | None], str]]
 
 
 def _measures(runs: Sequence[Record], prefix: str) -> list[Measure]:
-    """Rows of a table: label, key of all_results.json before (None: there is one figure), key after, format."""
+    """Rows of a table: label, key of all_results.json before (None: one figure only), key after, format."""
     loss = "general_loss" if prefix else "eval_loss"
     rows: list[Measure] = [
         ("Perplexity", f"{prefix}perplexity_before", f"{prefix}perplexity", figure),
@@ -207,7 +210,9 @@ def _settings(runs: Sequence[Record], sections: Sequence[str]) -> dict[str, list
     flat = [
         dict(pair for section in sections for pair in _flat(run.about.get(section, {}), "")) for run in runs
     ]
-    return {name: [values.get(name, "–") for values in flat] for name in dict.fromkeys(n for f in flat for n in f)}
+    return {
+        name: [values.get(name, "–") for values in flat] for name in dict.fromkeys(n for f in flat for n in f)
+    }
 
 
 def _flat(nested: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
@@ -282,7 +287,8 @@ def gain_figure(compared: Sequence[tuple[Record, dict[str, Any]]]) -> go.Figure:
         )
     chart.add_vline(x=1, line={"color": "var(--muted)", "width": 1})
     chart.update_layout(
-        height=110 + 36 * len(compared), yaxis={"autorange": "reversed", "automargin": True, "type": "category"}
+        height=110 + 36 * len(compared),
+        yaxis={"autorange": "reversed", "automargin": True, "type": "category"},
     )
     return chart
 
@@ -293,7 +299,9 @@ def breakdown_figure(compared: Sequence[tuple[Record, dict[str, Any]]], kind: st
     chart = _figure(title, "nats gained a masked token" if several else "nats a masked token")
     for i, (run, comparison) in enumerate(compared):
         rows = [row for row in comparison["breakdowns"].get(kind, []) if row["count"]]
-        names = [_label(row["name"].partition(" ")[0] if kind == "frequency" else row["name"]) for row in rows]
+        names = [
+            _label(row["name"].partition(" ")[0] if kind == "frequency" else row["name"]) for row in rows
+        ]
         before, after = ([_mean(row, when) for row in rows] for when in ("before", "after"))
         counts = [row["count"] for row in rows]
         if several:
@@ -330,7 +338,11 @@ def _figure(x: str, y: str) -> go.Figure:
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
             "font": {"family": "system-ui, sans-serif", "size": 13, "color": "var(--text)"},
-            "hoverlabel": {"bgcolor": "var(--page)", "font": {"color": "var(--text)"}, "bordercolor": "var(--line)"},
+            "hoverlabel": {
+                "bgcolor": "var(--page)",
+                "font": {"color": "var(--text)"},
+                "bordercolor": "var(--line)",
+            },
             "xaxis": {"title": {"text": x}, "showgrid": False, **axis},
             "yaxis": {"title": {"text": y}, "automargin": True, **axis},
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "xanchor": "left"},

@@ -187,7 +187,8 @@ def _holder(path: Path) -> str:
 
 def spell(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """Tokens as people read them; as the vocabulary spells them where that is nothing (a newline, say)."""
-    return tokenizer.decode(ids).strip() or " ".join(map(str, tokenizer.convert_ids_to_tokens(ids)))
+    spelt = (tokenizer.convert_ids_to_tokens(i) or f"id {i}" for i in ids)  # embeddings without a token
+    return tokenizer.decode(ids).strip() or " ".join(spelt)
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
@@ -234,12 +235,6 @@ def token_facts(tokenizer: PreTrainedTokenizerBase) -> TokenFacts:
         has_words=tokenizer.is_fast,
         fingerprint=_fingerprint(tokenizer, vocabulary, special),
     )
-
-
-def spell(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """A token as people read it; as the vocabulary spells it where that is nothing (a blank, a newline)."""
-    read = tokenizer.decode([token_id]).strip()
-    return read or tokenizer.convert_ids_to_tokens(token_id) or f"id {token_id}"  # embeddings without a token
 
 
 def template(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
