@@ -18,6 +18,7 @@ from mlm.sentences import MASK
 
 EXAMPLES = 6
 TOP_K = 5
+FEW = 5  # occurrences with no gain that are added to a word's own
 EDGE = 2  # words that have to stand on either side of a mask
 Examples = list[dict[str, Any]]
 
@@ -74,7 +75,8 @@ def fill_before_and_after(
 def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> list[tuple[str, str]]:
     """Openings of held-out documents, in an order drawn by `seed`, each with a word of one token masked.
 
-    Returns sentences and their words: those that gained most first, each word and each document once.
+    Returns sentences and their words, each word and each document once: of the words whose summed gain is the
+    largest, first those that gained most at an occurrence, so that "movie" comes before "the".
     """
     try:
         compared = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["held_out"]
@@ -84,7 +86,8 @@ def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 
     openings = [row["opening"].split() for row in table.to_pylist() if row["text"] == "held_out"]
     openings = [openings[i] for i in np.random.default_rng(seed).permutation(len(openings))]
     found: list[tuple[str, str]] = []
-    for word in (row["text"] for row in (compared["words"] or compared["tokens"])["gained"]):
+    gained = (compared["words"] or compared["tokens"])["gained"]
+    for word in (row["text"] for row in sorted(gained, key=_gain, reverse=True)):
         ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
         opening = next((words for words in openings if word in words[EDGE:-EDGE]), None)
         if opening is None or len(ids) != 1 or not word.isalpha():
@@ -93,6 +96,11 @@ def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 
         place = opening.index(word, EDGE)
         found.append((" ".join([*opening[:place], MASK, *opening[place + 1 :]]), word))
     return found[:EXAMPLES]
+
+
+def _gain(row: dict[str, Any]) -> float:
+    """Nats at an occurrence, a word of few being held back."""
+    return ((row["nats_before"] or 0) - (row["nats_after"] or 0)) / (row["count"] + FEW)
 
 
 def _plain(masks: list[list[Filler]]) -> list[list[dict[str, Any]]]:

@@ -84,8 +84,8 @@ def render(runs: Sequence[Record]) -> str:
     rooms = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    rooms.filters |= {"figure": figure, "count": count, "chance": chance}
-    rooms.globals |= {"figure": figure, "share": share}
+    rooms.filters |= {"figure": figure, "count": count, "chance": chance, "short": short}
+    rooms.globals |= {"figure": figure, "share": share, "zip": zip}
     held_out = [(run, run.comparison["held_out"]) for run in runs if run.comparison.get("held_out")]
     sections = ("configuration", "experiment", "environment")
     return rooms.get_template("report.html").render(
@@ -103,7 +103,7 @@ def render(runs: Sequence[Record]) -> str:
         breakdown_charts={
             kind: _chart(breakdown_figure(held_out, kind, title))
             for kind, title in (
-                ("frequency", "tenths of the training corpus, its most frequent tokens first"),
+                ("frequency", "tenth of the training corpus"),
                 ("position", "where in the chunk"),
                 ("word", ""),
             )
@@ -145,20 +145,26 @@ def figure(value: float | None, digits: int = 4) -> str:
 
 
 def share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
+    """A share or a probability in percent, small ones to one digit."""
+    if value is None:
+        return "–"
+    percent = 100 * value
+    return f"{percent:.1f}%" if percent >= 0.1 or not percent else f"{max(percent, 0.001):.1g}%"
 
 
 def count(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
 
 
+def short(name: str) -> str:
+    """A Hub name as it is, of a local path its last part."""
+    return Path(name).name if name.startswith(("/", ".", "~")) or name.count("/") > 1 else name
+
+
 def chance(row: dict[str, Any], when: str) -> str:
     """The probability of the right token, its geometric mean over the occurrences: exp(− nats / count)."""
     nats = row[f"nats_{when}"]
-    if nats is None:
-        return "0%"
-    percent = 100 * math.exp(-nats / row["count"])
-    return f"{percent:.1f}%" if percent >= 0.1 else f"{percent:.1g}%" if percent >= 0.001 else "<0.001%"
+    return share(0.0 if nats is None else math.exp(-nats / row["count"]))
 
 
 Measure = tuple[str, str | None, str, Callable[[float | None], str]]
@@ -265,7 +271,7 @@ def rate_figure(runs: Sequence[Record]) -> go.Figure:
             line={"color": _colour(i), "width": 2, "dash": _dash(i)},
             mode="lines" if len(run.train) > 1 else "markers",
         )
-    chart.update_layout(showlegend=len(runs) > 1, yaxis={"rangemode": "tozero"})
+    chart.update_layout(showlegend=len(runs) > 1, yaxis={"rangemode": "tozero", "tickformat": ".1e"})
     return chart
 
 
@@ -330,6 +336,7 @@ def _mean(row: dict[str, Any], when: str) -> float | None:
 def _figure(x: str, y: str) -> go.Figure:
     """An empty chart in the page's own colours, which report.html fills in for light and dark."""
     axis = {"gridcolor": "var(--line)", "linecolor": "var(--line)", "zerolinecolor": "var(--line)"}
+    small = {"font": {"size": 13}}
     return go.Figure(
         layout={
             "template": "none",
@@ -343,8 +350,8 @@ def _figure(x: str, y: str) -> go.Figure:
                 "font": {"color": "var(--text)"},
                 "bordercolor": "var(--line)",
             },
-            "xaxis": {"title": {"text": x}, "showgrid": False, **axis},
-            "yaxis": {"title": {"text": y}, "automargin": True, **axis},
+            "xaxis": {"title": {"text": x, **small}, "showgrid": False, **axis, "zeroline": False},
+            "yaxis": {"title": {"text": y, **small}, "automargin": True, **axis},
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "xanchor": "left"},
             "hovermode": "x unified" if x == "tokens seen" else "closest",
             "dragmode": False,
