@@ -142,7 +142,8 @@ class Run:
                     f"--output_dir {self.folder}: cannot write there ({error.strerror})"
                 ) from None
         if self.config.with_tracking:
-            self.accelerator.project_configuration.set_directories(str(self.folder))
+            project = self.accelerator.project_configuration
+            project.project_dir = project.logging_dir = str(self.folder)
             self.accelerator.init_trackers("mlm", config=_flat(described))
 
     def __enter__(self) -> "Run":

@@ -140,8 +140,10 @@ def figure(value: float | None, digits: int = 4) -> str:
     """`value` to so many significant digits, trailing zeros kept, so that columns align; – for none."""
     if value is None:
         return "–"
-    places = digits - 1 - math.floor(math.log10(abs(value))) if value else digits - 1
-    return f"{value:,.{min(max(places, 0), 8)}f}".replace("-", "−") if -8 < places < 8 else f"{value:.3g}"
+    if value and not 1e-3 <= abs(value) < 1e9:
+        return f"{value:.{digits - 1}e}"
+    places = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{max(places, 0)}f}"
 
 
 def share(value: float | None) -> str:
