@@ -119,7 +119,7 @@ def snapshot(
     }
 
 
-def load(folder: Path, state: State, experiment: dict[str, Any]) -> dict[str, Any]:
+def load(folder: Path, state: State, experiment: dict[str, Any]) -> Progress:
     """Puts everything back in place as `snapshot` took it; returns the progress.
 
     Raises UserError where the checkpoint is another experiment's, with the list of differences.
@@ -146,7 +146,7 @@ def load(folder: Path, state: State, experiment: dict[str, Any]) -> dict[str, An
         state.scheduler.load_state_dict(described["scheduler"])
         if state.scaler is not None and described["scaler"] is not None:
             state.scaler.load_state_dict(described["scaler"])
-        return _read_json(folder / "progress.json")
+        return Progress(**_read_json(folder / "progress.json"))
 
 
 def load_before(folder: Path) -> dict[str, Evaluation]:

@@ -3,7 +3,8 @@
 gain       = perplexity before / perplexity after = exp(loss before − loss after)
 interval   paired bootstrap, percentiles (Efron & Tibshirani, An Introduction to the Bootstrap, 1993,
            chapters 8 and 13): documents are drawn with replacement, as many as there are, each with its
-           nats under both models, for predictions within a document are not independent
+           nats under both models, for predictions within a document are not independent. A test
+           compares it with scipy.stats.bootstrap(…, paired=True, method="percentile").
 """
 
 import math
@@ -168,12 +169,15 @@ def documents(
     count, nats_before, nats_after = grouped(group, len(numbers), before.nats, after.nats)
     begin = store.document_offsets[numbers]
     end = np.minimum(store.document_offsets[numbers + 1], begin + OPENING)
-    openings = [store.ids[b:e].tolist() for b, e in zip(begin, end, strict=True)]
+    openings = [
+        tokenizer.decode(store.ids[b:e].tolist(), skip_special_tokens=True)
+        for b, e in zip(begin, end, strict=True)
+    ]
     return pa.table(
         {
             "text": pa.array([name] * len(numbers), pa.string()),
             "document": numbers,
-            "opening": pa.array(tokenizer.batch_decode(openings, skip_special_tokens=True), pa.string()),
+            "opening": pa.array(openings, pa.string()),
             "masked_tokens": count,
             "nats_before": nats_before,
             "nats_after": nats_after,

@@ -1,5 +1,6 @@
 """The Accelerator that the launcher and the flags ask for, or one line on why it cannot be had."""
 
+import ctypes
 import os
 
 import torch
@@ -51,9 +52,24 @@ def make_accelerator(
         raise UserError(
             f"--with_tracking: no tracker is installed for --report_to {report_to}; pip install one"
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if accelerator.distributed_type not in DATA_PARALLEL:
         kind = accelerator.distributed_type.value
         raise UserError(
             f"accelerate is configured for {kind}, and this loop is data-parallel: accelerate config"
         )
     return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep the memory of freed tensors for the next ones; with another C library, nothing happens.
+
+    By default a large tensor is a mapping of its own that goes back to the kernel with it, and the kernel
+    zeroes every page of the next one: on a CPU, a quarter of the time of a small BERT's step.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

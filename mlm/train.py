@@ -155,7 +155,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     resumed, notes = checkpoint.find(config.checkpoint.resume_from_checkpoint, checkpoints, accelerator)
     run.say("\n".join(notes))
     if resumed:
-        progress = Progress(**checkpoint.load(resumed, state, experiment))
+        progress = checkpoint.load(resumed, state, experiment)
         before = checkpoint.load_before(resumed)
     micro_batch = passes.first(
         loop.per_device_train_batch_size, progress.micro_batch.get(str(world)), -(-G // world), device

@@ -1,77 +1,157 @@
-"""Measures a masked language model on held-out text: loss, perplexity and accuracy under fixed masks."""
+"""Measures a masked language model on held-out text, under fixed masks, or two models on the same ones."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
 
 from mlm import cli
-from mlm.batches import subset
-from mlm.chunks import ChunkConfig, chunk_length, cut_into_chunks
-from mlm.corpus import CorpusConfig
+from mlm.chunks import ChunkConfig, chunk_length
+from mlm.compare import compare, in_words
+from mlm.corpus import CorpusConfig, GeneralConfig
 from mlm.errors import UserError
-from mlm.evaluate import EvaluateConfig, evaluate
+from mlm.evaluate import EvaluateConfig, Evaluation, Text, evaluate_all, measure, token_counts
 from mlm.hardware import make_accelerator
-from mlm.masking import MaskingConfig, make_recipe
-from mlm.model import ModelConfig, SparseMaskedLM, check_embeddings, load_model, max_positions
-from mlm.pseudo_perplexity import PseudoPerplexityConfig, measure
-from mlm.record import finite
-from mlm.stream import StreamConfig
-from mlm.texts import open_corpus
+from mlm.masking import MaskingConfig
+from mlm.model import ModelConfig, SparseMaskedLM, check_embeddings, load_model, position_limit
+from mlm.pseudo_perplexity import PseudoPerplexityConfig
+from mlm.pseudo_perplexity import measure as measure_sentences
+from mlm.record import figure, finite, write_json
+from mlm.stream import StreamConfig, TokenStore
+from mlm.texts import open_corpus, open_texts
 from mlm.train import Config
 
 
 @dataclass(frozen=True)
 class CheckpointToMeasure:
-    """The part of ModelConfig that measuring needs, and the precision."""
+    """The part of ModelConfig that measuring needs, the precision, and what to compare with."""
 
     model_name_or_path: str | None = None  # masked-LM checkpoint, a Hub name or a folder
     tokenizer_name: str | None = None  # tokenizer, where it differs from the model's
+    compare: str | None = None  # the base: a second checkpoint, measured on the same masks
+    output: str | None = None  # file to write the figures to, with --compare the whole comparison, as JSON
     trust_remote_code: bool = False  # run the Python code that a checkpoint brings along
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # default: as accelerate is configured
 
 
 ROOMS = (
-    CheckpointToMeasure,
-    CorpusConfig,
-    StreamConfig,
-    ChunkConfig,
-    MaskingConfig,
-    EvaluateConfig,
-    PseudoPerplexityConfig,
+    *(CheckpointToMeasure, CorpusConfig, GeneralConfig, StreamConfig, ChunkConfig, MaskingConfig),
+    *(EvaluateConfig, PseudoPerplexityConfig),
 )
 
 
+class Measured(NamedTuple):
+    tokenizer: PreTrainedTokenizerBase
+    stores: dict[str, TokenStore]
+    texts: dict[str, Text]  # "held_out" and, where asked for, "general"
+    evaluations: dict[str, Evaluation]
+
+    def figures(self) -> dict[str, dict[str, Any]]:
+        return {name: measure(self.evaluations[name], text) for name, text in self.texts.items()}
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    what, corpus, stream, chunking, masking, evaluation, pseudo, _ = cli.parse(
+    what, corpus, general, stream, chunking, masking, evaluation, pseudo, _ = cli.parse(
         ROOMS, argv, cli.command(__doc__)
     )
     if not what.model_name_or_path:
         raise UserError("nothing to measure; give --model_name_or_path")
-    model = ModelConfig(
-        model_name_or_path=what.model_name_or_path,
-        tokenizer_name=what.tokenizer_name,
-        trust_remote_code=what.trust_remote_code,
-    )
+    model = ModelConfig(what.model_name_or_path, trust_remote_code=what.trust_remote_code)
+    base = replace(model, model_name_or_path=what.compare) if what.compare else None
+    model = replace(model, tokenizer_name=what.tokenizer_name)
     accelerator = make_accelerator(what.mixed_precision)
     if pseudo.pseudo_perplexity:
-        return measure(pseudo.pseudo_perplexity, model, evaluation.per_device_eval_batch_size, accelerator)
-    config = Config(model=model, corpus=corpus, stream=stream, masking=masking)
-    tokenizer, facts, stores = open_corpus(config, accelerator)
-    check_embeddings(model, tokenizer)
-    store = stores["validation"]
-    net = load_model(model, tokenizer, seed=0)
-    length = chunk_length(chunking, max_positions(net.config))
-    chunks = cut_into_chunks(store, chunking, length, facts)
-    chunk_ids = subset(evaluation.eval_mask_seed, len(chunks), evaluation.max_eval_samples)
-    sparse = SparseMaskedLM(net).to(accelerator.device)
-    found = evaluate(sparse, chunks, chunk_ids, make_recipe(masking, facts), facts, evaluation, accelerator)
-    accelerator.print(
-        f"perplexity {found.perplexity:.4g}, loss {found.loss:.4f} nats, accuracy {found.accuracy:.2%} "
-        f"over {found.counts.sum():,} masked tokens in {len(chunk_ids):,} chunks of {length} "
-        f"of {corpus.validation_file or corpus.dataset_name or corpus.train_file or 'the built-in corpus'}"
-    )
+        size = evaluation.per_device_eval_batch_size
+        return measure_sentences(pseudo.pseudo_perplexity, model, size, accelerator)
+    config = Config(model, corpus, general, stream, chunking, masking, evaluate=evaluation)
+    limits = [limit for limit in map(position_limit, (model, base) if base else (model,)) if limit]
+    length = chunk_length(chunking, min(limits, default=None))
+
+    found = measure_one(config, length, accelerator)
+    result: dict[str, Any] = {name: figures for name, figures in found.figures().items()}
+    if base is None:
+        for name, text in found.texts.items():
+            accelerator.print(described(result[name], text))
+    else:
+        was = measure_one(replace(config, model=base), length, accelerator)
+        result, lines = compared(was, found)
+        accelerator.print(lines)
+    if what.output and accelerator.is_main_process:
+        save(Path(what.output), result)
     accelerator.end_training()
-    return {**finite(found.summary()), "chunks": len(chunk_ids), "chunk_size": length}
+    measured = found.figures()["held_out"]
+    sizes = {"chunks": len(found.texts["held_out"].chunk_ids), "chunk_size": length}
+    return finite({**measured, **sizes, **(headlines(result) if base else {})})
+
+
+def measure_one(config: Config, length: int, accelerator: Accelerator) -> Measured:
+    """The figures of the checkpoint that `config` names, on its texts in chunks of `length` tokens."""
+    tokenizer, facts, stores = open_corpus(config, accelerator)
+    check_embeddings(config.model, tokenizer)
+    texts = open_texts(config, tokenizer, facts, stores["validation"], length, accelerator)
+    model = SparseMaskedLM(load_model(config.model, tokenizer, seed=0)).to(accelerator.device)
+    return Measured(tokenizer, stores, texts, evaluate_all(model, texts, accelerator))
+
+
+def compared(base: Measured, found: Measured) -> tuple[dict[str, Any], str]:
+    """The comparison of each text, or where the tokenizers differ the figures of both; and lines to print."""
+    result: dict[str, Any] = {"held_out": None, "general": None}
+    same = all(text.facts.fingerprint == base.texts[n].facts.fingerprint for n, text in found.texts.items())
+    lines = []
+    for name, text in found.texts.items():
+        before, after = base.evaluations[name], found.evaluations[name]
+        if same:
+            train = found.stores.get("train")
+            counts = token_counts(train, text.facts.size) if train else None
+            result[name] = compare(text, before, after, found.tokenizer, counts)
+            lines.append(f"{text.name}: {in_words(result[name])}")
+        else:
+            was, now = measure(before, base.texts[name]), measure(after, text)
+            result[name] = {"text": text.name, "before": was, "after": now}
+            lines.append(
+                f"{text.name}: {figure(was['bits_per_character'])} bits per character before, "
+                f"{figure(now['bits_per_character'])} after"
+            )
+    if not same:
+        lines.append(
+            "the two have different tokenizers: their masks and the perplexity of their tokens are not "
+            "comparable, bits per character and per word are"
+        )
+    return finite({**result, "same_tokenizer": same}), "\n".join(lines)
+
+
+def headlines(result: dict[str, Any]) -> dict[str, Any]:
+    """What the last line of output says of a comparison."""
+    held_out = result["held_out"]
+    before = {f"{name}_before": value for name, value in held_out["before"].items()}
+    if not result["same_tokenizer"]:
+        return {**before, "same_tokenizer": False}
+    low, high = held_out["gain"]["interval"]
+    gain = {"gain": held_out["gain"]["value"], "gain_low": low, "gain_high": high}
+    return {**before, "same_tokenizer": True, **gain}
+
+
+def described(figures: dict[str, Any], text: Text) -> str:
+    bits = " and ".join(
+        f"{figure(figures[f'bits_per_{unit}'])} bits per {unit}"
+        for unit in ("character", "word")
+        if figures[f"bits_per_{unit}"] is not None
+    )
+    return (
+        f"perplexity {figures['perplexity']:.4g}, loss {figures['eval_loss']:.4f} nats, accuracy "
+        f"{figures['accuracy']:.2%}, {bits}, over {figures['eval_masked_tokens']:,} masked tokens in "
+        f"{len(text.chunk_ids):,} chunks of {text.chunks.chunk_size} of {text.name}"
+    )
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    try:
+        write_json(path, finite(result))
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot write there ({error.strerror})") from None
 
 
 if __name__ == "__main__":

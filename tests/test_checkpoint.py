@@ -16,6 +16,7 @@ from transformers import AutoModelForMaskedLM
 
 from mlm.checkpoint import (
     CheckpointConfig,
+    Progress,
     State,
     Writer,
     bests,
@@ -321,7 +322,7 @@ def test_a_checkpoint_is_a_copy_that_later_steps_do_not_reach(toy, tmp_path):
         with torch.no_grad():
             for tensor in everything().values():
                 tensor.add_(1)
-    assert load(tmp_path / "step_1", state, {}) == {"step": 1}
+    assert load(tmp_path / "step_1", state, {}) == Progress(step=1)
     assert_same_bits(before, everything())
 
 

@@ -1,0 +1,98 @@
+"""How much of a perplexity is the luck of its masks: one sampled pass, K sampled passes, and K folds.
+
+Workload: IMDb reviews drawn with a fixed seed, chunks of 128, 15% masked. Each pass is evaluated under
+many mask seeds; one figure of K sampled passes is over K of them, and costs as much as one of K folds, which
+predict each token exactly once. The spread is that of the figures over seeds: the documents stay the same.
+
+    python benchmarks/mask_noise.py --imdb FOLDER --model_name_or_path CHECKPOINT
+
+FOLDER holds test.parquet with a column `text`. Writes benchmarks/results/mask_noise.json.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from imdb import HERE, sample
+
+from mlm.chunks import ChunkConfig
+from mlm.corpus import CorpusConfig
+from mlm.evaluate import EvaluateConfig, evaluate, make_text
+from mlm.masking import MaskingConfig, make_recipe
+from mlm.model import ModelConfig, SparseMaskedLM, load_model
+from mlm.record import environment, write_json
+from mlm.stream import StreamConfig, prepare
+from mlm.tokenizer import load_tokenizer, token_facts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--imdb", type=Path, required=True, help="folder of test.parquet")
+    parser.add_argument("--model_name_or_path", type=Path, required=True)
+    parser.add_argument("--held_out", type=int, default=40, help="reviews")
+    parser.add_argument("--folds", type=int, default=7)
+    parser.add_argument("--figures", type=int, default=10, help="perplexities, each under masks of its own")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "mask_noise.json")
+    args = parser.parse_args()
+
+    accelerator = Accelerator(cpu=True)
+    tokenizer = load_tokenizer(str(args.model_name_or_path))
+    facts = token_facts(tokenizer)
+    model = load_model(ModelConfig(model_name_or_path=str(args.model_name_or_path)), tokenizer, seed=0)
+    sparse = SparseMaskedLM(model)
+    recipe = make_recipe(MaskingConfig(), facts)
+    K, n = args.folds, args.figures
+    results = {}
+    with tempfile.TemporaryDirectory() as room:
+        corpus = CorpusConfig(
+            validation_file=str(sample(args.imdb / "test.parquet", args.held_out, Path(room, "v.parquet")))
+        )
+        store = prepare(corpus, tokenizer, facts, StreamConfig(token_store=room))["validation"]
+        kinds = {
+            "one sampled pass": EvaluateConfig(eval_mask_seeds=n * K),
+            f"{K} folds": EvaluateConfig(eval_mask_seeds=n, eval_mask_folds=K),
+        }
+        for name, config in kinds.items():
+            text = make_text("IMDb", store, ChunkConfig(), 128, recipe, facts, config)
+            started = time.perf_counter()
+            parts = evaluate(sparse, text, accelerator).seeds(config)
+            seconds = time.perf_counter() - started
+            results[name] = spread([part.loss for part in parts], parts[0].masked, seconds / len(parts))
+            if config.eval_mask_folds is None:  # K seeds at a time
+                groups = [parts[first : first + K] for first in range(0, n * K, K)]
+                losses = [sum(p.nats.sum() for p in g) / sum(p.masked for p in g) for g in groups]
+                masked = sum(part.masked for part in groups[0])
+                results[f"{K} sampled passes"] = spread(losses, masked, K * seconds / len(parts))
+            print(results, flush=True)
+    write_json(
+        args.out,
+        {
+            "what": f"perplexity of {args.held_out} IMDb reviews under many mask seeds, chunks of 128",
+            "model": args.model_name_or_path.name,
+            "chunks": len(text.chunk_ids),
+            "results": results,
+            "environment": environment(accelerator),
+        },
+    )
+
+
+def spread(losses: list[float], masked: int, seconds: float) -> dict:
+    """Of a figure over mask seeds: losses in nats a masked token, one for each figure."""
+    perplexities = np.exp(losses)
+    return {
+        "figures": len(losses),
+        "masked_tokens": masked,
+        "seconds": seconds,
+        "perplexity": float(np.exp(np.mean(losses))),
+        "perplexity_min": float(perplexities.min()),
+        "perplexity_max": float(perplexities.max()),
+        "perplexity_std": float(perplexities.std(ddof=1)),
+        "loss_std": float(np.std(losses, ddof=1)),
+    }
+
+
+if __name__ == "__main__":
+    main()
