@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 
+import plotly.graph_objects as go
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from mlm.errors import UserError
 from mlm.examples import from_held_out
 from mlm.fill_mask import fill, load
 from mlm.record import RecordConfig
-from mlm.report import chance, figure, read_runs, render, share
+from mlm.report import _chart, chance, figure, read_runs, render, share
 from mlm.train import train
 from tests.conftest import REPOSITORY
 
@@ -123,7 +124,7 @@ def test_the_figures_on_the_page_are_those_of_all_results_json(run, browser):
     shown = browser.figures()
     for name, key, value, text in shown:
         assert (name, value) == ("toy", results[key]), key
-        assert number(text) == pytest.approx(value, rel=6e-4, abs=6e-4), key
+        assert number(text) == pytest.approx(value, rel=2e-3, abs=6e-4), key
     told = {key for _, key, _, _ in shown}
     measured = {"perplexity", "eval_loss", "accuracy", "bits_per_character", "bits_per_word"}
     assert told >= measured | {f"{name}_before" for name in measured}
@@ -369,17 +370,19 @@ def test_a_base_that_is_gone_costs_the_examples_and_no_more(run, tmp_path, capsy
     assert 'id="examples"' not in (folder / "report.html").read_text()
 
 
-def test_a_report_runs_no_code_that_a_run_brings_along(run, tmp_path, capsys):
+@pytest.mark.parametrize("which", ["adapted", "base"])
+def test_a_report_runs_no_code_that_a_run_brings_along(run, tmp_path, capsys, which):
     """A run.json that says to trust it is not the reader's word."""
-    folder = tmp_path / "foreign"
-    shutil.copytree(run, folder)
+    folder, base = tmp_path / "adapted", tmp_path / "base"
+    for copy in (folder, base):
+        shutil.copytree(run, copy)
     (folder / "fill_mask.json").unlink()
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((run / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForMaskedLM": "own.M"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (tmp_path / which / "config.json").write_text(json.dumps(config))
+    (tmp_path / which / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     about = json.loads((folder / "run.json").read_text())
-    about["configuration"]["model"]["trust_remote_code"] = True
+    about["configuration"]["model"] |= {"trust_remote_code": True, "model_name_or_path": str(base)}
     (folder / "run.json").write_text(json.dumps(about))
     script.main([str(folder)])
     assert "no examples" in capsys.readouterr().out
@@ -413,3 +416,9 @@ def test_the_script_says_what_it_takes(capsys):
     with pytest.raises(SystemExit):
         cli.parse([script.ReportConfig], ["--help"], cli.command(script.__doc__))
     assert "--sentences_file" in capsys.readouterr().out
+
+
+def test_no_text_ends_the_script_that_holds_a_chart():
+    chart = go.Figure(layout={"title": {"text": NASTY}})
+    assert "<" not in _chart(chart)
+    assert json.loads(_chart(chart))["layout"]["title"]["text"] == NASTY
