@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 
 import plotly.graph_objects as go
@@ -410,6 +411,17 @@ def test_the_chance_of_a_word_is_the_geometric_mean_over_its_occurrences():
     row = {"count": 2, "nats_before": -math.log(0.9) - math.log(0.1), "nats_after": None}
     assert chance(row, "before") == "30.0%"
     assert chance(row, "after") == "0.0%"
+
+
+def test_the_page_is_made_from_the_directory_alone_without_torch(run, tmp_path):
+    program = (
+        "import sys; from pathlib import Path\nsys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from mlm.report import read_runs, write_report\n"
+        "write_report(read_runs([Path(sys.argv[1])]), Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", program, str(run), str(tmp_path / "page.html")]
+    subprocess.run(command, check=True, cwd=REPOSITORY)
+    assert (tmp_path / "page.html").read_text() == (run / "report.html").read_text()
 
 
 def test_the_script_says_what_it_takes(capsys):
