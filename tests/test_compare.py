@@ -159,6 +159,16 @@ def test_nats_belong_to_the_document_of_their_token(world):
         assert row["text"] == "held_out"
 
 
+@pytest.mark.parametrize("header", [{"words": None}, {"words": 3}], ids=["slow tokenizer", "no spaces"])
+def test_where_the_tokenizer_sees_no_words_none_are_told_of(world, header):
+    store = dataclasses.replace(world.text.store, header={**world.text.store.header, **header})
+    text = dataclasses.replace(world.text, store=store)
+    found = compare(text, world.before, world.after, world.tokenizer, counts=None)
+    assert found["words"] is None
+    assert set(found["breakdowns"]) == {"position"}, "nor of frequencies in a corpus that is not known"
+    assert found["tokens"] == world.compare()["tokens"]
+
+
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.data())
 def test_frequency_tenths_are_those_of_a_slow_count(counts, data):
     ordinary = np.array(data.draw(st.lists(st.booleans(), min_size=len(counts), max_size=len(counts))))
