@@ -7,8 +7,8 @@ A word of n pieces takes n masks, and its pieces are filled in from left to righ
 For one piece that is the probability that `mlm.fill_mask.fill` gives it. For more it is the sum over a word
 that Kauf and Ivanova name PLL-word-l2r (2023, "A Better Way to Do Masked Language Model Scoring",
 arXiv:2305.10588). transformers' `pipeline("fill-mask", targets=…)` takes the first piece for the word (its
-issues 4306, 9678, 17374). The number of masks tells the model how long the word is: the probabilities of words
-of one length sum to at most 1, those of words of several lengths are no distribution together.
+issues 4306, 9678, 17374). The number of masks tells the model how long the word is: the probabilities of
+words of one length sum to at most 1, those of words of several lengths are no distribution together.
 """
 
 import csv
@@ -44,9 +44,9 @@ def parse_targets(text: str) -> list[str]:
 
     Blanks around a word do not count, nor does a word's second mention. Raises UserError where there is none.
     """
-    [cells] = csv.reader([text], skipinitialspace=True) if text.strip() else [[]]
+    [cells] = csv.reader([" ".join(text.split()) or " "], skipinitialspace=True)
     words = list(dict.fromkeys(cell.strip() for cell in cells))
-    if not words or "" in words:
+    if "" in words:
         raise UserError(f"--targets {text!r}: expected words with commas between them, such as good,bad")
     return words
 

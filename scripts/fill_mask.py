@@ -21,13 +21,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     config, rest = cli.parse([FillMaskConfig], argv, parser)
     if not config.model_name_or_path:
         raise UserError("which model? name a checkpoint with --model_name_or_path")
-    if bool(rest.sentences) == bool(config.sentences_file):
-        has = (
-            "sentences twice: write them, or"
-            if rest.sentences
-            else "no sentence: write one in quotes, such as"
+    if rest.sentences and config.sentences_file:
+        raise UserError("sentences twice: those of --sentences_file, or those written here?")
+    if not rest.sentences and not config.sentences_file:
+        raise UserError(
+            f'no sentence: write one in quotes, such as "This is a great {MASK}.", or give --sentences_file'
         )
-        raise UserError(f'{has} "This is a great {MASK}.", or name a file with --sentences_file')
     given = rest.sentences or list(read_sentences(config.sentences_file).values())
     targets = None if config.targets is None else parse_targets(config.targets)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForMaskedLM
 
 from tests.conftest import REPOSITORY
@@ -19,6 +20,15 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--nu
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 SCRIPT = str(REPOSITORY / "scripts" / "train.py")
 CPU = {"ACCELERATE_USE_CPU": "true"}
+
+
+def half_precision(init_scale):
+    """fp16 with a real scaler, on the CPU, where accelerate itself would offer none."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.native_amp = True
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    return accelerator
 
 
 def start(launcher: list[str], flags: list[str], program: str = SCRIPT) -> subprocess.Popen:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForMaskedLM
 
 from mlm.checkpoint import (
@@ -39,6 +40,7 @@ from tests.runs import (
     assert_same_bits,
     assert_same_weights,
     finish,
+    half_precision,
     metrics,
     run,
     start,
@@ -60,6 +62,18 @@ def test_a_resumed_run_ends_in_the_bits_of_the_uninterrupted_one(toy, tmp_path, 
     assert_same_bits(whole.model.state_dict(), resumed.model.state_dict())
     assert resumed.results["train_loss"] == whole.results["train_loss"]
     assert_each_step_once(tmp_path / "cut")
+
+
+def test_a_resumed_run_goes_on_with_the_loss_scale_of_fp16(toy, tmp_path):
+    """Else it would skip again the steps that it took to find it."""
+    config = dataclasses.replace(toy.config(tmp_path / "run"), checkpoint=CheckpointConfig(5))
+    whole = train(config, half_precision(2.0**40))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_10")
+    latest = CheckpointConfig(resume_from_checkpoint="latest")
+    resumed = train(dataclasses.replace(config, checkpoint=latest), half_precision(2.0**40))
+    assert resumed.results["skipped_steps"] == whole.results["skipped_steps"] > 5
+    assert_same_bits(whole.model.state_dict(), resumed.model.state_dict())
 
 
 def interrupted(toy, folder, at=5, **loop):
@@ -98,6 +112,20 @@ def test_other_masks_or_other_text_are_another_experiment(toy, tmp_path):
     other = dataclasses.replace(config.corpus, train_file=str(toy.validation_file))
     with pytest.raises(UserError, match="train corpus"):
         train(dataclasses.replace(config, corpus=other))
+
+
+def test_another_tokenizer_is_another_experiment(toy, tmp_path):
+    """Here one that gives two words each other's ids."""
+    config = interrupted(toy, tmp_path / "run")
+    shutil.copytree(toy.checkpoint, tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    described = json.loads(path.read_text())
+    vocabulary = described["model"]["vocab"]
+    vocabulary["cat"], vocabulary["dog"] = vocabulary["dog"], vocabulary["cat"]
+    path.write_text(json.dumps(described))
+    model = dataclasses.replace(config.model, tokenizer_name=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="another experiment, with tokenizer"):
+        train(dataclasses.replace(config, model=model))
 
 
 def test_what_does_not_change_the_result_may_change(toy, tmp_path):

@@ -4,7 +4,6 @@ import json
 import runpy
 import subprocess
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,9 +23,12 @@ from transformers import (
     pipeline,
 )
 
+from mlm.columns import columns
 from mlm.errors import UserError
 from mlm.fill_mask import Filler, FillMaskConfig, fill, load, table
+from mlm.joint import Filled, fill_jointly
 from mlm.model import ModelConfig, check_embeddings
+from mlm.targets import Target, score_targets
 from mlm.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -239,10 +241,6 @@ def test_top_k_is_between_one_and_the_vocabulary(bert):
         fill(model, tokenizer, SENTENCES, 500)
 
 
-def columns(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-
-
 names = st.text(st.characters(codec="ascii", categories=["L", "P"]), min_size=1, max_size=120)
 fillers = st.builds(Filler, st.text(st.sampled_from("aé酒店ｗ"), min_size=1, max_size=60), st.floats(0, 1))
 
@@ -297,6 +295,61 @@ def test_the_script_needs_a_model_and_a_sentence(bert, answer):
         answer("--model_name_or_path", bert)
     with pytest.raises(UserError, match="no such folder"):
         answer("--model_name_or_path", "./nowhere", "A [MASK] story")
+
+
+def test_targets_and_joint_fillings_of_two_models_stand_side_by_side(bert, roberta, answer, capsys):
+    models = ["--model_name_or_path", bert, "--compare", roberta]
+    sentences = ["The [MASK] was <mask>.", "A <mask> story"]
+    result = answer(*models, "--targets", "great,so so", *sentences)
+    for key, folder in (("sentences", bert), ("base", roberta)):
+        model, tokenizer = load(str(folder))
+        own = [sentence.replace("<mask>", "[MASK]") for sentence in sentences]
+        expected = score_targets(model, tokenizer, own, ["great", "so so"])
+        assert [record["text"] for record in result[key]] == sentences
+        assert [[[Target(**t) for t in mask] for mask in r["targets"]] for r in result[key]] == expected
+    assert capsys.readouterr().out.count("great") == 2 * 3
+
+    result = answer(*models, "--order", "confidence", "--num_beams", 7, "--top_k", 3, *sentences)
+    for key, folder in (("sentences", bert), ("base", roberta)):
+        expected = fill_jointly(*load(str(folder)), own, "confidence", 7)
+        found = [[Filled(**filled) for filled in record["filled"]] for record in result[key]]
+        assert found == [ways[:3] for ways in expected]
+    lines = capsys.readouterr().out.splitlines()
+    assert all(columns(line) <= 100 for line in lines)
+    assert sum(line.count(" nats  ") for line in lines) == 2 * 2 * 3
+
+
+def test_a_narrow_beam_shows_as_many_as_it_keeps(bert, answer):
+    result = answer("--model_name_or_path", bert, "--order", "left_to_right", "--num_beams", 2, "A [MASK]")
+    assert len(result["sentences"][0]["filled"]) == 2
+
+
+def test_sentences_come_from_a_file(bert, answer, tmp_path):
+    file = tmp_path / "sentences.txt"
+    file.write_bytes("\ufeffA [MASK] story\r\n\n  [MASK] is good\n\n".encode())
+    result = answer("--model_name_or_path", bert, "--sentences_file", file)
+    assert [record["text"] for record in result["sentences"]] == ["A [MASK] story", "  [MASK] is good"]
+    assert result == answer("--model_name_or_path", bert, "A [MASK] story", "  [MASK] is good")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--sentences_file", "none.txt"], r"^none.txt: cannot read the sentences \(No such file"),
+        (["--sentences_file", "none.txt", "A [MASK]"], "sentences twice"),
+        (["--num_beams", "3", "A [MASK]"], "--num_beams.*--order"),
+        (["--num_beams", "0", "--order", "confidence", "A [MASK]"], "--num_beams 0: at least 1"),
+        (["--targets", "a,b", "--order", "confidence", "A [MASK]"], "--targets.*--order confidence"),
+        (["--targets", "a,,b", "A [MASK]"], "--targets 'a,,b'"),
+        (["--targets", "漢", "A [MASK]"], r"--targets: '漢' is not in the vocabulary.*\[UNK\]"),
+        (["--targets", "a", "No gaps."], "has no mask"),
+        (["--order", "left_to_right", "No gaps."], "has no mask"),
+        (["--order", "random", "A [MASK]"], "--order: 'random' is not independent|left_to_right|confidence"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(flags, words, bert, answer):
+    with pytest.raises(UserError, match=words):
+        answer("--model_name_or_path", bert, *flags)
 
 
 def test_the_script_ends_with_one_json_object(bert):

@@ -161,9 +161,11 @@ def test_a_worker_whose_launcher_is_gone_stops_in_order(toy, tmp_path, whole, la
 def test_a_run_started_with_nohup_outlives_its_shell(toy, tmp_path):
     """Only where a launcher was is a parent that is gone a reason to stop."""
     folder = tmp_path / "run"
-    command = [*PYTHON, "scripts/train.py", *flags(toy, folder, max_train_steps=300)]
-    shell = "nohup " + " ".join(f"'{word}'" for word in command) + " >/dev/null 2>&1 &"
-    subprocess.run(["bash", "-c", shell], check=True)
+    command = [*PYTHON, "scripts/train.py", *flags(toy, folder)]
+    shell = "nohup " + " ".join(f"'{word}'" for word in command) + " >/dev/null 2>&1 & wait"
+    with subprocess.Popen(["bash", "-c", shell]) as process:
+        wait_for(under_way(folder), process)
+        process.kill()
     end = time.monotonic() + 60
     while not (folder / "all_results.json").exists() and time.monotonic() < end:
         time.sleep(0.1)

@@ -10,7 +10,6 @@ from typing import get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from transformers import AutoModelForMaskedLM, get_scheduler
 
@@ -26,7 +25,7 @@ from mlm.record import RecordConfig
 from mlm.stream import prepare
 from mlm.tokenizer import load_tokenizer, token_facts
 from mlm.train import train
-from tests.runs import TORCHRUN, assert_same_bits, assert_same_weights, metrics, run, weights
+from tests.runs import TORCHRUN, assert_same_bits, assert_same_weights, half_precision, metrics, run, weights
 
 
 def slow_training(config):
@@ -118,15 +117,6 @@ def test_the_linear_schedule_ends_at_exactly_zero(toy, tmp_path, warmup, steps, 
     ]
     assert rates == pytest.approx(expected)
     assert rates[-1] == 0.0
-
-
-def half_precision(init_scale):
-    """fp16 with a real scaler, on the CPU, where accelerate itself would offer none."""
-    accelerator = Accelerator(cpu=True)
-    accelerator.state._mixed_precision = "fp16"
-    accelerator.native_amp = True
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
-    return accelerator
 
 
 def test_a_step_that_the_scaler_skips_is_taken_again_and_moves_nothing(toy, tmp_path):
