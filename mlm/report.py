@@ -158,9 +158,10 @@ def count(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
 
 
-def short(name: str) -> str:
-    """A Hub name as it is, of a local path its last part."""
-    return Path(name).name if name.startswith(("/", ".", "~")) or name.count("/") > 1 else name
+def short(name: str, parts: int = 1) -> str:
+    """A Hub name as it is, of a local path its last parts."""
+    local = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    return "/".join(Path(name).parts[-parts:]) if local else name
 
 
 def chance(row: dict[str, Any], when: str) -> str:
