@@ -21,7 +21,6 @@ def make_accelerator(
     mixed_precision: str | None = None,
     deterministic: bool = False,
     report_to: str | None = None,
-    project_dir: str | None = None,
 ) -> Accelerator:
     """Sets up the device, the processes, the precision and the trackers.
 
@@ -38,7 +37,8 @@ def make_accelerator(
         accelerator = Accelerator(
             mixed_precision=mixed_precision,
             log_with=report_to,
-            project_dir=project_dir,
+            # Trackers that write files want a folder now; the run names its own before they write.
+            project_dir=report_to and ".",
             # The loop sums its micro-batches itself: accelerate would divide by its own count of them.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         )

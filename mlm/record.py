@@ -7,7 +7,8 @@
              metrics.jsonl       one JSON object a line, each with an `event` and a `step`
              run.json            full configuration, versions, hardware, commit, fingerprints
              checkpoints/        see checkpoint.py
-             README.md           a model card
+             README.md           a model card (card.py)
+             fill_mask.json, report.html   once scripts/report.py has been here
 """
 
 import dataclasses
@@ -33,13 +34,14 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm import checkpoint
 from mlm.batches import Batches
+from mlm.card import figure, model_card
 from mlm.errors import UserError, at_least, one_line
 from mlm.evaluate import Text
 from mlm.model import SparseMaskedLM
@@ -103,8 +105,10 @@ class Run:
         return bool(ended) and not checkpoint.steps(self.folder / "checkpoints")
 
     def say(self, text: str) -> None:
+        """A line on standard output, above the bar where there is one."""
         if self.speaks and text:
-            print(text, flush=True)
+            with tqdm.external_write_mode():
+                print(text, flush=True)
 
     def how_to_go_on(self, number: int, step: int) -> str:
         """Words for a run that a signal has stopped."""
@@ -135,7 +139,8 @@ class Run:
                     f"--output_dir {self.folder}: cannot write there ({error.strerror})"
                 ) from None
         if self.config.with_tracking:
-            self.accelerator.project_configuration.set_directories(str(self.folder))
+            project = self.accelerator.project_configuration
+            project.project_dir = project.logging_dir = str(self.folder)
             self.accelerator.init_trackers("mlm", config=_flat(described))
 
     def __enter__(self) -> "Run":
@@ -166,7 +171,14 @@ class Run:
             self._lock.release()
 
     def _clear(self) -> None:
-        for name in ("metrics.jsonl", "all_results.json", "comparison.json", "documents.parquet"):
+        for name in (
+            "metrics.jsonl",
+            "all_results.json",
+            "comparison.json",
+            "documents.parquet",
+            "fill_mask.json",
+            "report.html",
+        ):
             (self.folder / name).unlink(missing_ok=True)
         checkpoint.clear(self.folder / "checkpoints")
 
@@ -214,26 +226,26 @@ class Run:
             self.bar = tqdm(
                 total=last_step,
                 initial=step - 1,
-                desc="training",
                 unit=" steps",
+                dynamic_ncols=True,
+                bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}",
                 disable=None if self.speaks else True,
             )
         self.bar.update()
 
-    def report(
-        self, step: int, window: "Window", loss_so_far: float, learning_rate: float, tokens: int
-    ) -> None:
-        """A line of training metrics, shown on the bar, or printed where there is none.
+    def report(self, step: int, window: "Window", learning_rate: float, tokens: int) -> None:
+        """A line of training metrics, shown on the bar, and printed where standard output is no terminal.
 
         tokens: seen in training so far, padding not counted
         """
-        speed, perplexity = window.tokens / window.seconds, math.exp(min(loss_so_far, 700))
-        told = {"loss": window.loss, "learning_rate": learning_rate, "tokens_per_second": speed}
-        self.log("train", step, tokens=tokens, **told)
-        seen = f"loss {window.loss:.4f}, perplexity so far {perplexity:.4g}, lr {learning_rate:.2e}, "
+        loss, speed = window.loss, window.tokens / window.seconds
+        self.log(
+            "train", step, tokens=tokens, loss=loss, learning_rate=learning_rate, tokens_per_second=speed
+        )
+        seen = f"loss {loss:.3f}, perplexity {math.exp(min(loss, 700)):.4g}, lr {learning_rate:.1e}, "
         seen += f"{speed:,.0f} tokens/s"
         self.bar.set_postfix_str(seen)
-        if self.bar.disable:
+        if self.bar.disable or not sys.stdout.isatty():
             self.say(f"step {step}/{self.bar.total}: {seen}")
 
     def finish(
@@ -382,11 +394,6 @@ def plan(
     return "\n".join(f"{what:<10} {text}" for what, text in lines.items())
 
 
-def figure(value: float | None) -> str:
-    """A figure for a person to read."""
-    return "undefined" if value is None else f"{value:.4g}"  # nothing was masked, or the run has diverged
-
-
 def write_json(path: Path, value: Any) -> None:
     """Replaces a file by a JSON text, whole or not at all."""
     _replace(path, json.dumps(value, indent=2, default=str) + "\n")
@@ -430,55 +437,6 @@ def peak_memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
-    """The text of README.md as the Hub shows it."""
-    base, corpus = config.model.model_name_or_path, config.corpus
-    local = base is not None and Path(base).exists()
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="fill-mask",
-        base_model=None if local else base,
-        datasets=None
-        if corpus.dataset_name is None or Path(corpus.dataset_name).exists()
-        else corpus.dataset_name,
-        tags=["masked-language-modeling", "domain-adaptation"],
-    )
-    files = [Path(file).name for file in (corpus.dataset_name, corpus.train_file) if file]
-    text = files[0] if files else "the prose that every Python installation carries"
-    model = Path(base).name if local else base or f"A {config.model.model_type or 'small BERT'} from scratch"
-    rows = [
-        f"| {name} | {figure(results[was]) if was in results else ''} | {figure(results[name])} |"
-        for name, was in (("perplexity", "perplexity_before"), ("accuracy", "accuracy_before"))
-    ]
-    table, rate, unigram = "\n".join(rows), config.loop.learning_rate, figure(results["perplexity_unigram"])
-    return f"""---
-{data.to_yaml()}
----
-
-# {name}
-
-{model}, adapted to {text} by masked language modelling.
-
-On {results["eval_masked_tokens"]:,} masked tokens of held-out documents, under fixed masks:
-
-| | before | after |
-| --- | --- | --- |
-{table}
-
-A model that knows token frequencies alone has a perplexity of {unigram} on them.
-
-```python
-from transformers import pipeline
-
-fill = pipeline("fill-mask", "{name}")
-```
-
-- {results["steps"]:,} steps of AdamW ({results["epochs"]:.3g} epochs), learning rate {rate:g}
-- {config.masking.mlm_probability:.3g} of the {"words" if config.masking.whole_word_mask else "tokens"} masked
-- training loss {figure(results["train_loss"])} nats, {results["tokens_per_second"]:,.0f} tokens/s
-"""
 
 
 def _create_repository(name: str) -> str:

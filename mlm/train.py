@@ -291,7 +291,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
             for name, value in window._asdict().items():
                 setattr(progress, name, getattr(progress, name) + value)
             rate = scheduler.get_last_lr()[0]
-            run.report(progress.step, window, progress.nats / max(progress.masked, 1), rate, progress.tokens)
+            run.report(progress.step, window, rate, progress.tokens)
             progress.evaluated = False
             if asked:
                 save_and_stop()

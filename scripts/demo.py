@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from mlm import cli
+from mlm.examples import keep_examples
 from mlm.fill_mask import fill, table
 from mlm.model import SparseMaskedLM, load_model
+from mlm.report import read_runs, write_report
 from mlm.train import ROOMS, Config, train
 
 DEMO = Path(__file__).with_name("demo.yaml")
@@ -31,7 +33,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     before, after, unigram = (result.results[f"perplexity{when}"] for when in ("_before", "", "_unigram"))
     print(f"perplexity {before:.4g} before, {after:.4g} after, {unigram:.4g} for a model that has learnt")
     print(f"nothing but how frequent each token is: {after / unigram:.2f} of it")
-    return {"output_dir": str(result.output_dir), **result.results}
+    page = result.output_dir / "report.html"
+    print(keep_examples(result.output_dir), end="")
+    write_report(read_runs([result.output_dir]), page)
+    print(f"report: {page}")
+    return {"output_dir": str(result.output_dir), "report": str(page), **result.results}
 
 
 if __name__ == "__main__":

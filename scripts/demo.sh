@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains the built-in demo in .venv: no data, no network beyond the installation, a few minutes on two CPU cores.
+# Trains the built-in demo in .venv and writes a report: no data, no network beyond the installation, a few minutes
+# on two CPU cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh ""

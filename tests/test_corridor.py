@@ -58,3 +58,6 @@ def test_the_demo_ends_at_half_of_the_unigram_perplexity_or_less(tmp_path):
     assert found["perplexity"] <= 0.5 * found["perplexity_unigram"]
     assert found["perplexity_before"] > 4000  # about the size of its vocabulary, 8192
     assert run.stdout.count("[MASK]") >= 3  # sentences, filled before and after
+    page = tmp_path / "demo" / "report.html"
+    assert f"report: {page}" in run.stdout.splitlines()
+    assert 'id="examples"' in page.read_text(encoding="utf-8")

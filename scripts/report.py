@@ -1,0 +1,52 @@
+"""Writes what runs did as one HTML file: figures, curves, what was learnt and what was lost, examples."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlm import cli
+from mlm.examples import fill_before_and_after, keep_examples
+from mlm.report import read_runs, write_report
+from mlm.sentences import read_sentences
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Where the report goes, and what is filled for it."""
+
+    output: str | None = None  # file to write (default: RUN/report.html; of several runs, beside the first)
+    sentences_file: str | None = None  # text file, a sentence a line, whose masks are filled before and after
+    trust_remote_code: bool = False  # run the Python code that a checkpoint brings along
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    parser = cli.command(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the --output_dir of a training run")
+    config, rest = cli.parse([ReportConfig], argv, parser)
+    folders = [Path(run) for run in rest.runs]
+    output = Path(
+        config.output
+        or (folders[0] / "report.html" if len(folders) == 1 else folders[0].parent / "report.html")
+    )
+    read_runs(folders)  # a mistake is found before models are loaded
+    sentences = list(read_sentences(config.sentences_file).values()) if config.sentences_file else None
+    if sentences is None:
+        for folder in folders:
+            print(keep_examples(folder, config.trust_remote_code), end="")
+        runs = read_runs(folders)
+    else:
+        runs = [
+            dataclasses.replace(
+                run, examples=fill_before_and_after(folder, sentences, config.trust_remote_code)
+            )
+            for folder, run in zip(folders, read_runs(folders), strict=True)
+        ]
+    write_report(runs, output)
+    print(f"report: {output}")
+    return {"report": str(output)}
+
+
+if __name__ == "__main__":
+    cli.run(main)
