@@ -280,12 +280,10 @@ class Run:
                     f"--output_dir {self.folder}: the model could not be saved ({reason}); "
                     "make room, then --resume_from_checkpoint latest goes on from the last checkpoint"
                 ) from error
-            before = (
-                f"{figure(results['perplexity_before'])} before, " if "perplexity_before" in results else ""
-            )
+            reached, unigram = results["perplexity"], results["perplexity_unigram"]
             self.say(
-                f"held-out perplexity: {before}{figure(results['perplexity'])} after "
-                f"(frequencies alone: {figure(results['perplexity_unigram'])}); saved to {self.folder}"
+                f"held-out perplexity {figure(reached)}, where token frequencies alone reach "
+                f"{figure(unigram)}; saved to {self.folder}"
             )
         self.log("end", results["steps"], **results)
         self.accelerator.wait_for_everyone()
