@@ -72,15 +72,15 @@ fill = pipeline("fill-mask", "{name}")
 
 
 def _eval_results(results: dict[str, Any], prefix: str, source: str, part: str | None) -> list[EvalResult]:
-    """The figures that are numbers: the Hub takes no other."""
-    name = _short(source)
+    """The figures that are numbers: the Hub takes no other. It tells data sets apart by type and config."""
+    name, kind = _short(source), "general text" if prefix else None
     return [
         EvalResult(
             task_type="fill-mask",
             task_name="Masked language modelling",
             dataset_type=name,
-            dataset_name=name,
-            dataset_config=part,
+            dataset_name=f"{name} ({kind})" if kind else name,
+            dataset_config=part or kind,
             dataset_split="validation",
             metric_type=metric,
             metric_name=title,

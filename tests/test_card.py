@@ -14,7 +14,7 @@ from mlm.train import train
 @pytest.fixture(scope="module")
 def run(toy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "toy"
-    general = folder.parent / "general.txt"
+    general = folder.parent / toy.validation_file.name  # of the same name as the domain's
     general.write_text("a young owl and a small fox like every old day .\n" * 20)
     train(toy.config(folder, rooms={"general": GeneralConfig(general_file=str(general))}))
     return folder
@@ -30,7 +30,7 @@ def test_the_hub_reads_the_figures_of_the_run_in_the_card(run):
         ("validation.txt", "perplexity"): results["perplexity"],
         ("validation.txt", "accuracy"): results["accuracy"],
         ("validation.txt", "bits_per_character"): results["bits_per_character"],
-        ("general.txt", "perplexity"): results["general_perplexity"],
+        ("validation.txt (general text)", "perplexity"): results["general_perplexity"],
     }
     assert {(r.task_type, r.dataset_split) for r in card.data.eval_results} == {("fill-mask", "validation")}
     assert "/" not in str([r.dataset_type for r in card.data.eval_results]), "a path says nothing elsewhere"
@@ -38,7 +38,9 @@ def test_the_hub_reads_the_figures_of_the_run_in_the_card(run):
 
 def test_the_card_tells_people_the_gain_and_what_was_forgotten(run):
     results = json.loads((run / "all_results.json").read_text())
-    domain, general = ModelCard.load(run / "README.md").text.split("On text outside the domain, general.txt:")
+    domain, general = ModelCard.load(run / "README.md").text.split(
+        "On text outside the domain, validation.txt:"
+    )
     for text, prefix in ((domain, ""), (general, "general_")):
         gain, low, high = (f"{results[prefix + name]:.4g}" for name in ("gain", "gain_low", "gain_high"))
         assert (
