@@ -130,13 +130,14 @@ def noise() -> str:
     ]
     for name, found in stored["results"].items():
         lines.append(
-            f"| {name} | {found['figures']} | {found['masked_tokens']:,} | {found['perplexity']:.1f} "
-            f"| {found['perplexity_std']:.2f} | {found['perplexity_min']:.1f} to {found['perplexity_max']:.1f} |"
+            f"| {name} | {found['figures']} | {found['masked_tokens']:,} | {found['perplexity']:.1f} | "
+            f"{found['perplexity_std']:.2f} | {found['perplexity_min']:.1f} to {found['perplexity_max']:.1f} |"
         )
     what = stored["what"]
     return "\n".join(lines) + (
-        f"\n\n{what[0].upper()}{what[1:]}, {stored['model']}. Folds mask a seventh of each chunk, sampled passes "
-        "15% of the tokens on average: compare fold figures with fold figures only. "
+        f"\n\n{what[0].upper()}{what[1:]}, {stored['model']}. Compare fold figures with fold figures only: a "
+        "masked token's neighbours are masked too at a rate of 15% in sampled passes, and in folds at that of "
+        "the others of its fold, 17.3 of 127. "
         f"{_machine(stored['environment'])}. `python benchmarks/mask_noise.py`.\n"
     )
 
