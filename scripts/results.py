@@ -124,20 +124,21 @@ def first_step() -> str:
 def noise() -> str:
     """How far perplexity moves with nothing but the mask seed."""
     stored = _stored("mask_noise")
+    what = stored["what"]
     lines = [
         "| evaluation | seeds | masked tokens | perplexity | standard deviation | range |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, found in stored["results"].items():
+        mean, deviation, low, high = (found[f"perplexity{which}"] for which in ("", "_std", "_min", "_max"))
         lines.append(
-            f"| {name} | {found['figures']} | {found['masked_tokens']:,} | {found['perplexity']:.1f} | "
-            f"{found['perplexity_std']:.2f} | {found['perplexity_min']:.1f} to {found['perplexity_max']:.1f} |"
+            f"| {name} | {found['figures']} | {found['masked_tokens']:,} | {mean:.1f} | {deviation:.2f} "
+            f"| {low:.1f} to {high:.1f} |"
         )
-    what = stored["what"]
     return "\n".join(lines) + (
-        f"\n\n{what[0].upper()}{what[1:]}, {stored['model']}. Compare fold figures with fold figures only: a "
-        "masked token's neighbours are masked too at a rate of 15% in sampled passes, and in folds at that of "
-        "the others of its fold, 17.3 of 127. "
+        f"\n\n{what[0].upper()}{what[1:]}, {stored['model']}. Compare fold figures with fold figures only: "
+        "beside a masked token 15% of the others are masked in a sampled pass, and in a fold those that share "
+        "it, 17.3 of 127. "
         f"{_machine(stored['environment'])}. `python benchmarks/mask_noise.py`.\n"
     )
 
