@@ -137,8 +137,8 @@ def noise() -> str:
         )
     return "\n".join(lines) + (
         f"\n\n{what[0].upper()}{what[1:]}, {stored['model']}. Compare fold figures with fold figures only: "
-        "beside a masked token 15% of the others are masked in a sampled pass, and in a fold those that share "
-        "it, 17.3 of 127. "
+        "beside a masked token 15% of the others are masked in a sampled pass, and in a fold those that "
+        "share it, 17.3 of 127. "
         f"{_machine(stored['environment'])}. `python benchmarks/mask_noise.py`.\n"
     )
 

@@ -247,7 +247,8 @@ from mlm.model import SparseMaskedLM
 from mlm.train import ROOMS, Config, train
 forward = SparseMaskedLM.forward
 def short_of_memory(self, input_ids, *others):
-    return forward(self, input_ids, *others) if self.training else torch.empty(1 << 50)
+    enough = self.training or len(input_ids) == 2  # of which the trial at construction is
+    return forward(self, input_ids, *others) if enough else torch.empty(1 << 50)
 SparseMaskedLM.forward = short_of_memory
 cli.run(lambda argv: train(Config(*cli.parse(ROOMS, argv, cli.command(""))[:-1])).results)
 """)
