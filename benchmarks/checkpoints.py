@@ -39,7 +39,7 @@ def run(state: State, folder: Path | None) -> dict[str, float]:
             state.optimizer.zero_grad()
             if folder is not None and step % EVERY == 0:
                 before = time.perf_counter()
-                writer.save(step, snapshot(state, {}, {"step": step}))
+                writer.save(step, lambda step=step: snapshot(state, {}, {"step": step}))
                 stood_still.append(time.perf_counter() - before)
         training = time.perf_counter() - began
         failure = writer.wait()

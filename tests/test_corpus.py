@@ -424,11 +424,11 @@ def test_two_sources_of_training_text_are_refused(tmp_path, function):
     [
         ("a.txt", b""),
         ("a.txt", b" \n\n\t\n"),
-        ("a.txt.gz", gzip.compress(b"")),
+        ("a.txt.gz", gzip.compress(b"", mtime=0)),
         ("a.jsonl", b""),
         ("a.jsonl", b"\n"),
         ("a.jsonl", b'{"text": ""}\n{"text": null}\n'),
-        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
         ("a.json", b"[]"),
         ("a.csv", b""),
         ("a.csv", b"text,label\n"),
