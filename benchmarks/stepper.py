@@ -85,15 +85,19 @@ class Workload:
 
     @property
     def flops(self) -> int:
-        """Of a forward pass over the batch, where the head runs on the masked positions: two for each
-        multiplication with a weight, and with queries, keys and values (Kaplan et al. 2020, table 1)."""
-        config = self.model.config
-        hidden, layers = config.hidden_size, config.num_hidden_layers
-        encoder = sum(p.numel() for n, p in self.model.base_model.named_parameters() if "embeddings" not in n)
-        tokens, length = self.ids.numel(), self.ids.shape[1]
-        attention = 2 * 2 * layers * length * hidden
-        head = 2 * (hidden * config.vocab_size + hidden * hidden)
-        return tokens * (2 * encoder + attention) + self.masked * head
+        """Of a forward pass over the batch."""
+        return forward_flops(self.model, *self.ids.shape, self.masked)
+
+
+def forward_flops(model: PreTrainedModel, batch: int, length: int, masked: int) -> int:
+    """Of a forward pass over [batch, length] tokens, `masked` of which the head runs on: two for each
+    multiplication with a weight, and with queries, keys and values (Kaplan et al. 2020, table 1)."""
+    config = model.config
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    encoder = sum(p.numel() for n, p in model.base_model.named_parameters() if "embeddings" not in n)
+    attention = 2 * 2 * layers * length * hidden
+    head = 2 * (hidden * config.vocab_size + hidden * hidden)
+    return batch * length * (2 * encoder + attention) + masked * head
 
 
 def defaults(work: Workload) -> Callable[[], object]:

@@ -4,6 +4,7 @@ import os
 import random
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from accelerate import Accelerator
@@ -26,6 +27,8 @@ SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 # One thread, here and in the processes that tests start: sums have one order in both, and toys are as fast.
 # The libraries' progress bars would bury a failure.
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes is no claim
+hypothesis.settings.load_profile("any machine")
 os.environ.update(OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error")
 transformers_logging.disable_progress_bar()
 
