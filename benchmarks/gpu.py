@@ -1,0 +1,322 @@
+"""Training on one GPU, with random weights: speed, memory, utilisation, and the laws checked on the device.
+
+For the sizes of DistilBERT, BERT-base, RoBERTa-base and ModernBERT-base, at 128 and 512 tokens, about 32,000
+tokens a step: fp16 with its scaler and bf16, the dense head (the model's own loss) and the sparse one, eager,
+and compiled for the sparse head in bf16. Ceiling: the GPU's own rate at a large product of matrices in that
+precision. Waiting for data is what a step takes longer when its batch is made as the loop makes it.
+
+    python benchmarks/gpu.py                 under 8 minutes; writes benchmarks/results/gpu.json
+    python benchmarks/gpu.py --self_test     the same on a CPU, with toys that say nothing of speed
+
+Without a GPU it says so and ends well.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradScalerKwargs
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.stepper import forward_flops
+from mlm.batches import Batch, Batches
+from mlm.chunks import ChunkConfig, Chunks
+from mlm.corpus import CorpusConfig
+from mlm.masking import Recipe, corrupt, corrupt_torch, draw, draw_torch
+from mlm.model import SparseMaskedLM
+from mlm.optimizer import make_optimizer
+from mlm.record import RecordConfig, environment, peak_memory_mib, write_json
+from mlm.stream import StreamConfig
+from mlm.train import Config, LoopConfig, train
+
+VOCABULARY, FIRST_WORD, MASK_ID = 30_000, 1000, 103  # ids below FIRST_WORD are special here
+SEED, RATE = 0, 0.15
+
+
+class Scale(NamedTuple):
+    """What is the same for all rows."""
+
+    device: torch.device
+    tokens: int  # a step
+    steps: int  # a round, of `rounds`
+    rounds: int
+    products: dict[torch.dtype, float]  # FLOP/s of large products of matrices
+
+
+class Size(NamedTuple):
+    model: Callable[[int], PreTrainedModel]  # of so many positions
+    target: dict[int, float]  # utilisation to reach in bf16, by length
+
+
+def sizes(self_test: bool) -> dict[str, Size]:
+    if self_test:
+        return {"toy": Size(lambda T: toy(), {})}
+
+    def common(length: int) -> dict[str, int]:
+        return {"vocab_size": VOCABULARY, "max_position_embeddings": length + 2}
+
+    return {
+        "DistilBERT": Size(lambda T: DistilBertForMaskedLM(DistilBertConfig(**common(T))), {128: 0.4}),
+        "BERT-base": Size(lambda T: BertForMaskedLM(BertConfig(**common(T))), {512: 0.45}),
+        "RoBERTa-base": Size(lambda T: RobertaForMaskedLM(RobertaConfig(**common(T))), {}),
+        "ModernBERT-base": Size(
+            lambda T: ModernBertForMaskedLM(ModernBertConfig(**common(T), pad_token_id=0)), {}
+        ),
+    }
+
+
+def toy(dropout: float = 0.1) -> PreTrainedModel:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **shape, **dropouts))
+
+
+def made_up(chunks: int, length: int, tokens: int) -> tuple[Batches, Recipe]:
+    """Batches of random words, masked as the loop has them masked."""
+    rng = np.random.default_rng(SEED)
+    ids = rng.integers(FIRST_WORD, VOCABULARY, chunks * length, dtype=np.uint16)
+    scale = 1 << 32
+    recipe = Recipe(
+        select=round(RATE * scale),
+        replace=round(0.8 * scale),
+        randomise=round(0.9 * scale),
+        mask_id=MASK_ID,
+        ordinary_ids=np.arange(FIRST_WORD, VOCABULARY),
+        whole_word=False,
+    )
+    rows = Chunks(ids, np.ones(len(ids), bool), length, chunks, pad_id=0)
+    ordinary = np.arange(VOCABULARY) >= FIRST_WORD
+    return Batches(rows, recipe, ordinary, SEED, tokens // length), recipe
+
+
+class Trainer:
+    """A step as train.py's loop takes it, with either head, in either precision."""
+
+    def __init__(self, model: PreTrainedModel, precision: torch.dtype, sparse: bool, compiled: bool) -> None:
+        self.device = next(model.parameters()).device
+        self.model = SparseMaskedLM(model).train() if sparse else model.train()
+        self.sparse, self.precision = sparse, precision
+        self.run = torch.compile(self.model) if compiled else self.model
+        self.optimizer = make_optimizer(model, 5e-5, 0.0, fused=True)
+        half = precision == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+
+    def step(self, batch: Batch) -> None:
+        with torch.autocast(self.device.type, self.precision):
+            if self.sparse:
+                nats, _ = self.run(batch.input_ids, batch.positions, batch.targets)
+                loss = nats.mean()
+            else:
+                labels = torch.full_like(batch.input_ids, -100).flatten()
+                labels[batch.positions] = batch.targets
+                loss = self.run(input_ids=batch.input_ids, labels=labels.view_as(batch.input_ids)).loss
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+
+def seconds_a_step(trainer: Trainer, batches: list[Callable[[], Batch]], rounds: int) -> float:
+    """The median of rounds over the batches, each of which is made, or there already, when it is called."""
+    found = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for batch in batches:
+            trainer.step(batch())
+        synchronise(trainer.device)
+        found.append((time.perf_counter() - began) / len(batches))
+    return statistics.median(found)
+
+
+def measure(
+    size: Size, length: int, precision: torch.dtype, sparse: bool, compiled: bool, scale: Scale
+) -> dict[str, Any]:
+    """One row: tokens/s, peak memory, utilisation, the share of a step that waits for data."""
+    torch.manual_seed(SEED)
+    model = size.model(length).to(scale.device)
+    batches, _ = made_up(4 * scale.tokens // length, length, scale.tokens)
+    trainer = Trainer(model, precision, sparse, compiled)
+
+    def load(step: int) -> Batch:
+        [batch], _ = batches.load(step, batches.global_batch)
+        return batch.to(scale.device)
+
+    ready = [load(0)] * scale.steps  # one number of masked tokens, so that a compiled step is compiled once
+    for batch in ready[:3]:
+        trainer.step(batch)
+    synchronise(scale.device)
+    if scale.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = seconds_a_step(trainer, [lambda batch=batch: batch for batch in ready], scale.rounds)
+    waiting = None
+    if not compiled:
+        made = [lambda step=step: load(step) for step in range(scale.steps)]
+        waiting = max(0.0, 1 - seconds / seconds_a_step(trainer, made, scale.rounds))
+    flops = 3 * forward_flops(model, batches.global_batch, length, len(ready[0].positions))
+    return {
+        "tokens_per_second": scale.tokens / seconds,
+        "utilisation": flops / seconds / scale.products[precision],
+        "peak_memory_mib": peak_memory_mib(scale.device),
+        "waiting_for_data": waiting,
+    }
+
+
+def check_laws(device: torch.device) -> dict[str, str]:
+    """Laws 1, 2 and 8 on the device. Raises AssertionError where one does not hold."""
+    batches, recipe = made_up(64, 128, 4096)
+    ids = batches.chunks.take(np.arange(64)).ids
+    maskable, draws = batches.ordinary[ids], draw(SEED, 0, np.arange(64), 128)
+    here = corrupt(ids, maskable, draws, recipe)
+    there = corrupt_torch(
+        torch.from_numpy(ids).to(device),
+        torch.from_numpy(maskable).to(device),
+        draw_torch(SEED, 0, torch.arange(64, device=device), 128),
+        recipe,
+    )
+    for mine, its in zip(here, there, strict=True):
+        assert np.array_equal(mine, its.cpu().numpy()), "law 1: masks differ"
+
+    def gradients(sparse: bool, passes: int) -> tuple[float, list[torch.Tensor]]:
+        torch.manual_seed(SEED)
+        model = toy(dropout=0.0).to(device)
+        head = SparseMaskedLM(model)
+        head.sparse = sparse
+        total, (share, masked) = 0.0, batches.load(0, batches.global_batch // passes)
+        for batch in share:
+            nats, _ = head.train()(*batch.to(device)[:3])
+            (nats.sum() / masked).backward()
+            total += nats.sum().item() / masked
+        return total, [p.grad for p in model.parameters() if p.grad is not None]
+
+    loss, reference = gradients(sparse=False, passes=1)
+    for law, sparse, passes in (("law 8: sparse equals dense", True, 1), ("law 2: cut in 4", True, 4)):
+        other, found = gradients(sparse, passes)
+        assert abs(other - loss) < 1e-4 * loss, law
+        for mine, its in zip(reference, found, strict=True):
+            assert (mine - its).norm() <= 1e-3 * mine.norm() + 1e-6, law
+    return {
+        "1": "masks and targets of 64 × 128 tokens equal the CPU's to the bit",
+        "2": "loss to 1e-4, gradients to 1e-3 in norm, in 1 pass and in 4, fp32",
+        "8": "loss to 1e-4, gradients to 1e-3 in norm, sparse head and dense head, fp32",
+    }
+
+
+def check_skipped_steps(device: torch.device) -> dict[str, Any]:
+    """Law 9, in a real run: steps that fp16's scaler skips hold the learning rate. Raises AssertionError."""
+    scaler = GradScalerKwargs(init_scale=2.0**40)
+    if device.type == "cuda":
+        accelerator = Accelerator(mixed_precision="fp16", kwargs_handlers=[scaler])
+    else:  # accelerate offers no fp16 here, torch does
+        accelerator = Accelerator(cpu=True)
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scaler.init_scale)
+    with tempfile.TemporaryDirectory() as room:
+        lines = [f"the {a} {b} likes {c} ." for a in ("old", "young") for b in "abcdef" for c in "uvwxyz"]
+        Path(room, "train.txt").write_text("\n".join(lines * 4))
+        config = Config(
+            corpus=CorpusConfig(train_file=f"{room}/train.txt", validation_split_percentage=20),
+            stream=StreamConfig(token_store=room),
+            chunks=ChunkConfig(max_seq_length=16),
+            loop=LoopConfig(train_batch_size=8, max_train_steps=10, eval_on_start=False),
+            record=RecordConfig(output_dir=f"{room}/run", logging_steps=1),
+        )
+        results = train(config, accelerator).results
+        events = [json.loads(line) for line in Path(room, "run", "metrics.jsonl").read_text().splitlines()]
+    rates = [event["learning_rate"] for event in events if event["event"] == "train"]
+    assert results["skipped_steps"] > 0, "law 9: nothing was skipped"
+    assert np.allclose(rates, [5e-5 * (1 - step / 10) for step in range(1, 11)]), "law 9: learning rates"
+    return {"skipped_steps": results["skipped_steps"], "learning_rates": rates}
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def products_per_second(device: torch.device, precision: torch.dtype, size: int) -> float:
+    """The device's rate in FLOP/s at products of [size, size] matrices, the best of ten."""
+    left, right = (torch.randn(size, size, device=device, dtype=precision) for _ in range(2))
+    best = 0.0
+    for _ in range(10):
+        synchronise(device)
+        began = time.perf_counter()
+        left @ right
+        synchronise(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--self_test", action="store_true", help="toys on a CPU: whether it runs, no figures")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu.json")
+    args = parser.parse_args()
+    if not args.self_test and not torch.cuda.is_available():
+        print("no GPU here: nothing is measured (--self_test runs the same on a CPU, with toys)")
+        return
+    device = torch.device("cpu" if args.self_test else "cuda")
+    precisions = (torch.float16, torch.bfloat16)
+    lengths, tokens, largest = ((128,), 256, 256) if args.self_test else ((128, 512), 32_768, 8192)
+    products = {precision: products_per_second(device, precision, largest) for precision in precisions}
+    scale = Scale(device, tokens, *((2, 1) if args.self_test else (8, 3)), products)
+
+    laws: dict[str, Any] = {**check_laws(device), "9": check_skipped_steps(device)}
+    print("laws 1, 2, 8 and 9 hold on the device", flush=True)
+    rows = []
+    for name, size in sizes(args.self_test).items():
+        for length in lengths:
+            for precision in precisions:
+                for head in ("dense", "sparse"):
+                    # Compiling takes half a minute: for the settings that one would train with.
+                    modes = (False, True) if (head, precision) == ("sparse", torch.bfloat16) else (False,)
+                    for compiled in modes if not args.self_test else (False,):
+                        found = measure(size, length, precision, head == "sparse", compiled, scale)
+                        kind = {
+                            "model": name,
+                            "length": length,
+                            "precision": str(precision).removeprefix("torch."),
+                            "head": head,
+                            "compiled": compiled,
+                        }
+                        target = size.target.get(length) if modes == (False, True) else None
+                        rows.append({**kind, **found, "target_utilisation": target})
+                        print(" ".join(f"{value}" for value in rows[-1].values()), flush=True)
+    if not args.self_test:
+        products_told = {str(precision).removeprefix("torch."): rate for precision, rate in products.items()}
+        where = environment(Accelerator())
+        write_json(
+            args.out,
+            {
+                "what": f"training steps of {tokens:,} tokens on one GPU, random weights",
+                "products_per_second": products_told,
+                "laws": laws,
+                "rows": rows,
+                "environment": where,
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
