@@ -43,15 +43,10 @@ def conclude(
 ) -> Conclusion:
     """What the evaluations of `texts`, "held_out" and perhaps "general", before and after come to.
 
-    before: may lack any of them; those under other masks than `after` are not compared
+    before: may lack any of them
     counts: [V] int64, tokens of the training corpus
     """
-    lines = [
-        f"{text.name}: no comparison, as the evaluation before was under other masks"
-        for name, text in texts.items()
-        if name in before and not before[name].same_masks(after[name])
-    ]
-    before = {n: e for n, e in before.items() if n in texts and e.same_masks(after[n])}
+    lines = []
     compared = {n: compare(texts[n], before[n], after[n], tokenizer, counts) for n in before}
 
     held_out = texts["held_out"]
@@ -90,8 +85,11 @@ def compare(
     difference  the same of the loss, in nats a masked token, below 0 where it is better
     counts      [V] int64, tokens of the training corpus; None: no breakdown by frequency
 
-    An interval is [None, None] where there is one document and one chunk, or loss is infinite.
+    An interval is [None, None] where there is one document and one chunk, or loss is infinite. Raises
+    ValueError for evaluations of other tokens, or under other masks.
     """
+    if not before.same_masks(after):
+        raise ValueError(f"{text.name}: the two evaluations are not of the same masked tokens")
     document = documents_of(text, before)
     units, unit = np.unique(document, return_inverse=True)
     kind = "documents"

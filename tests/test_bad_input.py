@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -352,20 +351,16 @@ def test_the_other_scripts_refuse(script, flags, words, place, toy, bad):
     ],
     ids=["model", "tokenizer", "dataset", "upload"],
 )
-def test_without_network_a_name_is_refused_at_once(flags, place_without_network, toy):
-    started = time.monotonic()
+def test_without_network_a_name_is_refused(flags, place_without_network, toy):
     flags = toy.flags(place_without_network.folder / "run", **flags)
     place_without_network.refuses(["org/none"], "train.py", *flags)
-    assert time.monotonic() - started < 10
 
 
-def test_without_network_a_model_comes_from_the_cache_at_once(place_without_network, toy, caches):
+def test_without_network_a_model_comes_from_the_cache(place_without_network, toy, caches):
     cached = caches / "hf" / "hub" / "models--org--cached"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("0" * 40)
     shutil.copytree(toy.checkpoint, cached / "snapshots" / ("0" * 40))
-    started = time.monotonic()
     flags = ["--model_name_or_path", "org/cached", "the old [MASK] likes milk ."]
     ended = place_without_network.run("fill_mask.py", *flags)
     assert (ended.status, ended.stderr) == (0, "")
-    assert time.monotonic() - started < 10
