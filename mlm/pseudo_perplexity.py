@@ -162,5 +162,4 @@ def measure(path: str, config: ModelConfig, batch_size: int, accelerator: Accele
         f"{summary['bits_per_word']:.4g} a word"
         + (f"; {unknown:,} unknown tokens are in none of these" if unknown else "")
     )
-    accelerator.end_training()
     return {**finite(summary), "sentences": records}
