@@ -51,7 +51,7 @@ class Scores:
     def summary(self) -> dict[str, float]:
         """The totals; NaN where there is nothing to divide by."""
         total = float(self.log_likelihoods.sum())
-        bits = -total / math.log(2)
+        bits = -total / math.log(2) if self.tokens.any() else math.nan
         return {
             "pseudo_perplexity": perplexity(total, int(self.tokens.sum())),
             "pseudo_log_likelihood": total,

@@ -68,7 +68,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         scored = {}
         for name, which in {"base": base, "model": model}.items():
             if which is not None:
-                accelerator.print(f"{which.model_name_or_path}:")
+                if base is not None:
+                    accelerator.print(f"{which.model_name_or_path}:")
                 scored[name] = measure_sentences(sentences, which, size, accelerator)
         result = {**scored.pop("model"), **scored}
         if what.output and accelerator.is_main_process:

@@ -208,6 +208,20 @@ def test_what_others_have_left_in_a_run_directory_is_passed_over(toy, tmp_path):
     assert list(steps(checkpoints)) == [12]
 
 
+def test_a_run_that_goes_on_has_not_ended(toy, tmp_path, monkeypatch):
+    """A report of it, should it be killed, must not show the results of before."""
+    config = interrupted(toy, tmp_path / "run")
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlm.train.plan", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not left & {"all_results.json", "comparison.json", "documents.parquet"}
+
+
 def test_a_finished_run_that_is_resumed_writes_nothing_twice(toy, tmp_path):
     config = interrupted(toy, tmp_path / "run", at=6)
     result = train(config)

@@ -372,6 +372,9 @@ def test_a_resumed_run_compares_with_what_was_before_the_first_step(toy, general
 def test_a_general_text_that_cannot_be_is_refused_in_words(toy, tmp_path):
     with pytest.raises(UserError, match="--general_file and --general_dataset_name: give one of the two"):
         GeneralConfig(general_file="a.txt", general_dataset_name="b")
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match=r"^--general_file .*empty\.txt is empty"):
+        train(with_general(toy, tmp_path / "empty.txt", tmp_path / "run"))
     (tmp_path / "short.txt").write_text("the cat\n")
     with pytest.raises(UserError, match=r"short\.txt: .*less than one chunk"):
         train(with_general(toy, tmp_path / "short.txt", tmp_path / "run"))
