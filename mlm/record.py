@@ -190,11 +190,7 @@ class Run:
             try:
                 event = json.loads(line)
                 name, at = event["event"], int(event["step"])
-            except (
-                ValueError,
-                TypeError,
-                KeyError,
-            ):  # the line that a killed run was writing, or no line of ours
+            except (ValueError, TypeError, KeyError):  # what a killed run was writing, or no line of ours
                 continue
             if at <= step:
                 kept.append(line)
