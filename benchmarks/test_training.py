@@ -91,44 +91,44 @@ def check(case, versus, way):
 
 
 @cases(
-    Case("ours", "again", rounds=9),
-    Case("dense", "peer", rounds=15, at_least=1.4),
-    Case("defaults", "peer", rounds=15),
+    Case("ours", "again", rounds=5),
+    Case("dense", "peer", rounds=9, at_least=1.4),
+    Case("defaults", "peer", rounds=9),
 )
 @pytest.mark.benchmark(group="training step, DistilBERT, 16 × 128, fp32")
 def test_distilbert_fp32(case, versus, results, full):
     measure(case, versus, results, "ours", "distilbert", full)
 
 
-@cases(Case("defaults", "peer", rounds=15, at_least=3.0))
+@cases(Case("defaults", "peer", rounds=9, at_least=3.0))
 @pytest.mark.benchmark(group="training step, DistilBERT, 16 × 128, bf16")
 def test_distilbert_bf16(case, versus, results, full):
     measure(case, versus, results, "ours, bf16", "distilbert", full, at_most=0.75)
 
 
 @cases(
-    Case("ours", "again", rounds=9),
-    Case("dense", "peer", rounds=15),
-    Case("defaults", "peer", rounds=15, at_least=5.0),
+    Case("ours", "again", rounds=5),
+    Case("dense", "peer", rounds=9),
+    Case("defaults", "peer", rounds=9, at_least=5.0),
 )
 @pytest.mark.benchmark(group="training step, BERT 2 × 128, 32 × 128, fp32")
 def test_small_bert_fp32(case, versus, results, full):
     measure(case, versus, results, "ours", "bert 2x128", full, at_most=0.5)
 
 
-@cases(Case("defaults", "peer", rounds=15))
+@cases(Case("defaults", "peer", rounds=9))
 @pytest.mark.benchmark(group="training step, BERT 2 × 128, 32 × 128, bf16")
 def test_small_bert_bf16(case, versus, results, full):
     measure(case, versus, results, "ours, bf16", "bert 2x128", full)
 
 
-@cases(Case("evaluation, dense", "peer", rounds=15, at_least=1.3))
+@cases(Case("evaluation, dense", "peer", rounds=9, at_least=1.3))
 @pytest.mark.benchmark(group="evaluation pass, DistilBERT, 16 × 128, fp32")
 def test_distilbert_evaluation(case, versus, results, full):
     measure(case, versus, results, "evaluation, ours", "distilbert", full)
 
 
-@cases(Case("evaluation, dense", "peer", rounds=15, at_least=4.0))
+@cases(Case("evaluation, dense", "peer", rounds=9, at_least=4.0))
 @pytest.mark.benchmark(group="evaluation pass, BERT 2 × 128, 32 × 128, fp32")
 def test_small_bert_evaluation(case, versus, results, full):
     measure(case, versus, results, "evaluation, ours", "bert 2x128", full)
