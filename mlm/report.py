@@ -73,7 +73,9 @@ def read_runs(folders: Sequence[Path]) -> list[Record]:
 
     Raises UserError where one holds no run, a file of it is damaged, or it is named twice.
     """
-    return [_read(folder, name, i) for i, (folder, name) in enumerate(zip(folders, _names(folders), strict=True))]
+    return [
+        _read(folder, name, i) for i, (folder, name) in enumerate(zip(folders, _names(folders), strict=True))
+    ]
 
 
 def results_digest(folder: Path) -> str | None:
@@ -196,7 +198,8 @@ def unlike(runs: Sequence[Record], text: str) -> str:
     differ = {
         key
         for key in (f"{text} corpus", "tokenizer", "masks", *MEASURED)
-        if len({json.dumps(run.about["experiment"][key]) for run in runs if key in run.about["experiment"]}) > 1
+        if len({json.dumps(run.about["experiment"][key]) for run in runs if key in run.about["experiment"]})
+        > 1
     }
     # The fingerprint of the masks is of the tokenizer's vocabulary too.
     names = {f"{text} corpus": "texts", "tokenizer": "tokenizers", **MEASURED}
@@ -249,7 +252,7 @@ def count(value: float | None) -> str:
 
 def counted(number: int, noun: str) -> str:
     """1 document, 2 documents; the noun in either."""
-    noun = noun.removesuffix("s") if noun != "pass" else "passe"
+    noun = noun.removesuffix("s")
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
