@@ -194,7 +194,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def unlike(runs: Sequence[Record], text: str) -> str:
-    """One sentence on why figures on "held_out" or "general" text of these runs do not compare, or nothing."""
+    """Why figures on "held_out" or "general" text of these runs do not compare, in one sentence, or nothing."""
     differ = {
         key
         for key in (f"{text} corpus", "tokenizer", "masks", *MEASURED)
