@@ -194,7 +194,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def unlike(runs: Sequence[Record], text: str) -> str:
-    """Why figures on "held_out" or "general" text of these runs do not compare, in one sentence, or nothing."""
+    """Why figures of these runs on "held_out" or "general" text do not compare: one sentence, or nothing."""
     differ = {
         key
         for key in (f"{text} corpus", "tokenizer", "masks", *MEASURED)

@@ -288,7 +288,7 @@ def with_experiment(record, **settings):
 
 
 def test_a_run_has_one_colour_wherever_it_is(run, other, tmp_path):
-    """The run before it was not measured at the start: it is in no comparison, and has its colour all the same."""
+    """The first one was not measured at the start: it is in no comparison, and has its colour still."""
     shutil.copytree(run, tmp_path / "again")
     runs = read_runs([other, run, tmp_path / "again"])
     compared = [(r, r.comparison["held_out"]) for r in runs[1:]]
