@@ -95,7 +95,7 @@ def _read(folder: Path, name: str, number: int) -> Record:
         _needs(folder / "run.json", found["run"]["configuration"].get(part), ())
     for compared in filter(None, found["comparison"].values()):
         _needs(folder / "comparison.json", compared, COMPARED)
-    kept = found["fill_mask"]
+    events, kept = _events(folder / "metrics.jsonl"), found["fill_mask"]
     current = kept.get("results") == results_digest(folder)
     return Record(
         folder=folder,
@@ -104,12 +104,13 @@ def _read(folder: Path, name: str, number: int) -> Record:
         about=found["run"],
         results={n: v for n, v in found["all_results"].items() if v is None or isinstance(v, int | float)},
         comparison=found["comparison"],
-        **dict(zip(("train", "evaluations"), _events(folder / "metrics.jsonl"), strict=True)),
+        train=events["train"],
+        evaluations=events["eval"],
         examples=[e for e in kept.get("sentences", []) if _has(e, EXAMPLE)] if kept and current else None,
     )
 
 
-def _events(path: Path) -> list[Rows]:
+def _events(path: Path) -> dict[str, Rows]:
     """The lines of metrics.jsonl for each of EVENTS, without those that are whole no more, or not yet."""
     found: dict[str, Rows] = {event: [] for event in EVENTS}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
@@ -117,10 +118,10 @@ def _events(path: Path) -> list[Rows]:
             event = json.loads(line)
         except json.JSONDecodeError:  # the line that a running, or killed, run was writing
             continue
-        kind = event.get("event") if isinstance(event, dict) else None
-        if kind in EVENTS and _has(event, EVENTS[kind]):
-            found[kind].append(event)
-    return list(found.values())
+        for kind, fields in EVENTS.items():
+            if _has(event, ("event", *fields)) and event["event"] == kind:
+                found[kind].append(event)
+    return found
 
 
 def _has(value: Any, names: Sequence[str]) -> bool:
