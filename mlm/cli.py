@@ -91,6 +91,11 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]]) -> None:
     hub_logging.set_verbosity_error()
     try:
         result = body(sys.argv[1:])
+        if speaks:
+            print(json.dumps(result, default=str), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be written at exit
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -124,8 +129,6 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]]) -> None:
         else:  # a launcher ends all at the first that fails: let that be the one that says why
             time.sleep(2)
         sys.exit(2)
-    if speaks:
-        print(json.dumps(result, default=str), flush=True)
 
 
 def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:

@@ -59,14 +59,15 @@ def conclude(
     targets = after["held_out"].target
     results["perplexity_unigram"] = unigram_perplexity(counts, held_out.facts.ordinary, targets)
     if "general" in texts:
-        now, was = after["general"], before.get("general")
-        results |= {"general_perplexity": now.perplexity, "general_loss": now.loss}
-        if was is None:
-            lines.append(f"general text: perplexity {figure(now.perplexity)}")
-        else:
-            results |= {"general_perplexity_before": was.perplexity, "general_loss_before": was.loss}
+        now = _scalars(measure(after["general"], texts["general"]))
+        results |= {f"general_{name}": value for name, value in now.items()}
+        if "general" in before:
+            was = _scalars(measure(before["general"], texts["general"]))
+            results |= {f"general_{name}_before": value for name, value in was.items()}
             results |= _gain(compared["general"], "general_")
             lines.append(f"general text: {in_words(compared['general'])}")
+        else:
+            lines.append(f"general text: perplexity {figure(now['perplexity'])}")
     comparison = {n: compared.get(n) for n in ("held_out", "general")} if "held_out" in compared else None
     tables = [documents(n, texts[n], before[n], after[n], tokenizer) for n in before]
     return Conclusion(results, "\n".join(lines), comparison, pa.concat_tables(tables) if comparison else None)
@@ -185,12 +186,17 @@ def documents(
 
 def in_words(compared: dict[str, Any]) -> str:
     """A comparison on one line."""
-    low, high = map(figure, compared["gain"]["interval"])
-    drawn = compared["bootstrap"]
+    (low, high), drawn = compared["gain"]["interval"], compared["bootstrap"]
+    sure = f"no interval from one of {drawn['unit']}"
+    if low is not None:
+        sure = f"{drawn['confidence']:.0%} interval {figure(low)} to {figure(high)}"
+        sure += f", {drawn['units']:,} {drawn['unit']} resampled"
+    by_seed = compared["after"]["perplexity_by_seed"]
+    seeds = f", {figure(min(by_seed))} to {figure(max(by_seed))} over {len(by_seed)} mask seeds"
     return (
         f"perplexity {figure(compared['before']['perplexity'])} before, "
-        f"{figure(compared['after']['perplexity'])} after, gain {figure(compared['gain']['value'])} "
-        f"({drawn['confidence']:.0%} interval {low} to {high}, {drawn['units']:,} {drawn['unit']} resampled)"
+        f"{figure(compared['after']['perplexity'])} after{seeds if len(by_seed) > 1 else ''}, "
+        f"gain {figure(compared['gain']['value'])} ({sure})"
     )
 
 

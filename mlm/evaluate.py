@@ -6,8 +6,9 @@ A mean of batch means is not this number: batches hold different counts of maske
 
 What is kept is each prediction, so that sums over chunks, documents or kinds of tokens, and comparisons with
 another model, all come from the same numbers. A prediction's nats are put on the grid of multiples of 2**-24
-(float32's own above 1): sums of them in float64 are exact in any order, up to 2**29 nats in all, and the sums
-of any breakdown add up to the total to the bit.
+(float32's own from 0.5 to 1): sums of them in float64 are exact in any order, up to 2**29 nats in all, and
+the sums of any breakdown add up to the total to the bit. It costs memory: some 60 bytes a prediction at the
+end of `evaluate`, and 100 in compare.py, on each process; --max_eval_samples bounds them.
 """
 
 import itertools
@@ -73,7 +74,7 @@ class Text:
 class Evaluation(NamedTuple):
     """What a model made of M masked tokens, in the order of passes, chunks as given, and columns."""
 
-    mask_pass: np.ndarray  # [M] int16, index into EvaluateConfig.passes
+    mask_pass: np.ndarray  # [M] int32, index into EvaluateConfig.passes
     chunk: np.ndarray  # [M] int32, chunk id
     column: np.ndarray  # [M] int32, where in the chunk
     target: np.ndarray  # [M] int32, the token that stood there
@@ -139,6 +140,8 @@ def make_text(
         chunks = cut_into_chunks(store, chunking, length, facts)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
+    if config.eval_mask_folds and config.eval_mask_folds > length:
+        raise UserError(f"--eval_mask_folds {config.eval_mask_folds}: a chunk has {length} tokens only")
     chunk_ids = subset(config.eval_mask_seed, len(chunks), config.max_eval_samples)
     return Text(name, store, chunks, chunk_ids, recipe, facts, config)
 
@@ -163,7 +166,7 @@ def evaluate(
     passes = list(enumerate(text.config.passes))
     was_training = model.training
     model.eval()
-    places = [np.zeros((4, 0), np.int64)]  # pass, chunk, column, target of each prediction
+    places = [np.zeros((4, 0), np.int32)]  # pass, chunk, column, target of each prediction
     nats, hits = (
         [torch.zeros(0, dtype=kind, device=accelerator.device)] for kind in (torch.float, torch.bool)
     )
@@ -174,7 +177,9 @@ def evaluate(
         epochs = np.zeros(len(part), np.int64)  # fixed masks: those of epoch 0 of the mask seed
         batch = mask_chunks(text.chunks, part, epochs, seed, text.recipe, text.facts.ordinary, fold)
         row, column = np.divmod(batch.positions.numpy(), batch.input_ids.shape[1])
-        places.append((np.full(len(row), number), part[row], column, batch.targets.numpy()))
+        places.append(
+            np.array([np.full(len(row), number), part[row], column, batch.targets.numpy()], np.int32)
+        )
         batch = batch.to(accelerator.device)
         with accelerator.autocast():
             batch_nats, batch_hits = model(
@@ -186,11 +191,10 @@ def evaluate(
 
     share = None
     if not gave_up:
-        number, *others = np.concatenate(places, axis=1)
         # the evaluation's one synchronisation
         exact = np.round(torch.cat(nats).cpu().double().numpy() * GRID) / GRID
         right = torch.cat(hits).cpu().numpy()
-        share = Evaluation(number.astype(np.int16), *(x.astype(np.int32) for x in others), exact, right)
+        share = Evaluation(*np.concatenate(places, axis=1), exact, right)
     shares = gather_object([share])
     if any(share is None for share in shares):
         return None

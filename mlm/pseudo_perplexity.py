@@ -51,7 +51,7 @@ class Scores:
     def summary(self) -> dict[str, float]:
         """The totals; NaN where there is nothing to divide by."""
         total = float(self.log_likelihoods.sum())
-        bits = -total / math.log(2)
+        bits = -total / math.log(2) if self.tokens.any() else math.nan
         return {
             "pseudo_perplexity": perplexity(total, int(self.tokens.sum())),
             "pseudo_log_likelihood": total,
@@ -162,5 +162,4 @@ def measure(path: str, config: ModelConfig, batch_size: int, accelerator: Accele
         f"{summary['bits_per_word']:.4g} a word"
         + (f"; {unknown:,} unknown tokens are in none of these" if unknown else "")
     )
-    accelerator.end_training()
     return {**finite(summary), "sentences": records}

@@ -46,6 +46,7 @@ from mlm.errors import UserError, at_least, one_line
 from mlm.evaluate import Text
 from mlm.model import SparseMaskedLM
 
+ENDED = ("all_results.json", "comparison.json", "documents.parquet", "fill_mask.json", "report.html")
 MODEL_FILES = {"config.json", "model.safetensors", "pytorch_model.bin"}
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
@@ -171,18 +172,17 @@ class Run:
             self._lock.release()
 
     def _clear(self) -> None:
-        for name in (
-            "metrics.jsonl",
-            "all_results.json",
-            "comparison.json",
-            "documents.parquet",
-            "fill_mask.json",
-            "report.html",
-        ):
-            (self.folder / name).unlink(missing_ok=True)
+        (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+        self._unfinish()
         checkpoint.clear(self.folder / "checkpoints")
 
+    def _unfinish(self) -> None:
+        """Takes away what an ended run leaves: they are not the figures of one that begins or goes on."""
+        for name in ENDED:
+            (self.folder / name).unlink(missing_ok=True)
+
     def _rewind(self, step: int) -> None:
+        self._unfinish()
         checkpoint.clear(self.folder / "checkpoints", after=step)
         metrics = self.folder / "metrics.jsonl"
         kept = []
@@ -190,11 +190,7 @@ class Run:
             try:
                 event = json.loads(line)
                 name, at = event["event"], int(event["step"])
-            except (
-                ValueError,
-                TypeError,
-                KeyError,
-            ):  # the line that a killed run was writing, or no line of ours
+            except (ValueError, TypeError, KeyError):  # what a killed run was writing, or no line of ours
                 continue
             if at <= step:
                 kept.append(line)

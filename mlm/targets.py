@@ -123,8 +123,8 @@ def _pieces(
     if special := set(pieces) & set(tokenizer.all_special_ids):
         token = tokenizer.convert_ids_to_tokens(min(special))
         raise UserError(
-            f"--targets: {word!r} is not in the vocabulary of {tokenizer.name_or_path}, "
-            f"whose tokenizer makes {token} of it"
+            f"--targets: {word!r} is no word that {tokenizer.name_or_path} could predict: its tokenizer "
+            f"makes {token} of it"
         )
     return pieces
 

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from mlm import corpus
+from mlm.errors import UserError
 from mlm.evaluate import Text, make_text
 from mlm.masking import make_recipe
 from mlm.model import vocabulary_size
@@ -49,8 +50,12 @@ def open_texts(
     sources, stores = {"held_out": config.corpus}, {"held_out": held_out}
     if general := corpus.general(config.general, config.corpus):
         stream, whole_words = _for_this_process(config.stream, accelerator), config.masking.whole_word_mask
-        with local_main_process_first(accelerator):
-            found = prepare(general, tokenizer, facts, stream, whole_words, only="validation")
+        try:
+            with local_main_process_first(accelerator):
+                found = prepare(general, tokenizer, facts, stream, whole_words, only="validation")
+        except UserError as error:  # in the words of the flags that were given
+            words = str(error).replace("--validation_file", "--general_file")
+            raise UserError(words.replace("--dataset_", "--general_dataset_")) from None
         sources["general"], stores["general"] = general, found["validation"]
     recipe = make_recipe(config.masking, facts)
     return {

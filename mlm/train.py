@@ -176,7 +176,8 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         found = evaluations["held_out"].first_pass.summary()
         run.log("eval", progress.step, tokens=progress.tokens, **found)
         loss, perplexity = found["eval_loss"], found["perplexity"]
-        run.say(f"step {progress.step}: held-out loss {loss:.4f}, perplexity {perplexity:.4g}")
+        part = "" if len(config.evaluate.passes) == 1 else f" (pass 1 of {len(config.evaluate.passes)})"
+        run.say(f"step {progress.step}: held-out loss {loss:.4f}, perplexity {perplexity:.4g}{part}")
         if loop.load_best_model_at_end and run.speaks:
             writer.save_best(progress.step, net, found)
         progress.evaluated = True

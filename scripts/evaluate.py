@@ -64,8 +64,18 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     model = replace(model, tokenizer_name=what.tokenizer_name)
     accelerator = make_accelerator(what.mixed_precision)
     if pseudo.pseudo_perplexity:
-        size = evaluation.per_device_eval_batch_size
-        return measure_sentences(pseudo.pseudo_perplexity, model, size, accelerator)
+        sentences, size = pseudo.pseudo_perplexity, evaluation.per_device_eval_batch_size
+        scored = {}
+        for name, which in {"base": base, "model": model}.items():
+            if which is not None:
+                if base is not None:
+                    accelerator.print(f"{which.model_name_or_path}:")
+                scored[name] = measure_sentences(sentences, which, size, accelerator)
+        result = {**scored.pop("model"), **scored}
+        if what.output and accelerator.is_main_process:
+            save(Path(what.output), result)
+        accelerator.end_training()
+        return result
     config = Config(model, corpus, general, stream, chunking, masking, evaluate=evaluation)
     limits = [limit for limit in map(position_limit, (model, base) if base else (model,)) if limit]
     length = chunk_length(chunking, min(limits, default=None))
@@ -116,6 +126,8 @@ def compared(base: Measured, found: Measured) -> tuple[dict[str, Any], str]:
                 f"{figure(now['bits_per_character'])} after"
             )
     if not same:
+        if found.texts["held_out"].config.max_eval_samples:
+            lines.append("--max_eval_samples: the two were measured on chunks of different parts of the text")
         lines.append(
             "the two have different tokenizers: their masks and the perplexity of their tokens are not "
             "comparable, bits per character and per word are"

@@ -208,6 +208,20 @@ def test_what_others_have_left_in_a_run_directory_is_passed_over(toy, tmp_path):
     assert list(steps(checkpoints)) == [12]
 
 
+def test_a_run_that_goes_on_has_not_ended(toy, tmp_path, monkeypatch):
+    """A report of it, should it be killed, must not show the results of before."""
+    config = interrupted(toy, tmp_path / "run")
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlm.train.plan", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not left & {"all_results.json", "comparison.json", "documents.parquet"}
+
+
 def test_a_finished_run_that_is_resumed_writes_nothing_twice(toy, tmp_path):
     config = interrupted(toy, tmp_path / "run", at=6)
     result = train(config)
@@ -215,14 +229,17 @@ def test_a_finished_run_that_is_resumed_writes_nothing_twice(toy, tmp_path):
     assert_each_step_once(tmp_path / "run")
 
 
+# After which no weights are better than those that it begins with.
+DIVERGING = {
+    "learning_rate": 3.0,
+    "lr_scheduler_type": "constant",
+    "eval_steps": 1,
+    "load_best_model_at_end": True,
+}
+
+
 def test_the_best_weights_survive_a_resume(toy, tmp_path):
-    loop = {
-        "learning_rate": 3.0,
-        "lr_scheduler_type": "constant",
-        "eval_steps": 1,
-        "load_best_model_at_end": True,
-    }
-    config = interrupted(toy, tmp_path / "run", at=5, **loop)
+    config = interrupted(toy, tmp_path / "run", at=5, **DIVERGING)
     resumed = train(config)
     losses = [line["eval_loss"] for line in metrics(tmp_path / "run", "eval")]
     assert resumed.results["eval_loss"] == min(losses) < losses[-1]
@@ -231,13 +248,7 @@ def test_the_best_weights_survive_a_resume(toy, tmp_path):
 
 
 def test_the_best_weights_come_along_to_another_directory(toy, tmp_path):
-    loop = {
-        "learning_rate": 3.0,
-        "lr_scheduler_type": "constant",
-        "eval_steps": 1,
-        "load_best_model_at_end": True,
-    }
-    config = interrupted(toy, tmp_path / "run", at=5, **loop)
+    config = interrupted(toy, tmp_path / "run", at=5, **DIVERGING)
     source = CheckpointConfig(resume_from_checkpoint=str(tmp_path / "run"))
     elsewhere = dataclasses.replace(config.record, output_dir=str(tmp_path / "elsewhere"))
     train(dataclasses.replace(config, checkpoint=source, record=elsewhere))

@@ -281,3 +281,19 @@ def test_each_launcher_runs_the_script_and_nothing_else_speaks(launcher, toy, tm
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
     assert json.loads(run.stdout.splitlines()[-1])["steps"] == 2
+
+
+def test_a_reader_who_has_seen_enough_costs_no_traceback(tmp_path):
+    """As in `script | head -1`, the script going on for longer than a pipe holds."""
+    program = tmp_path / "program.py"
+    program.write_text("""
+from mlm import cli
+def body(argv):
+    for number in range(100_000):
+        print(number)
+    return {}
+cli.run(body)
+""")
+    command = f"{sys.executable} {program} | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n141\n", "")

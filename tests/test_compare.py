@@ -295,7 +295,12 @@ def test_a_run_says_what_it_gained_and_what_it_forgot(toy, general_file, tmp_pat
     assert found["general_gain"] < found["gain"]
     by_seed = told["held_out"]["after"]["perplexity_by_seed"]
     assert found["perplexity_spread"] == max(by_seed) - min(by_seed) > 0
-    assert {"bits_per_character", "bits_per_word", "general_loss", "general_loss_before"} <= found.keys()
+    assert {
+        "bits_per_character",
+        "bits_per_word",
+        "general_eval_loss",
+        "general_eval_loss_before",
+    } <= found.keys()
 
     table = pq.read_table(folder / "documents.parquet").to_pylist()
     masked = Counter()
@@ -329,7 +334,7 @@ def test_a_general_text_is_measured_as_it_is_on_its_own(toy, general_file, tmp_p
     config = toy.config(tmp_path / "alone", rooms=rooms, max_train_steps=None, num_train_epochs=0)
     alone = train(config).results
     assert alone["perplexity"] == found["general_perplexity"]
-    assert alone["eval_loss"] == found["general_loss"]
+    assert alone["eval_loss"] == found["general_eval_loss"]
 
 
 def test_a_run_without_an_evaluation_before_compares_nothing(toy, tmp_path):
@@ -367,6 +372,9 @@ def test_a_resumed_run_compares_with_what_was_before_the_first_step(toy, general
 def test_a_general_text_that_cannot_be_is_refused_in_words(toy, tmp_path):
     with pytest.raises(UserError, match="--general_file and --general_dataset_name: give one of the two"):
         GeneralConfig(general_file="a.txt", general_dataset_name="b")
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match=r"^--general_file .*empty\.txt is empty"):
+        train(with_general(toy, tmp_path / "empty.txt", tmp_path / "run"))
     (tmp_path / "short.txt").write_text("the cat\n")
     with pytest.raises(UserError, match=r"short\.txt: .*less than one chunk"):
         train(with_general(toy, tmp_path / "short.txt", tmp_path / "run"))
@@ -387,7 +395,7 @@ def test_of_a_general_data_set_the_held_out_part_alone_is_tokenised(toy, general
     found = train(config).results
     assert sorted(path.name for path in (tmp_path / "stores").glob("*/train")) == ["train"], "the domain's"
     by_file = dataclasses.replace(by_file, record=RecordConfig(output_dir=str(tmp_path / "by_file")))
-    assert train(by_file).results["general_loss"] == found["general_loss"]
+    assert train(by_file).results["general_eval_loss"] == found["general_eval_loss"]
 
 
 # On the command line

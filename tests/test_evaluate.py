@@ -15,12 +15,14 @@ from transformers import AutoModelForMaskedLM
 
 from mlm.batches import mask_chunks
 from mlm.chunks import ChunkConfig
+from mlm.errors import UserError
 from mlm.evaluate import EvaluateConfig, Evaluation, evaluate, make_text
 from mlm.evaluate import measure as of_text
 from mlm.masking import MaskingConfig, Recipe, corrupt, draw, make_recipe, select_fold
 from mlm.model import SparseMaskedLM
 from mlm.stream import prepare
 from mlm.tokenizer import load_tokenizer, token_facts
+from mlm.train import train
 from tests.runs import TORCHRUN, run
 
 RECIPE = Recipe(select=0, replace=0, randomise=0, mask_id=4, ordinary_ids=np.arange(5, 9), whole_word=False)
@@ -237,6 +239,12 @@ def test_a_script_without_spaces_has_no_bits_per_word(held_out):
     figures = of_text(measure(held_out), unspaced)
     assert figures["bits_per_word"] is None
     assert figures["bits_per_character"] > 0
+
+
+def test_more_folds_than_a_chunk_has_tokens_are_refused(toy, tmp_path):
+    rooms = {"evaluate": EvaluateConfig(eval_mask_folds=17)}
+    with pytest.raises(UserError, match="--eval_mask_folds 17: a chunk has 16 tokens only"):
+        train(toy.config(tmp_path / "run", rooms=rooms))
 
 
 @pytest.mark.slow

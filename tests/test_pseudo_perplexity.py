@@ -172,6 +172,19 @@ def test_a_file_without_sentences_is_refused(content, words, toy, tmp_path):
     assert words in str(refused.value)
 
 
+def test_two_models_are_scored_side_by_side(toy, tmp_path):
+    file, kept = tmp_path / "sentences.txt", tmp_path / "found.json"
+    file.write_text("\n".join(SENTENCES))
+    flags = ["--model_name_or_path", str(toy.checkpoint), "--compare", str(toy.checkpoint)]
+    flags += ["--pseudo_perplexity", str(file), "--output", str(kept)]
+    command = [sys.executable, str(REPOSITORY / "scripts/evaluate.py"), *flags]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["base"] == {name: value for name, value in found.items() if name != "base"}
+    assert json.loads(kept.read_text()) == found
+    assert done.stdout.count(f"{toy.checkpoint}:\n") == 2
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_sentences_and_one_speaks(toy, tmp_path):
     file = tmp_path / "sentences.txt"

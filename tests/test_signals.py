@@ -104,12 +104,15 @@ with StopSignals():
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout.readline() == "begun\n"
-    process.terminate()
-    time.sleep(1.5)
-    assert process.poll() is None
-    process.terminate()
-    assert process.wait(30) == 128 + signal.SIGTERM
+    try:
+        assert process.stdout.readline() == "begun\n"
+        process.terminate()
+        time.sleep(1.5)
+        assert process.poll() is None
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
 
 
 def test_signals_that_come_together_are_one_request():
