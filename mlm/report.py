@@ -28,7 +28,7 @@ Rows = list[dict[str, Any]]
 
 # What has to be in a file for a run to be shown, and in a line of metrics.jsonl for a point of a curve.
 ABOUT = ("configuration", "experiment", "environment")
-COMPARED = ("text", "gain", "bootstrap", "masks", "breakdowns", "tokens", "words")
+PARTS = ("gain", "bootstrap", "masks", "breakdowns", "tokens")
 EVENTS = {"train": ("loss", "learning_rate"), "eval": ("eval_loss",)}
 EXAMPLE = ("text", "truth", "before", "after")
 
@@ -94,7 +94,9 @@ def _read(folder: Path, name: str, number: int) -> Record:
     for part in ("model", "corpus"):
         _needs(folder / "run.json", found["run"]["configuration"].get(part), ())
     for compared in filter(None, found["comparison"].values()):
-        _needs(folder / "comparison.json", compared, COMPARED)
+        _needs(folder / "comparison.json", compared, ("text", "words", *PARTS))
+        for part in PARTS:
+            _needs(folder / "comparison.json", compared[part], ())
     events, kept = _events(folder / "metrics.jsonl"), found["fill_mask"]
     current = kept.get("results") == results_digest(folder)
     return Record(
