@@ -11,8 +11,14 @@ METRICS = {"perplexity": "Perplexity", "accuracy": "Accuracy", "bits_per_charact
 
 
 def figure(value: float | None) -> str:
-    """A figure for a person to read."""
+    """A figure in a sentence. (In a column of a table zeros at its end are kept: report.py.)"""
     return "undefined" if value is None else f"{value:.4g}"  # nothing was masked, or the run has diverged
+
+
+def short(source: str, parts: int = 1) -> str:
+    """A Hub name as it is; of a local path, which says nothing elsewhere, its last parts."""
+    local = source.startswith(("/", ".", "~")) or source.count("/") > 1 or Path(source).exists()
+    return "/".join(Path(source).parts[-parts:]) if local else source
 
 
 def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
@@ -42,7 +48,7 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
             ),
         ],
     )
-    files = [_short(source) for source in (text.dataset_name, text.train_file) if source]
+    files = [short(source) for source in (text.dataset_name, text.train_file) if source]
     learnt = files[0] if files else "the prose that every Python installation carries"
     model = Path(base).name if local else base or f"A {config.model.model_type or 'small BERT'} from scratch"
     rate, unigram = config.loop.learning_rate, figure(results["perplexity_unigram"])
@@ -73,7 +79,7 @@ fill = pipeline("fill-mask", "{name}")
 
 def _eval_results(results: dict[str, Any], prefix: str, source: str, part: str | None) -> list[EvalResult]:
     """The figures that are numbers: the Hub takes no other. It tells data sets apart by type and config."""
-    name, kind = _short(source), "general text" if prefix else None
+    name, kind = short(source), "general text" if prefix else None
     return [
         EvalResult(
             task_type="fill-mask",
@@ -111,11 +117,6 @@ def _gain(results: dict[str, Any], prefix: str) -> str:
 def _forgotten(results: dict[str, Any], general: Any) -> str:
     if general is None:
         return ""
-    source = _short(corpus.origin(general, "validation"))
+    source = short(corpus.origin(general, "validation"))
     figures = f"{_table(results, 'general_')}\n{_gain(results, 'general_')}"
     return f"\nOn text outside the domain, {source}:\n\n{figures}"
-
-
-def _short(source: str) -> str:
-    """A Hub name as it is; of a local path, which says nothing elsewhere, its last part."""
-    return Path(source).name if Path(source).exists() else source

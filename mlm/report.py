@@ -4,6 +4,7 @@ All text of a run is escaped: jinja2 does it on the page, `_label` in the charts
 all_results.json stands in a <data value="…" data-run="…" data-key="…">, whose value is the JSON number.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader
 from plotly.offline import get_plotlyjs
 
+from mlm.card import short
 from mlm.errors import UserError, one_line
 
 SERIES = 6  # colours of the page; of more runs than that, the next ones are dashed
@@ -24,18 +26,35 @@ SHOWN = 15  # words of a table before the rest is folded away
 HEIGHT = 320  # of a chart, in pixels
 Rows = list[dict[str, Any]]
 
+# What has to be in a file for a run to be shown, and in a line of metrics.jsonl for a point of a curve.
+ABOUT = ("configuration", "experiment", "environment")
+PARTS = ("gain", "bootstrap", "masks", "breakdowns", "tokens")
+EVENTS = {"train": ("loss", "learning_rate"), "eval": ("eval_loss",)}
+EXAMPLE = ("text", "truth", "before", "after")
+
+# What figures depend on beside the model: key of run.json's experiment, and its name for people.
+MEASURED = {
+    "eval_mask_seed": "mask seeds",
+    "eval_mask_seeds": "numbers of mask seeds",
+    "eval_mask_folds": "mask folds",
+    "max_eval_samples": "numbers of chunks",
+    "max_seq_length": "chunk lengths",
+}
+
 
 @dataclass(frozen=True)
 class Record:
     """What is in a run directory. A run that has not ended has no results and no comparison."""
 
+    folder: Path
     name: str
+    number: int  # its place on the page, and so its colour
     about: dict[str, Any]  # run.json
     results: dict[str, Any]  # all_results.json
     comparison: dict[str, Any]  # comparison.json
     train: Rows  # events of metrics.jsonl
     evaluations: Rows
-    examples: Rows  # fill_mask.json
+    examples: Rows | None  # fill_mask.json; None: there are none of these results
 
 
 def write_report(runs: Sequence[Record], output: Path) -> None:
@@ -54,29 +73,68 @@ def read_runs(folders: Sequence[Path]) -> list[Record]:
 
     Raises UserError where one holds no run, a file of it is damaged, or it is named twice.
     """
-    return [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    return [
+        _read(folder, name, i) for i, (folder, name) in enumerate(zip(folders, _names(folders), strict=True))
+    ]
 
 
-def _read(folder: Path, name: str) -> Record:
+def results_digest(folder: Path) -> str | None:
+    """A fingerprint of a run's results, times included; None where there are none."""
+    path = folder / "all_results.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _read(folder: Path, name: str, number: int) -> Record:
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} holds no run.json; name the --output_dir of a training run")
     found = {n: _json(folder / f"{n}.json") for n in ("run", "all_results", "comparison", "fill_mask")}
-    events: Rows = []
-    metrics = folder / "metrics.jsonl"
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
+    _needs(folder / "run.json", found["run"], ABOUT)
+    for section in ABOUT:
+        _needs(folder / "run.json", found["run"][section], ())
+    for part in ("model", "corpus"):
+        _needs(folder / "run.json", found["run"]["configuration"].get(part), ())
+    for compared in filter(None, found["comparison"].values()):
+        _needs(folder / "comparison.json", compared, ("text", "words", *PARTS))
+        for part in PARTS:
+            _needs(folder / "comparison.json", compared[part], ())
+    events, kept = _events(folder / "metrics.jsonl"), found["fill_mask"]
+    current = kept.get("results") == results_digest(folder)
+    return Record(
+        folder=folder,
+        name=name,
+        number=number,
+        about=found["run"],
+        results={n: v for n, v in found["all_results"].items() if v is None or isinstance(v, int | float)},
+        comparison=found["comparison"],
+        train=events["train"],
+        evaluations=events["eval"],
+        examples=[e for e in kept.get("sentences", []) if _has(e, EXAMPLE)] if kept and current else None,
+    )
+
+
+def _events(path: Path) -> dict[str, Rows]:
+    """The lines of metrics.jsonl for each of EVENTS, without those that are whole no more, or not yet."""
+    found: dict[str, Rows] = {event: [] for event in EVENTS}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
         except json.JSONDecodeError:  # the line that a running, or killed, run was writing
             continue
-    return Record(
-        name=name,
-        about=found["run"],
-        results=found["all_results"],
-        comparison=found["comparison"],
-        train=[event for event in events if event["event"] == "train"],
-        evaluations=[event for event in events if event["event"] == "eval"],
-        examples=found["fill_mask"].get("sentences", []),
-    )
+        for kind, fields in EVENTS.items():
+            if _has(event, ("event", *fields)) and event["event"] == kind:
+                found[kind].append(event)
+    return found
+
+
+def _has(value: Any, names: Sequence[str]) -> bool:
+    return isinstance(value, dict) and value.keys() >= set(names)
+
+
+def _needs(path: Path, value: Any, names: Sequence[str]) -> None:
+    if not _has(value, names):
+        lacks = ", ".join(name for name in names if not (isinstance(value, dict) and name in value))
+        reason = f": it lacks {lacks}" if lacks else ""
+        raise UserError(f"{path} is damaged, or of another version or program{reason}")
 
 
 def render(runs: Sequence[Record]) -> str:
@@ -84,10 +142,9 @@ def render(runs: Sequence[Record]) -> str:
     rooms = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    rooms.filters |= {"figure": figure, "count": count, "chance": chance, "short": short}
+    rooms.filters |= {"figure": figure, "count": count, "chance": chance, "short": short, "counted": counted}
     rooms.globals |= {"figure": figure, "share": share, "zip": zip}
     held_out = [(run, run.comparison["held_out"]) for run in runs if run.comparison.get("held_out")]
-    sections = ("configuration", "experiment", "environment")
     return rooms.get_template("report.html").render(
         runs=runs,
         held_out=held_out,
@@ -95,8 +152,11 @@ def render(runs: Sequence[Record]) -> str:
         measures=_measures(runs, ""),
         general_measures=_measures(runs, "general_"),
         costs=_costs(runs),
-        differences=_differing(_settings(runs, sections)) if len(runs) > 1 else {},
-        settings={section: _settings(runs, (section,)) for section in sections},
+        differences=_differing(_settings(runs, ABOUT)) if len(runs) > 1 else {},
+        settings={section: _settings(runs, (section,)) for section in ABOUT},
+        first_pass_only=any(map(_several_passes, runs)),
+        unlike=unlike(runs, "held_out"),
+        general_unlike=unlike(runs, "general"),
         gain_chart=_chart(gain_figure(held_out)) if len(held_out) > 1 else None,
         loss_chart=_chart(loss_figure(runs)),
         rate_chart=_chart(rate_figure(runs)),
@@ -126,11 +186,46 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) or {}
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} cannot be read: it holds no JSON object")
+    return value
+
+
+def unlike(runs: Sequence[Record], text: str) -> str:
+    """Why figures of these runs on "held_out" or "general" text do not compare: one sentence, or nothing."""
+    differ = {
+        key
+        for key in (f"{text} corpus", "tokenizer", "masks", *MEASURED)
+        if len({json.dumps(run.about["experiment"][key]) for run in runs if key in run.about["experiment"]})
+        > 1
+    }
+    # The fingerprint of the masks is of the tokenizer's vocabulary too.
+    names = {f"{text} corpus": "texts", "tokenizer": "tokenizers", **MEASURED}
+    if "tokenizer" not in differ:
+        names["masks"] = "ways of masking"
+    what = [name for key, name in names.items() if key in differ]
+    if not what:
+        return ""
+    listed = " and ".join(filter(None, (", ".join(what[:-1]), what[-1])))
+    if "texts" in what:
+        advice = "compare before and after within a run"
+    elif "tokenizer" in differ:
+        advice = "compare bits per character"
+    else:
+        advice = "a small difference between runs may come from that alone"
+    return f"These runs were measured on different {listed}; {advice}."
+
+
+def _several_passes(run: Record) -> bool:
+    """Whether all_results.json is of more mask passes than the evaluations during the run."""
+    experiment = run.about["experiment"]
+    passes = (experiment.get("eval_mask_folds") or 1) * (experiment.get("eval_mask_seeds") or 1)
+    return passes > 1 and bool(run.evaluations)
 
 
 # ---- figures for people
@@ -158,14 +253,17 @@ def count(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
 
 
-def short(name: str, parts: int = 1) -> str:
-    """A Hub name as it is, of a local path its last parts."""
-    local = name.startswith(("/", ".", "~")) or name.count("/") > 1
-    return "/".join(Path(name).parts[-parts:]) if local else name
+def counted(number: int, noun: str) -> str:
+    """1 document, 2 documents; the noun in either."""
+    noun = noun.removesuffix("s")
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def chance(row: dict[str, Any], when: str) -> str:
-    """The probability of the right token, its geometric mean over the occurrences: exp(− nats / count)."""
+    """exp(− nats / count): the geometric mean over the occurrences of the probability of what was masked.
+
+    Of a token that is the probability of the right one; of a word in pieces the product over those masked.
+    """
     nats = row[f"nats_{when}"]
     return share(0.0 if nats is None else math.exp(-nats / row["count"]))
 
@@ -175,10 +273,9 @@ Measure = tuple[str, str | None, str, Callable[[float | None], str]]
 
 def _measures(runs: Sequence[Record], prefix: str) -> list[Measure]:
     """Rows of a table: label, key of all_results.json before (None: one figure only), key after, format."""
-    loss = "general_loss" if prefix else "eval_loss"
     rows: list[Measure] = [
         ("Perplexity", f"{prefix}perplexity_before", f"{prefix}perplexity", figure),
-        ("Loss, nats a masked token", f"{loss}_before", loss, figure),
+        ("Loss, nats a masked token", f"{prefix}eval_loss_before", f"{prefix}eval_loss", figure),
         ("Accuracy", f"{prefix}accuracy_before", f"{prefix}accuracy", share),
         ("Bits per character", f"{prefix}bits_per_character_before", f"{prefix}bits_per_character", figure),
         ("Bits per word", f"{prefix}bits_per_word_before", f"{prefix}bits_per_word", figure),
@@ -244,20 +341,20 @@ def _differing(settings: dict[str, list[str]]) -> dict[str, list[str]]:
 def loss_figure(runs: Sequence[Record]) -> go.Figure:
     """Loss against tokens seen: of training between two lines of the log, and of each evaluation."""
     chart = _figure("tokens seen", "nats a masked token")
-    for i, run in enumerate(runs):
+    for run in runs:
         chart.add_scatter(
             x=[event.get("tokens") for event in run.train],
             y=[event["loss"] for event in run.train],
             name=_of(run, "training", runs),
-            line={"color": _colour(i), "width": 1.2, "dash": "dot"},
+            line={"color": _colour(run.number), "width": 1.2, "dash": "dot"},
             mode="lines" if len(run.train) > 1 else "markers",
         )
         chart.add_scatter(
             x=[event.get("tokens") for event in run.evaluations],
             y=[event["eval_loss"] for event in run.evaluations],
             name=_of(run, "held out", runs),
-            line={"color": _colour(i), "width": 2, "dash": _dash(i)},
-            marker={"color": _colour(i), "size": 6},
+            line={"color": _colour(run.number), "width": 2, "dash": _dash(run.number)},
+            marker={"color": _colour(run.number), "size": 6},
             mode="lines+markers",
         )
     return chart
@@ -266,12 +363,12 @@ def loss_figure(runs: Sequence[Record]) -> go.Figure:
 def rate_figure(runs: Sequence[Record]) -> go.Figure:
     """The learning rate against tokens seen."""
     chart = _figure("tokens seen", "learning rate")
-    for i, run in enumerate(runs):
+    for run in runs:
         chart.add_scatter(
             x=[event.get("tokens") for event in run.train],
             y=[event["learning_rate"] for event in run.train],
             name=_label(run.name),
-            line={"color": _colour(i), "width": 2, "dash": _dash(i)},
+            line={"color": _colour(run.number), "width": 2, "dash": _dash(run.number)},
             mode="lines" if len(run.train) > 1 else "markers",
         )
     chart.update_layout(showlegend=len(runs) > 1, yaxis={"rangemode": "tozero", "tickformat": ".1e"})
@@ -281,7 +378,7 @@ def rate_figure(runs: Sequence[Record]) -> go.Figure:
 def gain_figure(compared: Sequence[tuple[Record, dict[str, Any]]]) -> go.Figure:
     """The gain of each run with its interval; a line at 1, where nothing is gained."""
     chart = _figure("perplexity before / after", "")
-    for i, (run, comparison) in enumerate(compared):
+    for run, comparison in compared:
         gain = comparison["gain"]
         low, high = gain["interval"]
         known = None not in (gain["value"], low, high)
@@ -289,8 +386,8 @@ def gain_figure(compared: Sequence[tuple[Record, dict[str, Any]]]) -> go.Figure:
         chart.add_scatter(
             x=[gain["value"]],
             y=[_label(run.name)],
-            error_x={"color": _colour(i), "thickness": 2, **error},
-            marker={"color": _colour(i), "size": 9},
+            error_x={"color": _colour(run.number), "thickness": 2, **error},
+            marker={"color": _colour(run.number), "size": 9},
             mode="markers",
             showlegend=False,
         )
@@ -306,7 +403,7 @@ def breakdown_figure(compared: Sequence[tuple[Record, dict[str, Any]]], kind: st
     """Of one run the loss before and after by kind of token; of several what each has gained."""
     several = len(compared) > 1
     chart = _figure(title, "nats gained a masked token" if several else "nats a masked token")
-    for i, (run, comparison) in enumerate(compared):
+    for run, comparison in compared:
         rows = [row for row in comparison["breakdowns"].get(kind, []) if row["count"]]
         names = [
             _label(row["name"].partition(" ")[0] if kind == "frequency" else row["name"]) for row in rows
@@ -315,9 +412,9 @@ def breakdown_figure(compared: Sequence[tuple[Record, dict[str, Any]]], kind: st
         counts = [row["count"] for row in rows]
         if several:
             gained = [None if None in pair else pair[0] - pair[1] for pair in zip(before, after, strict=True)]
-            bars = [(_label(run.name), gained, _colour(i))]
+            bars = [(_label(run.name), gained, _colour(run.number))]
         else:
-            bars = [("before", before, "var(--faint)"), ("after", after, _colour(0))]
+            bars = [("before", before, "var(--faint)"), ("after", after, _colour(run.number))]
         for name, values, colour in bars:
             chart.add_bar(
                 x=names,

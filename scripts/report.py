@@ -1,13 +1,12 @@
 """Writes what runs did as one HTML file: figures, curves, what was learnt and what was lost, examples."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlm import cli
-from mlm.examples import fill_before_and_after, keep_examples
+from mlm.examples import with_examples
 from mlm.report import read_runs, write_report
 from mlm.sentences import read_sentences
 
@@ -30,19 +29,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         config.output
         or (folders[0] / "report.html" if len(folders) == 1 else folders[0].parent / "report.html")
     )
-    read_runs(folders)  # a mistake is found before models are loaded
     sentences = list(read_sentences(config.sentences_file).values()) if config.sentences_file else None
-    if sentences is None:
-        for folder in folders:
-            print(keep_examples(folder, config.trust_remote_code), end="")
-        runs = read_runs(folders)
-    else:
-        runs = [
-            dataclasses.replace(
-                run, examples=fill_before_and_after(folder, sentences, config.trust_remote_code)
-            )
-            for folder, run in zip(folders, read_runs(folders), strict=True)
-        ]
+    runs = []
+    for run in read_runs(folders):  # all of them: a mistake is found before models are loaded
+        filled, why_not = with_examples(run, sentences, config.trust_remote_code)
+        print(why_not, end="")
+        runs.append(filled)
     write_report(runs, output)
     print(f"report: {output}")
     return {"report": str(output)}

@@ -30,7 +30,10 @@ def test_the_hub_reads_the_figures_of_the_run_in_the_card(run):
         ("validation.txt", "perplexity"): results["perplexity"],
         ("validation.txt", "accuracy"): results["accuracy"],
         ("validation.txt", "bits_per_character"): results["bits_per_character"],
-        ("validation.txt (general text)", "perplexity"): results["general_perplexity"],
+        **{
+            ("validation.txt (general text)", metric): results[f"general_{metric}"]
+            for metric in ("perplexity", "accuracy", "bits_per_character")
+        },
     }
     assert {(r.task_type, r.dataset_split) for r in card.data.eval_results} == {("fill-mask", "validation")}
     assert "/" not in str([r.dataset_type for r in card.data.eval_results]), "a path says nothing elsewhere"
@@ -46,8 +49,9 @@ def test_the_card_tells_people_the_gain_and_what_was_forgotten(run):
         assert (
             f"Perplexity before / after is {gain} (95% interval {low} to {high}, paired bootstrap)." in text
         )
-        before, after = (f"{results[f'{prefix}perplexity{when}']:.4g}" for when in ("_before", ""))
-        assert f"| perplexity | {before} | {after} |" in text
+        for name in ("perplexity", "accuracy", "bits_per_character"):
+            before, after = (f"{results[f'{prefix}{name}{when}']:.4g}" for when in ("_before", ""))
+            assert f"| {name.replace('_', ' ')} | {before} | {after} |" in text
 
 
 def test_figures_that_do_not_exist_are_left_out_of_the_metadata(toy, tmp_path):

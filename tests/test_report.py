@@ -1,6 +1,7 @@
 """The report: one page, the figures of all_results.json on it, readable in light, dark and on a phone."""
 
 import dataclasses
+import html
 import importlib.util
 import itertools
 import json
@@ -11,6 +12,8 @@ import subprocess
 import sys
 
 import plotly.graph_objects as go
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,12 +21,24 @@ from hypothesis import strategies as st
 from mlm import cli
 from mlm.corpus import GeneralConfig
 from mlm.errors import UserError
-from mlm.examples import from_held_out
+from mlm.examples import from_held_out, readable
 from mlm.fill_mask import fill, load
 from mlm.record import RecordConfig
-from mlm.report import _chart, chance, figure, read_runs, render, share
+from mlm.report import (
+    _chart,
+    breakdown_figure,
+    chance,
+    figure,
+    gain_figure,
+    loss_figure,
+    read_runs,
+    render,
+    share,
+    unlike,
+)
 from mlm.train import train
 from tests.conftest import REPOSITORY
+from tests.tokenizers_for_tests import wordpiece
 
 spec = importlib.util.spec_from_file_location("report_script", REPOSITORY / "scripts" / "report.py")
 script = importlib.util.module_from_spec(spec)
@@ -130,8 +145,9 @@ def test_the_figures_on_the_page_are_those_of_all_results_json(run, browser):
     measured = {"perplexity", "eval_loss", "accuracy", "bits_per_character", "bits_per_word"}
     assert told >= measured | {f"{name}_before" for name in measured}
     assert told >= {"gain", "gain_low", "gain_high", "tokens_per_second", "peak_memory_mib", "steps"}
-    general = {"general_perplexity", "general_perplexity_before", "general_loss", "general_loss_before"}
-    assert told >= general | {"general_gain", "general_gain_low", "general_gain_high"}
+    general = {"perplexity", "eval_loss", "accuracy", "bits_per_character"}
+    assert told >= {f"general_{name}{when}" for name in general for when in ("", "_before")}
+    assert told >= {"general_gain", "general_gain_low", "general_gain_high", "general_eval_masked_tokens"}
 
 
 def test_the_charts_hold_the_measurements_of_the_run(run, browser):
@@ -260,6 +276,149 @@ def test_several_runs_stand_side_by_side(run, other, browser, tmp_path):
     assert "loop.weight_decay" not in differing
 
 
+def text_of(page: str, of: str = "main") -> str:
+    """What a person reads of a page, or of a part of it, blanks run together."""
+    [part] = re.findall(rf"<{of}[ >].*?</{of.split()[0]}>", page, re.DOTALL)[:1]
+    part = re.sub(r"<script.*?</script>", "", part, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", "", part)).split())
+
+
+def with_experiment(record, **settings):
+    return dataclasses.replace(record, about=record.about | {"experiment": settings})
+
+
+def test_a_run_has_one_colour_wherever_it_is(run, other, tmp_path):
+    """The first one was not measured at the start: it is in no comparison, and has its colour still."""
+    shutil.copytree(run, tmp_path / "again")
+    runs = read_runs([other, run, tmp_path / "again"])
+    compared = [(r, r.comparison["held_out"]) for r in runs[1:]]
+    curves = [trace.line.color for trace in loss_figure(runs).data]
+    assert curves == [f"var(--series-{i})" for i in (0, 0, 1, 1, 2, 2)]
+    for chart in (gain_figure(compared), breakdown_figure(compared, "word", "")):
+        assert [trace.marker.color for trace in chart.data] == ["var(--series-1)", "var(--series-2)"]
+    keys = re.findall(r'<span class="key key-(\d)"></span>(other|toy|again)', render(runs))
+    assert len(keys) > 6
+    assert {name: {key for key, of in keys if of == name} for _, name in keys} == {
+        "other": {"0"},
+        "toy": {"1"},
+        "again": {"2"},
+    }
+
+
+def test_one_measured_run_among_several_shows_its_gain(run, other):
+    assert "toy: gain" in text_of(render(read_runs([other, run])))
+
+
+def test_runs_that_do_not_compare_are_said_not_to(run, other):
+    runs = read_runs([run, other])
+    assert unlike(runs, "held_out") == ""
+    assert 'class="unlike"' not in render(runs)
+    same = {"held_out corpus": "a", "tokenizer": "b", "masks": "c", "max_seq_length": 16}
+    for different, words in (
+        ({"held_out corpus": "z"}, "texts; compare before and after within a run"),
+        ({"tokenizer": "z", "masks": "z"}, "tokenizers; compare bits per character"),
+        ({"masks": "z"}, "ways of masking; a small difference between runs may come from that alone"),
+        ({"max_seq_length": 32, "eval_mask_seed": 1}, "chunk lengths; a small difference"),
+    ):
+        pair = [with_experiment(runs[0], **same), with_experiment(runs[1], **same | different)]
+        told = unlike(pair, "held_out")
+        assert told.startswith(f"These runs were measured on different {words}")
+        assert told.endswith(".")
+        page = text_of(render(pair))
+        assert page.index(told) < page.index("Of each run the same masks before and after")
+    folds = [
+        with_experiment(r, eval_mask_folds=k, eval_mask_seeds=k or 1)
+        for r, k in zip(runs, (None, 7), strict=True)
+    ]
+    assert "different numbers of mask seeds and mask folds;" in unlike(folds, "held_out")
+
+
+def test_general_texts_that_differ_are_told_where_they_are_compared(run):
+    runs = read_runs([run])
+    pair = [with_experiment(runs[0], **{"general corpus": text}) for text in "ab"]
+    page = render(pair)
+    assert "different texts" in page.split('id="general"')[1]
+    assert "different texts" not in page.split('id="general"')[0]
+
+
+def test_curves_of_one_pass_beside_figures_of_several_say_so(run):
+    [record] = read_runs([run])
+    assert "first mask pass alone" not in render([record])
+    for settings in ({"eval_mask_folds": 7}, {"eval_mask_seeds": 3}):
+        assert "first mask pass alone" in text_of(
+            render([with_experiment(record, **settings)]), 'section id="training"'
+        )
+
+
+def test_the_general_text_is_described_as_the_held_out_one_is(run):
+    page = render(read_runs([run]))
+    for section in ("held-out", "general"):
+        told = text_of(page, f'section id="{section}"')
+        assert re.search(r"[\d,]+ masked tokens of [\d,]+ documents of .*, mask seed 0\.", told)
+        assert re.search(r"a paired bootstrap over [\d,]+ documents, 2,000 resamples\.", told)
+
+
+@pytest.mark.parametrize(("units", "why"), [(1, "there is one chunk only"), (0, "nothing was masked")])
+def test_no_interval_is_said_to_be_none(run, units, why):
+    [record] = read_runs([run])
+    comparison = json.loads(json.dumps(record.comparison))
+    for compared in comparison.values():
+        compared["gain"]["interval"] = [None, None]
+        compared["bootstrap"] |= {"unit": "chunks", "units": units}
+        compared["masks"] |= {"documents": 1, "masked_tokens": units}
+    gone = [f"{prefix}gain_{end}" for prefix in ("", "general_") for end in ("low", "high")]
+    results = record.results | dict.fromkeys(gone)
+    page = render([dataclasses.replace(record, results=results, comparison=comparison)])
+    told = text_of(page)
+    assert re.search(r"95% interval\s*none", text_of(page, "header"))
+    assert told.count(f"No interval can be given: {why}.") == 4
+    assert ("1 masked token of 1 document of" in told) == (units == 1)
+    for wrong in ("–––", "bootstrap over", "resamples", "1 documents", "1 chunks", "–×", "– to –"):
+        assert wrong not in told
+
+
+def test_a_figure_that_one_run_lacks_is_a_dash_before_and_after(run, other):
+    spread = {"perplexity_spread": 0.5, "perplexity_spread_before": 0.25}
+    first, second = read_runs([run, other])
+    page = render([dataclasses.replace(first, results=first.results | spread), second])
+    [row] = re.findall(r"<tr><th scope=\"row\">Spread.*?</tr>", page, re.DOTALL)
+    cells = [text_of(cell, "td") for cell in re.findall(r"<td>.*?</td>", row, re.DOTALL)]
+    assert cells == ["0.2500", "0.5000", "–", "–"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("run.json", "{}", r"run\.json is damaged, or of another version or program: it lacks config"),
+        ("run.json", "[1]", r"run\.json cannot be read: it holds no JSON object"),
+        ("run.json", '{"configuration": {}, "experiment": {}, "environment": {}}', r"run\.json is damaged"),
+        ("run.json", '{"configuration": {}, "experiment": [], "environment": {}}', r"run\.json is damaged"),
+        ("comparison.json", '{"held_out": {"gain": 1}}', r"comparison\.json is damaged.*it lacks text"),
+        ("all_results.json", "3", "it holds no JSON object"),
+    ],
+)
+def test_a_foreign_or_damaged_file_is_one_clear_line(run, tmp_path, name, text, message):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        script.main([str(tmp_path / "run"), "--output", str(tmp_path / "page.html")])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_lines_of_metrics_that_are_no_events_are_left_out(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(
+            b'[1]\n3\nnull\n{}\n{"event": []}\n{"event": "train"}\n{"event": "eval", "loss": 1}\n\xff\n'
+        )
+    [read], [whole] = read_runs([tmp_path / "run"]), read_runs([run])
+    assert (read.train, read.evaluations) == (whole.train, whole.evaluations)
+    assert read.train
+    assert read.evaluations
+    render([read])
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(run, tmp_path):
     for place in ("a", "b"):
         shutil.copytree(run, tmp_path / place / "toy")
@@ -363,12 +522,109 @@ def test_a_base_that_is_gone_costs_the_examples_and_no_more(run, tmp_path, capsy
     folder = tmp_path / "moved"
     shutil.copytree(run, folder)
     (folder / "fill_mask.json").unlink()
-    about = json.loads((folder / "run.json").read_text())
-    about["configuration"]["model"]["model_name_or_path"] = str(tmp_path / "gone")
-    (folder / "run.json").write_text(json.dumps(about))
+    move_base(folder, tmp_path / "gone")
     script.main([str(folder)])
     assert "no examples of filled masks, as no such folder" in capsys.readouterr().out
     assert 'id="examples"' not in (folder / "report.html").read_text()
+
+
+def move_base(folder, gone) -> None:
+    about = json.loads((folder / "run.json").read_text())
+    about["configuration"]["model"]["model_name_or_path"] = str(gone)
+    (folder / "run.json").write_text(json.dumps(about))
+
+
+def test_a_base_that_is_gone_costs_the_fillers_of_given_sentences_and_no_more(run, tmp_path, capsys):
+    folder, page, given = tmp_path / "moved", tmp_path / "page.html", tmp_path / "sentences.txt"
+    shutil.copytree(run, folder)
+    move_base(folder, tmp_path / "gone")
+    given.write_text("the zebra [MASK] .\n")
+    script.main([str(folder), "--sentences_file", str(given), "--output", str(page)])
+    told = capsys.readouterr().out.splitlines()
+    assert "no examples of filled masks, as no such folder" in told[0]
+    assert told[1:] == [f"report: {page}"]
+    assert "zebra" not in page.read_text()
+
+
+def test_a_given_sentence_without_a_mask_is_still_a_mistake(run, tmp_path):
+    (tmp_path / "sentences.txt").write_text("no mask here .\n")
+    with pytest.raises(UserError, match="has no mask"):
+        script.main(
+            [
+                str(run),
+                "--sentences_file",
+                str(tmp_path / "sentences.txt"),
+                "--output",
+                str(tmp_path / "p.html"),
+            ]
+        )
+    assert not (tmp_path / "p.html").exists()
+
+
+@pytest.mark.parametrize("damage", ["a flag", "no loop", "documents"])
+def test_a_run_of_another_version_has_a_report_without_examples(run, tmp_path, capsys, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "fill_mask.json").unlink()
+    about = json.loads((folder / "run.json").read_text())
+    if damage == "a flag":
+        about["configuration"]["model"]["from_the_future"] = 1
+    elif damage == "no loop":
+        del about["configuration"]["loop"]
+    else:
+        (folder / "documents.parquet").write_bytes(b"PAR")
+    (folder / "run.json").write_text(json.dumps(about))
+    script.main([str(folder)])
+    told = capsys.readouterr().out.splitlines()
+    assert "no examples of filled masks, as" in told[0]
+    assert len(told) == 2
+    assert 'id="examples"' not in (folder / "report.html").read_text()
+
+
+def test_examples_of_other_results_are_made_anew_and_never_shown(run, tmp_path):
+    folder = tmp_path / "resumed"
+    shutil.copytree(run, folder)
+    whole = json.loads((folder / "fill_mask.json").read_text())
+    stale = json.loads(json.dumps(whole))
+    for example in stale["sentences"]:
+        example["text"] = "the zebra [MASK]"
+    (folder / "fill_mask.json").write_text(json.dumps(stale))
+    script.main([str(folder)])
+    assert json.loads((folder / "fill_mask.json").read_text()) == stale, "of these results: kept"
+    results = json.loads((folder / "all_results.json").read_text())
+    (folder / "all_results.json").write_text(json.dumps(results | {"train_seconds": 1.0}))
+    assert read_runs([folder])[0].examples is None
+    script.main([str(folder)])
+    assert json.loads((folder / "fill_mask.json").read_text())["sentences"] == whole["sentences"]
+    assert "zebra" not in (folder / "report.html").read_text()
+
+
+def test_masked_words_are_words(run, tmp_path):
+    """No "br" of a tag, no "i"; in a script without capitals one character is a word."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    words = ["milk", "br", "i", "3rd", "cat", "好"]
+    tokenizer.add_tokens(words)
+    stored = json.loads((run / "comparison.json").read_text())
+    [row, *_] = stored["held_out"]["words"]["gained"]
+    stored["held_out"]["words"]["gained"] = [row | {"text": word} for word in words]
+    (tmp_path / "comparison.json").write_text(json.dumps(stored))
+    openings = [f"a b {word} c {i}" for i, word in enumerate(words)]
+    table = pa.table({"text": ["held_out"] * len(words), "opening": openings})
+    pq.write_table(table, tmp_path / "documents.parquet")
+    assert {word for _, word in from_held_out(tmp_path, tokenizer)} == {"milk", "cat", "好"}
+
+
+def test_examples_are_spaced_as_people_do_where_the_tokens_stay_the_same():
+    words = ["it", "'", "s", "a", "film", ",", "i", "think", "(", ")", ".", "the", "good", "good.", "[MASK]"]
+    tokenizer = wordpiece(words)
+    for decoded, text in (
+        ("it ' s a [MASK] , i think ( a film ) .", "it's a [MASK], i think (a film)."),
+        ("[MASK] ' s film .", "[MASK]'s film."),
+        ("the ' good ' film", "the ' good ' film"),  # a quotation
+    ):
+        assert readable(decoded, tokenizer) == text
 
 
 @pytest.mark.parametrize("which", ["adapted", "base"])
@@ -405,6 +661,12 @@ def test_figures_align_and_small_shares_are_not_nothing():
         "–",
     ]
     assert [share(v) for v in (0.5, 0.00034, 1e-9, 0.0, None)] == ["50.0%", "0.03%", "0.001%", "0.0%", "–"]
+
+
+def test_the_page_says_what_a_chance_is(run):
+    told = text_of(render(read_runs([run])), 'section id="words"')
+    assert "of a word in pieces, the product over those of its pieces that were masked" in told
+    assert "probability of the right word" not in told
 
 
 def test_the_chance_of_a_word_is_the_geometric_mean_over_its_occurrences():
