@@ -12,10 +12,12 @@ weights are random; the model, its dropout included, is what transformers makes 
 import contextlib
 import json
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,7 @@ from mlm.passes import AUTO_ON_CPU
 # Without dropout, so that ways that do the same arrive at the same weights.
 TOY = {"vocab_size": 300, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TOY |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+REPOSITORY = Path(__file__).parents[1]
 RATE, LEARNING_RATE, STEPS = 0.15, 5e-5, 10_000
 
 
@@ -213,6 +216,34 @@ def matrix_products(precision: torch.dtype, seconds: float = 1.0) -> float:
         left @ right
         best = max(best, 2 * 2048 * 768 * 3072 / (time.perf_counter() - start))
     return best
+
+
+class Stepper:
+    """A process that takes a step when called."""
+
+    def __init__(self, way: str, size: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.stepper", way, size],
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, what: str) -> Any:
+        self.process.stdin.write(f"{what}\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def __call__(self) -> None:
+        self.ask("step")
+
+    def __enter__(self) -> "Stepper":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from mlm import cli
 REPOSITORY = Path(__file__).parents[1]
 BENCHMARKS = REPOSITORY / "benchmarks"
 BEGIN, END = "<!-- {}: written by scripts/results.py -->\n", "<!-- end of {} -->\n"
-SUITES = ("data_path", "training")  # what pytest-benchmark's suites left
+SUITES = ("data_path", "training", "memory")  # what pytest-benchmark's suites left
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def suite(name: str) -> str:
             f"| {row['n']} | {_speed(row, 'ours')} | {_speed(row, 'theirs')} |"
         )
     noise = [f"{row['low']:.2f} to {row['high']:.2f}" for row in stored["rows"] if row["kind"] == "again"]
-    lines.append(f"\nOurs against itself, which shows the noise: {'; '.join(noise)}.\n")
+    lines.append(f"\nOurs against itself, which shows the noise: {'; '.join(noise)}.\n" if noise else "")
     used = [
         f"{row['workload']}: {row['flops_per_token'] / 1e6:,.0f} MFLOP a token, "
         f"{row['products_per_second'] / 1e9:,.0f} GFLOP/s of matrix products, utilisation "

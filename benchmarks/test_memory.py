@@ -1,0 +1,41 @@
+"""Peak memory of a training step: what a process comes to in a few of them.
+
+Ways, sizes and batches are those of test_training.py, each in a process of its own (stepper.py), whose peak
+holds Python and the libraries, some 350 MiB, on both sides.
+"""
+
+import numpy as np
+import pytest
+
+from benchmarks.compare import row
+from benchmarks.stepper import Stepper
+
+STEPS = 5
+
+
+def peak(way: str, size: str) -> float:
+    with Stepper(way, size) as process:
+        for _ in range(STEPS):
+            process()
+        return process.ask("end")["peak_memory_mib"]
+
+
+@pytest.mark.parametrize(
+    ("way", "size", "at_most"),
+    [
+        ("ours", "distilbert", None),
+        ("ours, bf16", "distilbert", 0.75),
+        ("ours", "bert 2x128", 0.5),
+        ("ours, bf16", "bert 2x128", None),
+    ],
+)
+def test_peak_memory(benchmark, results, way, size, at_most):
+    if benchmark.disabled:
+        assert peak(way, "toy") > 100
+        return
+    mine, other = benchmark.pedantic(lambda: (peak(way, size), peak("defaults", size)))
+    mebibytes = {"ours": mine, "theirs": other}
+    ratio = np.array([mine / other])
+    results.append(
+        row(f"{way}, {size}", "defaults", "peer", "of its", ratio, at_most=at_most, mebibytes=mebibytes)
+    )
