@@ -80,8 +80,10 @@ def suite(name: str) -> str:
     if used:
         lines += [f"- {line}" for line in used]
         lines.append("")
+    load = stored["environment"]["load_before"]
+    busy = f" The machine was busy: {load:.1f} processes wanted a core when it began." if load > 3 else ""
     lines.append(
-        f"{_machine(stored['environment'])}. `python -m pytest benchmarks --imdb FOLDER "
+        f"{_machine(stored['environment'])}.{busy} `python -m pytest benchmarks --imdb FOLDER "
         "--model_name_or_path CHECKPOINT --results benchmarks/results`.\n"
     )
     return "\n".join(lines)
@@ -105,8 +107,8 @@ def imdb() -> str:
     where = stored["environment"]
     caption = (
         f"O{stored['what'][1:]}, {stored['model']}, {stored['evaluated_masked_tokens']:,} masked tokens; the "
-        f"first and third evaluate before and after, the others after only; medians of n = {stored['n']} "
-        f"(the course's recipe: 1); {_machine(where)}. `python benchmarks/imdb.py`."
+        f"first and third evaluate before and after, the others after only; n = {stored['n']}; "
+        f"{_machine(where)}. `python benchmarks/imdb.py`."
     )
     return "\n".join(lines) + f"\n\n{caption}\n"
 
