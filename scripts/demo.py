@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm import cli
-from mlm.examples import keep_examples
+from mlm.examples import with_examples
 from mlm.fill_mask import fill, table
 from mlm.model import SparseMaskedLM, load_model
 from mlm.report import read_runs, write_report
@@ -34,8 +34,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     print(f"perplexity {before:.4g} before, {after:.4g} after, {unigram:.4g} for a model that has learnt")
     print(f"nothing but how frequent each token is: {after / unigram:.2f} of it")
     page = result.output_dir / "report.html"
-    print(keep_examples(result.output_dir), end="")
-    write_report(read_runs([result.output_dir]), page)
+    [run] = read_runs([result.output_dir])
+    run, why_not = with_examples(run, sentences=None)
+    print(why_not, end="")
+    write_report([run], page)
     print(f"report: {page}")
     return {"output_dir": str(result.output_dir), "report": str(page), **result.results}
 
