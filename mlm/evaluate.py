@@ -14,7 +14,7 @@ end of `evaluate`, and 100 in compare.py, on each process; --max_eval_samples bo
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,6 +49,11 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "per_device_eval_batch_size", "max_eval_samples", "eval_mask_seeds")
         at_least(self, 2, "eval_mask_folds")
+
+    @property
+    def identity(self) -> dict[str, int | None]:
+        """The settings that figures depend on, by name."""
+        return {name: n for name, n in asdict(self).items() if name != "per_device_eval_batch_size"}
 
     @property
     def passes(self) -> list[tuple[int, tuple[int, int] | None]]:

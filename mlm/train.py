@@ -131,11 +131,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     experiment = {
         "train corpus": stores["train"].header["corpus"],
         **{f"{name} corpus": text.store.header["corpus"] for name, text in texts.items()},
-        **{
-            name: value
-            for name, value in asdict(config.evaluate).items()
-            if name != "per_device_eval_batch_size"
-        },
+        **config.evaluate.identity,
         **{name: getattr(loop, name) for name in ("seed", "learning_rate", "weight_decay", "max_grad_norm")},
         **{name: getattr(loop, name) for name in ("lr_scheduler_type", "num_warmup_steps")},
         "model": fingerprint(net),
