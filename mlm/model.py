@@ -254,6 +254,7 @@ class SparseMaskedLM(nn.Module):
                 hook.remove()
                 log.warning("%s: the head runs on all positions, as %s", type(model).__name__, misfit)
             _freeze(model, _without_gradient(twin, *batch))
+        del twin.model  # the hook leads back to its owner: only the collector would find the two, some time
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, targets: Tensor, attention_mask: Tensor | None = None

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlm import cli
-from mlm.examples import with_examples
-from mlm.fill_mask import fill, table
-from mlm.model import SparseMaskedLM, load_model
-from mlm.report import read_runs, write_report
-from mlm.train import ROOMS, Config, train
+from mlm.startup import quick_imports
+
+with quick_imports():
+    from mlm import cli
+    from mlm.examples import with_examples
+    from mlm.fill_mask import fill, table
+    from mlm.model import SparseMaskedLM, load_model
+    from mlm.report import read_runs, write_report
+    from mlm.train import ROOMS, Config, train
 
 DEMO = Path(__file__).with_name("demo.yaml")
 SENTENCES = (

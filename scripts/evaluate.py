@@ -5,24 +5,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from mlm.startup import quick_imports
 
-from mlm import cli
-from mlm.chunks import ChunkConfig, chunk_length
-from mlm.compare import compare, in_words
-from mlm.corpus import CorpusConfig, GeneralConfig
-from mlm.errors import UserError
-from mlm.evaluate import EvaluateConfig, Evaluation, Text, evaluate_all, measure, token_counts
-from mlm.hardware import make_accelerator
-from mlm.masking import MaskingConfig
-from mlm.model import ModelConfig, SparseMaskedLM, check_embeddings, load_model, position_limit
-from mlm.pseudo_perplexity import PseudoPerplexityConfig
-from mlm.pseudo_perplexity import measure as measure_sentences
-from mlm.record import figure, finite, write_json
-from mlm.stream import StreamConfig, TokenStore
-from mlm.texts import open_corpus, open_texts
-from mlm.train import Config
+with quick_imports():
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+    from mlm import cli
+    from mlm.chunks import ChunkConfig, chunk_length
+    from mlm.compare import compare, in_words
+    from mlm.corpus import CorpusConfig, GeneralConfig
+    from mlm.errors import UserError
+    from mlm.evaluate import EvaluateConfig, Evaluation, Text, evaluate_all, measure, token_counts
+    from mlm.hardware import make_accelerator
+    from mlm.masking import MaskingConfig
+    from mlm.model import ModelConfig, SparseMaskedLM, check_embeddings, load_model, position_limit
+    from mlm.pseudo_perplexity import PseudoPerplexityConfig
+    from mlm.pseudo_perplexity import measure as measure_sentences
+    from mlm.record import figure, finite, write_json
+    from mlm.stream import StreamConfig, TokenStore
+    from mlm.texts import open_corpus, open_texts
+    from mlm.train import Config
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,15 @@ The masks of a sentence are filled independently, or jointly with --order left_t
 from collections.abc import Sequence
 from typing import Any
 
-from mlm import cli
-from mlm.errors import UserError
-from mlm.fill_mask import FillMaskConfig, cell_width, fill, load, table
-from mlm.joint import cells, fill_jointly
-from mlm.sentences import MASK, read_sentences
-from mlm.targets import parse_targets, score_targets
+from mlm.startup import quick_imports
+
+with quick_imports():
+    from mlm import cli
+    from mlm.errors import UserError
+    from mlm.fill_mask import FillMaskConfig, cell_width, fill, load, table
+    from mlm.joint import cells, fill_jointly
+    from mlm.sentences import MASK, read_sentences
+    from mlm.targets import parse_targets, score_targets
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

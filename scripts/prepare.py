@@ -5,21 +5,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from transformers import PreTrainedTokenizerBase
+from mlm.startup import quick_imports
 
-from mlm import cli
-from mlm.batches import mask_chunks
-from mlm.chunks import ChunkConfig, Chunks, chunk_length, cut_into_chunks
-from mlm.corpus import CorpusConfig
-from mlm.errors import at_least
-from mlm.hardware import make_accelerator
-from mlm.masking import MaskingConfig, Recipe, make_recipe
-from mlm.model import ModelConfig, position_limit
-from mlm.stream import StreamConfig, TokenStore
-from mlm.texts import open_corpus
-from mlm.tokenizer import TokenFacts
-from mlm.train import Config
+with quick_imports():
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+    from mlm import cli
+    from mlm.batches import mask_chunks
+    from mlm.chunks import ChunkConfig, Chunks, chunk_length, cut_into_chunks
+    from mlm.corpus import CorpusConfig
+    from mlm.errors import at_least
+    from mlm.hardware import make_accelerator
+    from mlm.masking import MaskingConfig, Recipe, make_recipe
+    from mlm.model import ModelConfig, position_limit
+    from mlm.stream import StreamConfig, TokenStore
+    from mlm.texts import open_corpus
+    from mlm.tokenizer import TokenFacts
+    from mlm.train import Config
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlm import cli
-from mlm.examples import with_examples
-from mlm.report import read_runs, write_report
-from mlm.sentences import read_sentences
+from mlm.startup import quick_imports
+
+with quick_imports():
+    from mlm import cli
+    from mlm.examples import with_examples
+    from mlm.report import read_runs, write_report
+    from mlm.sentences import read_sentences
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlm import cli
-from mlm.train import ROOMS, Config, train
+from mlm.startup import quick_imports
+
+with quick_imports():
+    from mlm import cli
+    from mlm.train import ROOMS, Config, train
 
 DEMO = Path(__file__).with_name("demo.yaml")
 
