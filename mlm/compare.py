@@ -15,7 +15,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from mlm.breakdown import breakdowns, by_token, by_word, grouped
-from mlm.evaluate import Evaluation, Text, measure, unigram_perplexity
+from mlm.evaluate import Evaluation, Text, exp_or_inf, measure, unigram_perplexity
 from mlm.record import figure, finite
 
 CONFIDENCE = 0.95
@@ -105,7 +105,7 @@ def compare(
             "text": text.name,
             "before": measure(before, text),
             "after": measure(after, text),
-            "gain": {"value": _exp(-difference), "interval": [_exp(-high), _exp(-low)]},
+            "gain": {"value": exp_or_inf(-difference), "interval": [exp_or_inf(-high), exp_or_inf(-low)]},
             "difference": {"value": difference, "interval": [low, high]},
             "bootstrap": {
                 "confidence": CONFIDENCE,
@@ -209,7 +209,3 @@ def _scalars(measured: dict[str, Any]) -> dict[str, Any]:
 def _gain(compared: dict[str, Any], prefix: str) -> dict[str, Any]:
     low, high = compared["gain"]["interval"]
     return {f"{prefix}gain": compared["gain"]["value"], f"{prefix}gain_low": low, f"{prefix}gain_high": high}
-
-
-def _exp(x: float) -> float:
-    return math.inf if x >= 700 else math.exp(x)

@@ -34,6 +34,11 @@ GRID = 2.0**24
 LONGEST_SPACED_WORD = 20  # characters; a mean above it is of a script that does not part words by spaces
 
 
+def exp_or_inf(nats: float) -> float:
+    """exp(nats), infinite from 700 on: at 709.8 float64 ends, and math.exp raises."""
+    return math.inf if nats >= 700 else math.exp(nats)
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
     """On what, and under which masks, models are measured."""
@@ -97,7 +102,7 @@ class Evaluation(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        return math.inf if self.loss >= 700 else math.exp(self.loss)
+        return exp_or_inf(self.loss)
 
     @property
     def accuracy(self) -> float:

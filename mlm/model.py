@@ -66,6 +66,7 @@ class ModelConfig:
     model_type: str | None = None  # architecture to train from scratch at its default size (modernbert)
     tokenizer_name: str | None = None  # tokenizer, where it differs from the model's
     trust_remote_code: bool = False  # run the Python code that a checkpoint brings along
+    gradient_checkpointing: bool = False  # train in less memory and more time: where one chunk does not fit
     dropout: float | None = None  # replaces every dropout probability of the model, in this run only
 
     def __post_init__(self) -> None:
@@ -85,7 +86,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
 
     Raises:
         UserError: the checkpoint or configuration cannot be found, reached or read, is of no masked language
-            model, or needs `trust_remote_code`.
+            model, needs `trust_remote_code`, or cannot do without its activations.
     """
     arch = _architecture(config, tokenizer)
     own_dropout = [] if config.dropout is None else list(_dropout_fields(arch))
@@ -100,6 +101,8 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
             log.warning("the embeddings grow from %d to %d rows: the tokenizer has more tokens", rows, needed)
             _enlarge(model, needed)
 
+    if config.gradient_checkpointing:
+        _checkpoint_activations(model)
     if own_dropout:
         # The modules share the configuration that they were built from, and some read it in every forward
         # pass: a copy, with the probabilities that the model came with, becomes the one that is saved.
@@ -273,7 +276,8 @@ class SparseMaskedLM(nn.Module):
             hits: bool `[M]`, whether the largest logit is the target's; None in training mode.
         """
         logits = self.logits(input_ids, positions, attention_mask)
-        nats = F.cross_entropy(logits.float(), targets, reduction="none")  # [M, V], [M] -> [M]
+        logits = logits.float()  # bf16's argmax is slower on a CPU than widening and float32's
+        nats = F.cross_entropy(logits, targets, reduction="none")  # [M, V], [M] -> [M]
         hits = None if self.training else logits.argmax(dim=-1) == targets
         return nats, hits
 
@@ -396,6 +400,16 @@ def _from_scratch(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedMode
         if config.config_name:
             raise explain_load_failure("model", config.config_name, error) from error
         raise UserError(f"--model_type {config.model_type}: {one_line(error)}") from error
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """Training keeps each layer's input alone and computes the rest again in backward (Chen et al. 2016)."""
+    # The first is transformers' new name; it warns at the old one, which is all that its older versions have.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable()
+    except ValueError as error:
+        raise UserError(f"--gradient_checkpointing: {one_line(error)}") from error
 
 
 def _enlarge(model: PreTrainedModel, rows: int) -> None:

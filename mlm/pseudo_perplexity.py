@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm.columns import PAGE, fit
 from mlm.errors import UserError, one_line
+from mlm.evaluate import exp_or_inf
 from mlm.model import ModelConfig, SparseMaskedLM, check_embeddings, load_model, max_positions
 from mlm.record import finite
 from mlm.sentences import read_sentences
@@ -64,8 +65,7 @@ class Scores:
 
 def perplexity(log_likelihood: float, tokens: int) -> float:
     """exp(−nats a token), NaN without tokens, infinite where it is beyond float64."""
-    loss = -log_likelihood / tokens if tokens else math.nan
-    return math.inf if loss >= 700 else math.exp(loss)
+    return exp_or_inf(-log_likelihood / tokens) if tokens else math.nan
 
 
 @torch.inference_mode()

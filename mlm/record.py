@@ -43,7 +43,7 @@ from mlm import checkpoint
 from mlm.batches import Batches
 from mlm.card import figure, model_card
 from mlm.errors import UserError, at_least, one_line
-from mlm.evaluate import Text
+from mlm.evaluate import Text, exp_or_inf
 from mlm.model import SparseMaskedLM
 
 ENDED = ("all_results.json", "comparison.json", "documents.parquet", "fill_mask.json", "report.html")
@@ -238,7 +238,7 @@ class Run:
         self.log(
             "train", step, tokens=tokens, loss=loss, learning_rate=learning_rate, tokens_per_second=speed
         )
-        seen = f"loss {loss:.3f}, perplexity {math.exp(min(loss, 700)):.4g}, lr {learning_rate:.1e}, "
+        seen = f"loss {loss:.3f}, perplexity {exp_or_inf(loss):.4g}, lr {learning_rate:.1e}, "
         seen += f"{speed:,.0f} tokens/s"
         self.bar.set_postfix_str(seen)
         if self.bar.disable or not sys.stdout.isatty():

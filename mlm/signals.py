@@ -46,18 +46,17 @@ class StopSignals:
     def asked(self) -> int:
         """The number of the signal that asks this process to stop; 0: none does."""
         if self._launched and not self.received and os.getppid() != self._parent:
-            self.received = signal.SIGTERM
+            self._since, self.received = time.monotonic(), signal.SIGTERM
         return int(self.received)
 
     def _listen(self, pipe: int) -> None:
-        since = 0.0
         while byte := os.read(pipe, 1):  # b"" once the other end is closed
             [number] = byte
             if number not in ASKING:
                 continue
             if not self.received:
-                self.received, since = number, time.monotonic()
-            elif time.monotonic() - since > SAME_REQUEST:
+                self._since, self.received = time.monotonic(), number
+            elif time.monotonic() - self._since > SAME_REQUEST:
                 os._exit(128 + number)
         os.close(pipe)
 

@@ -219,9 +219,8 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         if resumed:
             progress = checkpoint.load(resumed, state, experiment)
             before = checkpoint.load_before(resumed)
-        micro_batch = passes.first(
-            loop.per_device_train_batch_size, progress.micro_batch.get(str(world)), -(-G // world), device
-        )
+        found, share = progress.micro_batch.get(str(world)), -(-G // world)
+        micro_batch = passes.first(loop.per_device_train_batch_size, found, share, length, device)
         run.begin(config, experiment, progress.step if resumed else None)
         run.say(plan(config, model, batches, micro_batch, texts, last_step, accelerator))
         run.log("start", progress.step, steps=last_step, train_batch_size=G, chunks=n)

@@ -223,7 +223,7 @@ def test_a_pass_that_cannot_or_may_not_be_smaller_is_a_mistake_in_one_line(toy, 
     flags, program = short_of_memory(toy, tmp_path / "run", "True")
     status, _, errors = run(PYTHON, flags, program)
     assert status == 2
-    assert "out of memory with one chunk of 16 tokens; use a shorter --max_seq_length" in errors
+    assert "out of memory with one chunk of 16 tokens; use --gradient_checkpointing true or a shorter" in errors
     status, _, errors = run(
         PYTHON, [*flags, "--per_device_train_batch_size=8", "--overwrite_output_dir"], program
     )
@@ -258,11 +258,12 @@ def test_auto_asks_for_the_batch_itself(toy, tmp_path):
 
 
 def test_auto_begins_with_the_whole_share_except_on_a_cpu():
-    assert passes.first("auto", None, 512, torch.device("cuda")) == 512
-    assert passes.first("auto", None, 512, torch.device("cpu")) == passes.AUTO_ON_CPU
-    assert passes.first("auto", None, 3, torch.device("cpu")) == 3
-    assert passes.first("auto", 8, 512, torch.device("cuda")) == 8  # what the run has come to before
-    assert passes.first(32, 8, 512, torch.device("cuda")) == 32  # what the flag says
+    assert passes.first("auto", None, 512, 128, torch.device("cuda")) == 512
+    assert passes.first("auto", None, 512, 128, torch.device("cpu")) * 128 == passes.AUTO_ON_CPU
+    assert passes.first("auto", None, 3, 128, torch.device("cpu")) == 3
+    assert passes.first("auto", None, 512, 8192, torch.device("cpu")) == 1
+    assert passes.first("auto", 8, 512, 128, torch.device("cuda")) == 8  # what the run has come to before
+    assert passes.first(32, 8, 512, 128, torch.device("cuda")) == 32  # what the flag says
 
 
 # Losses that are not finite

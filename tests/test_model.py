@@ -1,6 +1,7 @@
 """The model's claims: law 8 (sparse equals dense) for sixteen architectures, and what loading promises."""
 
 import copy
+import gc
 import logging
 import os
 import pickle
@@ -343,6 +344,53 @@ def test_trial_leaves_weights_buffers_gradients_mode_and_generator_alone(model_t
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(p.grad is None for p in stock.parameters())
     assert all(torch.equal(before[name], value) for name, value in stock.state_dict().items())
+
+
+def test_trial_leaves_no_copy_of_the_model_behind():
+    """Not even until the garbage collector comes by."""
+
+    def models() -> int:
+        return sum(type(o) is BertForMaskedLM for o in gc.get_objects())
+
+    stock = small_model("bert")
+    gc.collect()
+    gc.disable()
+    try:
+        before = models()
+        _kept = SparseMaskedLM(stock)
+        assert models() == before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "roberta", "modernbert"])
+def test_gradient_checkpointing_changes_no_bit_of_the_gradients(model_type: str, tmp_path: Path):
+    """Dropout included: what is computed again is drawn again from the same state."""
+    small_model(model_type).save_pretrained(tmp_path)
+    input_ids, positions, targets = batch()
+    found = []
+    for again in (False, True):
+        config = ModelConfig(model_name_or_path=str(tmp_path), gradient_checkpointing=again, dropout=0.1)
+        model = SparseMaskedLM(load_model(config, tokenizer_of(), seed=0)).train()
+        calls = []
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        torch.manual_seed(0)
+        nats, _ = model(input_ids, positions, targets)
+        nats.sum().backward()
+        found.append((len(calls), [p.grad for p in model.parameters() if p.requires_grad]))
+    (once, plain), (twice, checkpointed) = found
+    assert twice > once  # layers ran again
+    for mine, its in zip(plain, checkpointed, strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_gradient_checkpointing_of_an_architecture_without_it_is_a_mistake(checkpoint: Path, monkeypatch):
+    monkeypatch.setattr(BertForMaskedLM, "supports_gradient_checkpointing", False)
+    config = ModelConfig(model_name_or_path=str(checkpoint), gradient_checkpointing=True)
+    with pytest.raises(UserError, match="--gradient_checkpointing: BertForMaskedLM does not support"):
+        load_model(config, tokenizer_of(), seed=0)
 
 
 def test_trial_does_not_turn_big_birds_sparse_attention_off():

@@ -115,6 +115,32 @@ with StopSignals():
         process.kill()
 
 
+def test_a_signal_right_after_the_launcher_has_gone_is_the_same_request():
+    """The step is finished and the checkpoint written all the same."""
+    program = """
+import os, time
+from mlm.signals import StopSignals
+with StopSignals() as stop:
+    print(os.getpid(), flush=True)
+    while not stop.asked():
+        time.sleep(0.01)
+    os.kill(os.getpid(), 15)
+    time.sleep(0.5)
+    print("in order", stop.asked(), flush=True)
+"""
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {program!r}])"
+    with subprocess.Popen(
+        [sys.executable, "-c", launcher],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TORCHELASTIC_RUN_ID": "x"},
+    ) as process:
+        assert int(process.stdout.readline()) > 0
+        process.kill()
+        assert process.stdout.readline() == f"in order {int(signal.SIGTERM)}\n"
+
+
 def test_signals_that_come_together_are_one_request():
     """Ctrl-C reaches a worker from the terminal, and again from its launcher."""
     before = signal.getsignal(signal.SIGINT)
