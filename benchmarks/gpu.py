@@ -3,7 +3,8 @@
 For the sizes of DistilBERT, BERT-base, RoBERTa-base and ModernBERT-base, at 128 and 512 tokens, about 32,000
 tokens a step: fp16 with its scaler and bf16, the dense head (the model's own loss) and the sparse one, eager,
 and compiled for the sparse head in bf16. Ceiling: the GPU's own rate at a large product of matrices in that
-precision. Waiting for data is what a step takes longer when its batch is made as the loop makes it.
+precision. Waiting for data is what a step takes longer when its batch is made as the loop makes it; how often
+the host waits for the device while it loads a batch and tells it a step is counted, and should be never.
 
     python benchmarks/gpu.py                 under 8 minutes; writes benchmarks/results/gpu.json
     python benchmarks/gpu.py --self_test     the same on a CPU, with toys that say nothing of speed
@@ -17,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,8 +172,10 @@ def measure(
     if scale.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = seconds_a_step(trainer, [lambda batch=batch: batch for batch in ready], scale.rounds)
-    waiting = None
+    waiting, waits = None, None
     if not compiled:
+        if scale.device.type == "cuda" and precision == torch.bfloat16:  # under fp16 the scaler asks
+            waits = synchronisations(lambda: trainer.step(load(0)))
         made = [lambda step=step: load(step) for step in range(scale.steps)]
         waiting = max(0.0, 1 - seconds / seconds_a_step(trainer, made, scale.rounds))
     flops = 3 * forward_flops(model, batches.global_batch, length, len(ready[0].positions))
@@ -180,6 +184,7 @@ def measure(
         "utilisation": flops / seconds / scale.products[precision],
         "peak_memory_mib": peak_memory_mib(scale.device),
         "waiting_for_data": waiting,
+        "synchronisations_in_a_step": waits,
     }
 
 
@@ -248,6 +253,16 @@ def check_skipped_steps(device: torch.device) -> dict[str, Any]:
     assert results["skipped_steps"] > 0, "law 9: nothing was skipped"
     assert np.allclose(rates, [5e-5 * (1 - step / 10) for step in range(1, 11)]), "law 9: learning rates"
     return {"skipped_steps": results["skipped_steps"], "learning_rates": rates}
+
+
+def synchronisations(step: Callable[[], object]) -> int:
+    """How often the host waits for the device in a step, by torch's own warnings of it."""
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 def synchronise(device: torch.device) -> None:

@@ -3,6 +3,7 @@
     python -m benchmarks.stepper WAY SIZE        then lines on standard input, each answered by one of JSON:
         step    takes one                        its seconds
         loss    of the batch, without dropout    nats a masked token
+        profile takes a few                      where their time goes, as shares
         end                                      peak memory in MiB, FLOPs, the rate of matrix products
 
 Two of them told in turn are two ways timed in one run, each with a memory of its own. The batch is ready, the
@@ -33,7 +34,7 @@ from transformers import (
 from mlm.hardware import keep_freed_memory
 from mlm.model import SparseMaskedLM
 from mlm.optimizer import make_optimizer, make_scheduler
-from mlm.passes import AUTO_ON_CPU
+from mlm.passes import first
 
 # Without dropout, so that ways that do the same arrive at the same weights.
 TOY = {"vocab_size": 300, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -73,6 +74,11 @@ class Workload:
         masked = torch.rand(self.ids.shape, generator=generator) < RATE
         self.labels = torch.where(masked, self.ids, -100)
         self.inputs = torch.where(masked, 4, self.ids)
+
+    @property
+    def auto(self) -> int:
+        """Chunks that --per_device_train_batch_size auto puts into a pass."""
+        return first("auto", None, *self.ids.shape, torch.device("cpu"))
 
     def parts(self, chunks: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Ids, positions and targets of passes of at most so many chunks."""
@@ -129,7 +135,7 @@ def dense(work: Workload) -> Callable[[], object]:
     scheduler = make_scheduler(optimizer, "linear", 0, STEPS)
 
     def step() -> None:
-        for ids, labels in zip(work.inputs.split(AUTO_ON_CPU), work.labels.split(AUTO_ON_CPU), strict=True):
+        for ids, labels in zip(work.inputs.split(work.auto), work.labels.split(work.auto), strict=True):
             share = (labels != -100).sum() / work.masked
             (model(input_ids=ids, labels=labels).loss * share).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -140,14 +146,16 @@ def dense(work: Workload) -> Callable[[], object]:
     return step
 
 
-def ours(work: Workload, precision: torch.dtype | None = None) -> Callable[[], object]:
-    """A step of train.py's loop on a ready batch."""
+def ours(
+    work: Workload, precision: torch.dtype | None = None, chunks: int | None = None
+) -> Callable[[], object]:
+    """A step of train.py's loop on a ready batch, in passes of so many chunks, or of those of `auto`."""
     keep_freed_memory()
     model = SparseMaskedLM(work.model).train()
     optimizer = make_optimizer(model, LEARNING_RATE, 0.0, fused=True)
     scheduler = make_scheduler(optimizer, "linear", 0, STEPS)
     autocast = torch.autocast("cpu", precision) if precision else contextlib.nullcontext()
-    parts = work.parts(AUTO_ON_CPU)
+    parts = work.parts(chunks or work.auto)
 
     def step() -> None:
         for ids, positions, targets in parts:
@@ -193,6 +201,7 @@ WAYS = {
     "dense": dense,
     "ours": ours,
     "ours, bf16": lambda work: ours(work, torch.bfloat16),
+    "ours, bf16, passes of 4": lambda work: ours(work, torch.bfloat16, 4),
     "evaluation, dense": evaluate_dense,
     "evaluation, ours": evaluate_ours,
 }
@@ -216,6 +225,33 @@ def matrix_products(precision: torch.dtype, seconds: float = 1.0) -> float:
         left @ right
         best = max(best, 2 * 2048 * 768 * 3072 / (time.perf_counter() - start))
     return best
+
+
+# What torch's own names of the work on a CPU come under, by the beginning of the name.
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::"),
+    "attention": ("aten::_scaled_dot_product", "aten::_softmax"),
+    "the loss": ("aten::_log_softmax", "aten::nll_loss", "aten::argmax"),
+    "GELU and norms": ("aten::gelu", "aten::native_layer_norm"),
+    "dropout": ("aten::native_dropout", "aten::bernoulli", "aten::mul", "aten::div"),
+    "the optimizer": ("aten::_fused_adam", "aten::_foreach", "aten::linalg_vector_norm"),
+    "copies, sums and zeros": ("aten::",),  # and all else
+}
+
+
+def shares(step: Callable[[], object], steps: int = 5) -> dict[str, float]:
+    """Where the time of a step goes: the share of each of KINDS, and of what is in no kernel."""
+    began = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(steps):
+            step()
+    whole = time.perf_counter() - began
+    found = dict.fromkeys(KINDS, 0.0)
+    for event in profiler.key_averages():
+        kind = next((k for k, names in KINDS.items() if event.key.startswith(names)), None)
+        if kind is not None:
+            found[kind] += event.self_cpu_time_total / 1e6 / whole
+    return {**found, "the rest": 1 - sum(found.values())}
 
 
 class Stepper:
@@ -258,6 +294,8 @@ def main() -> None:
             answer = time.perf_counter() - began
         elif line.strip() == "loss":
             answer = loss(work)
+        elif line.strip() == "profile":
+            answer = shares(step)
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # before the products below
             rate = matrix_products(torch.bfloat16 if "bf16" in way else torch.float32)

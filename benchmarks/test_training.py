@@ -26,6 +26,7 @@ def measure(case, versus, results, way, size, full):
             ours(), theirs()
         versus(case, ours, theirs, tokens=tokens, size=8 * tokens)
         assert ours.ask("loss") == pytest.approx(theirs.ask("loss"), rel=0.05)
+        profile = ours.ask("profile")
         found = ours.ask("end")
     passes = 1 if way.startswith("evaluation") else 3  # backward does twice the work of forward
     per_token = passes * found["flops"] / tokens
@@ -33,6 +34,7 @@ def measure(case, versus, results, way, size, full):
     results[-1]["products_per_second"] = found["products_per_second"]
     speed = results[-1]["tokens_per_second"]["ours"]
     results[-1]["utilisation"] = per_token * speed / found["products_per_second"]
+    results[-1]["profile"] = profile
 
 
 def check(case, versus, way):
@@ -64,6 +66,12 @@ def test_distilbert_fp32(case, versus, results, full):
 @pytest.mark.benchmark(group="training step, DistilBERT, 16 × 128, bf16")
 def test_distilbert_bf16(case, versus, results, full):
     measure(case, versus, results, "ours, bf16", "distilbert", full)
+
+
+@cases(Case("defaults", "peer", rounds=9, at_least=3.0))
+@pytest.mark.benchmark(group="training step, DistilBERT, 16 × 128, bf16, passes of 4")
+def test_distilbert_bf16_in_less_memory(case, versus, results, full):
+    measure(case, versus, results, "ours, bf16, passes of 4", "distilbert", full)
 
 
 @cases(

@@ -11,7 +11,7 @@ from mlm import cli
 REPOSITORY = Path(__file__).parents[1]
 BENCHMARKS = REPOSITORY / "benchmarks"
 BEGIN, END = "<!-- {}: written by scripts/results.py -->\n", "<!-- end of {} -->\n"
-SUITES = ("data_path", "training", "memory")  # what pytest-benchmark's suites left
+SUITES = ("data_path", "training", "memory", "learning")  # what pytest-benchmark's suites left
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -46,6 +46,7 @@ def page() -> str:
         f"## What the masks cost in noise\n\n{noise()}",
         f"## What a checkpoint costs\n\n{checkpoints()}",
         f"## Accidents\n\n{faults()}",
+        (BENCHMARKS / "NOTES.md").read_text(encoding="utf-8"),
     ]
     return "\n".join(parts)
 
@@ -74,7 +75,7 @@ def suite(name: str) -> str:
     used = [
         f"{row['workload']}: {row['flops_per_token'] / 1e6:,.0f} MFLOP a token, "
         f"{row['products_per_second'] / 1e9:,.0f} GFLOP/s of matrix products, utilisation "
-        f"{row['utilisation']:.2f}"
+        f"{row['utilisation']:.2f}{_where_the_rest_goes(row)}"
         for row in {row["workload"]: row for row in stored["rows"] if "utilisation" in row}.values()
     ]
     if used:
@@ -197,7 +198,7 @@ def _stored(name: str) -> dict[str, Any]:
 
 
 def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _target(row: dict[str, Any]) -> str:
@@ -210,10 +211,24 @@ def _target(row: dict[str, Any]) -> str:
     return words if met else f"**{words}**"
 
 
+def _where_the_rest_goes(row: dict[str, Any]) -> str:
+    """The profile of a step that uses less than half of what the machine's matrix products could do."""
+    if row["utilisation"] >= 0.5:
+        return ""
+    products = row["profile"]["matrix products"]
+    kinds = sorted(row["profile"].items(), key=lambda kind: -kind[1])
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in kinds if share >= 0.005)
+    return (
+        f"; its time goes to {shares}; the products run at {row['utilisation'] / products:.2f} of that rate, "
+        "as their shapes are narrow"
+    )
+
+
 def _speed(row: dict[str, Any], who: str) -> str:
-    if "mebibytes" in row:
-        return f"{row['mebibytes'][who]:,.0f} MiB"
-    return f"{row['tokens_per_second'][who]:,.0f} tokens/s" if "tokens_per_second" in row else ""
+    for name, what in (("mebibytes", " MiB"), ("perplexity", ""), ("tokens_per_second", " tokens/s")):
+        if name in row:
+            return f"{_figure(row[name][who])}{what}"
+    return ""
 
 
 def _machine(where: dict[str, Any]) -> str:
