@@ -12,7 +12,7 @@ import os
 import random
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow.parquet as pq
@@ -85,19 +85,23 @@ def _word(rng: random.Random) -> str:
     return "".join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) + rng.choice(["", "", "", ",", "."])
 
 
+@pytest.fixture(scope="session")
+def where() -> dict[str, Any]:
+    """The machine and the versions, the commit as it is before results are written into it."""
+    return environment(Accelerator(cpu=True))
+
+
 @pytest.fixture(scope="module")
-def results(request):
+def results(request, where):
     """The rows of this file's benchmarks; written where --results says when all have been measured."""
-    rows, load = [], os.getloadavg()[0]
+    rows, load = [], os.getloadavg()[0]  # processes that wanted a core when it began
     yield rows
     if folder := request.config.getoption("--results"):
-        where = environment(Accelerator(cpu=True)) | {
-            "load_before": load
-        }  # processes that wanted a core when it began
         what = request.module.__doc__.splitlines()[0]
         folder.mkdir(parents=True, exist_ok=True)
         name = request.module.__name__.rpartition("test_")[2]
-        write_json(folder / f"{name}.json", {"what": what, "rows": rows, "environment": where})
+        stored = {"what": what, "rows": rows, "environment": {**where, "load_before": load}}
+        write_json(folder / f"{name}.json", stored)
 
 
 @pytest.fixture

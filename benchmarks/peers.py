@@ -3,6 +3,7 @@
 Lists of Python integers between the steps, as Arrow gives them out; `course_recipe.py` has the course's maps.
 """
 
+import os
 from collections import defaultdict
 from itertools import chain
 from typing import Any
@@ -27,7 +28,11 @@ def run_mlm_maps(
         num_proc=num_proc,
         remove_columns=documents.column_names,
     )
-    return tokenized.map(lambda batch: chain_batch(batch, length), batched=True, num_proc=num_proc)
+    chunks = tokenized.map(lambda batch: chain_batch(batch, length), batched=True, num_proc=num_proc)
+    # Several processes leave tokenizers without threads for whatever is timed next: `map` puts os.environ
+    # back, but not the process's own environment, which is where tokenizers looks.
+    os.unsetenv("TOKENIZERS_PARALLELISM")
+    return chunks
 
 
 def chain_batch(batch: Columns, length: int) -> Columns:

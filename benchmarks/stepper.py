@@ -12,7 +12,6 @@ weights are random; the model, its dropout included, is what transformers makes 
 
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -35,6 +34,7 @@ from mlm.hardware import keep_freed_memory
 from mlm.model import SparseMaskedLM
 from mlm.optimizer import make_optimizer, make_scheduler
 from mlm.passes import first
+from mlm.record import peak_memory_mib
 
 # Without dropout, so that ways that do the same arrive at the same weights.
 TOY = {"vocab_size": 300, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -210,8 +210,9 @@ WAYS = {
 @torch.no_grad()
 def loss(work: Workload) -> float:
     """Nats a masked token of the batch, by the dense head, without dropout: how far the steps have come."""
+    training = work.model.training
     logits = work.model.eval()(input_ids=work.inputs).logits
-    work.model.train()
+    work.model.train(training)
     return F.cross_entropy(logits.flatten(0, 1), work.labels.flatten()).item()
 
 
@@ -297,7 +298,7 @@ def main() -> None:
         elif line.strip() == "profile":
             answer = shares(step)
         else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # before the products below
+            peak = peak_memory_mib(torch.device("cpu"))  # before the products below
             rate = matrix_products(torch.bfloat16 if "bf16" in way else torch.float32)
             answer = {"peak_memory_mib": peak, "flops": work.flops, "products_per_second": rate}
         print(json.dumps(answer), flush=True)

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -429,7 +430,10 @@ def peak_memory_mib(device: torch.device) -> float:
     """The most memory so far: of the device where it has its own, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    if sys.platform == "linux":  # where ru_maxrss begins at the peak of the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS gives bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 

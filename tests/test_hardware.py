@@ -35,3 +35,17 @@ def test_a_step_finds_the_memory_that_the_step_before_has_freed():
         command = [sys.executable, "-c", PROGRAM, what]
         faults[what] = int(subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True).stdout)
     assert faults["keep"] < faults["return"] / 5
+
+
+def test_peak_memory_is_that_of_the_process_not_of_the_one_that_started_it():
+    """A notebook, say, that has had gigabytes; Linux hands its peak on to what it starts."""
+    child = "import torch; from mlm.record import peak_memory_mib as peak; print(peak(torch.device('cpu')))"
+    parent = f"""
+import subprocess, sys
+b"x" * (3 << 30)
+print(subprocess.run([sys.executable, "-c", {child!r}], stdout=subprocess.PIPE, text=True).stdout)
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", parent], cwd=REPOSITORY, check=True, capture_output=True, text=True
+    ).stdout
+    assert 100 < float(said) < 2000
