@@ -22,19 +22,29 @@ def measure(case, versus, results, way, size, full):
         return check(case, versus, way)
     tokens = SIZES[size].batch * SIZES[size].length
     with Stepper(way, size) as ours, Stepper(case.against, size) as theirs:
+        before = ours.ask("loss")
         for _ in range(3):  # the first steps allocate memory
             ours(), theirs()
         versus(case, ours, theirs, tokens=tokens, size=8 * tokens)
-        assert ours.ask("loss") == pytest.approx(theirs.ask("loss"), rel=0.05)
+        mine, other = ours.ask("loss"), theirs.ask("loss")
+        if way.startswith("evaluation"):
+            assert mine == pytest.approx(other, rel=1e-5)
+        else:  # both have learnt, and as much, up to dropout
+            assert before - mine == pytest.approx(before - other, rel=0.1)
+            assert before - mine > 0.01
         profile = ours.ask("profile")
         found = ours.ask("end")
     passes = 1 if way.startswith("evaluation") else 3  # backward does twice the work of forward
     per_token = passes * found["flops"] / tokens
-    results[-1]["flops_per_token"] = per_token
-    results[-1]["products_per_second"] = found["products_per_second"]
-    speed = results[-1]["tokens_per_second"]["ours"]
-    results[-1]["utilisation"] = per_token * speed / found["products_per_second"]
-    results[-1]["profile"] = profile
+    speed, rate = results[-1]["tokens_per_second"]["ours"], found["products_per_second"]
+    used = {
+        "flops_per_token": per_token,
+        "products_per_second": rate,
+        "utilisation": per_token * speed / rate,
+        "profile": profile,
+    }
+    results[-1].update(used)
+    versus.args[0].extra_info.update(used)
 
 
 def check(case, versus, way):
@@ -54,21 +64,21 @@ def check(case, versus, way):
 
 @cases(
     Case("ours", "again", rounds=5),
-    Case("dense", "peer", rounds=9, at_least=1.4),
-    Case("defaults", "peer", rounds=9),
+    Case("dense", "peer", rounds=5, at_least=1.4),
+    Case("defaults", "peer", rounds=5),
 )
 @pytest.mark.benchmark(group="training step, DistilBERT, 16 × 128, fp32")
 def test_distilbert_fp32(case, versus, results, full):
     measure(case, versus, results, "ours", "distilbert", full)
 
 
-@cases(Case("defaults", "peer", rounds=9, at_least=3.0))
+@cases(Case("defaults", "peer", rounds=5, at_least=3.0))
 @pytest.mark.benchmark(group="training step, DistilBERT, 16 × 128, bf16")
 def test_distilbert_bf16(case, versus, results, full):
     measure(case, versus, results, "ours, bf16", "distilbert", full)
 
 
-@cases(Case("defaults", "peer", rounds=9, at_least=3.0))
+@cases(Case("defaults", "peer", rounds=5))
 @pytest.mark.benchmark(group="training step, DistilBERT, 16 × 128, bf16, passes of 4")
 def test_distilbert_bf16_in_less_memory(case, versus, results, full):
     measure(case, versus, results, "ours, bf16, passes of 4", "distilbert", full)
@@ -76,27 +86,27 @@ def test_distilbert_bf16_in_less_memory(case, versus, results, full):
 
 @cases(
     Case("ours", "again", rounds=5),
-    Case("dense", "peer", rounds=9),
-    Case("defaults", "peer", rounds=9, at_least=5.0),
+    Case("dense", "peer", rounds=5),
+    Case("defaults", "peer", rounds=5, at_least=5.0),
 )
 @pytest.mark.benchmark(group="training step, BERT 2 × 128, 32 × 128, fp32")
 def test_small_bert_fp32(case, versus, results, full):
     measure(case, versus, results, "ours", "bert 2x128", full)
 
 
-@cases(Case("defaults", "peer", rounds=9))
+@cases(Case("defaults", "peer", rounds=5))
 @pytest.mark.benchmark(group="training step, BERT 2 × 128, 32 × 128, bf16")
 def test_small_bert_bf16(case, versus, results, full):
     measure(case, versus, results, "ours, bf16", "bert 2x128", full)
 
 
-@cases(Case("evaluation, dense", "peer", rounds=9, at_least=1.3))
+@cases(Case("evaluation, dense", "peer", rounds=15, at_least=1.3))
 @pytest.mark.benchmark(group="evaluation pass, DistilBERT, 16 × 128, fp32")
 def test_distilbert_evaluation(case, versus, results, full):
     measure(case, versus, results, "evaluation, ours", "distilbert", full)
 
 
-@cases(Case("evaluation, dense", "peer", rounds=9, at_least=4.0))
+@cases(Case("evaluation, dense", "peer", rounds=15, at_least=4.0))
 @pytest.mark.benchmark(group="evaluation pass, BERT 2 × 128, 32 × 128, fp32")
 def test_small_bert_evaluation(case, versus, results, full):
     measure(case, versus, results, "evaluation, ours", "bert 2x128", full)

@@ -86,7 +86,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
 
     Raises:
         UserError: the checkpoint or configuration cannot be found, reached or read, is of no masked language
-            model, needs `trust_remote_code`, or cannot do without its activations.
+            model, needs `trust_remote_code`, or does not support gradient checkpointing, which is asked for.
     """
     arch = _architecture(config, tokenizer)
     own_dropout = [] if config.dropout is None else list(_dropout_fields(arch))

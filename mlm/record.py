@@ -431,8 +431,9 @@ def peak_memory_mib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if sys.platform == "linux":  # where ru_maxrss begins at the peak of the process that started this one
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**10
+        peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        if peak is not None:  # a sandbox may leave it out
+            return int(peak[1]) / 2**10
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS gives bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

@@ -39,7 +39,7 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received, self._since = 0, 0.0  # since when, by time.monotonic
         self._parent = os.getppid()
         self._launched = any(name in os.environ for name in LAUNCHERS)
 
