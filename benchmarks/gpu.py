@@ -3,8 +3,10 @@
 For the sizes of DistilBERT, BERT-base, RoBERTa-base and ModernBERT-base, at 128 and 512 tokens, about 32,000
 tokens a step: fp16 with its scaler and bf16, the dense head (the model's own loss) and the sparse one, eager,
 and compiled for the sparse head in bf16. Ceiling: the GPU's own rate at a large product of matrices in that
-precision. Waiting for data is what a step takes longer when its batch is made as the loop makes it; how often
-the host waits for the device while it loads a batch and tells it a step is counted, and should be never.
+precision; what the dense head does in excess of the sparse one does not count as use. Waiting for data is
+the share of a step that goes when its batch is there already; how often the host waits for the device while
+it loads a batch and tells it a step is counted, and should be never. A compiled step sees one number of
+masked tokens, to which a run would have to pad.
 
     python benchmarks/gpu.py                 under 8 minutes; writes benchmarks/results/gpu.json
     python benchmarks/gpu.py --self_test     the same on a CPU, with toys that say nothing of speed
@@ -13,7 +15,9 @@ Without a GPU it says so and ends well.
 """
 
 import argparse
+import gc
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -51,8 +55,18 @@ from mlm.record import RecordConfig, environment, peak_memory_mib, write_json
 from mlm.stream import StreamConfig
 from mlm.train import Config, LoopConfig, train
 
-VOCABULARY, FIRST_WORD, MASK_ID = 30_000, 1000, 103  # ids below FIRST_WORD are special here
+# Words are ids from FIRST_WORD to VOCABULARY, which every size has; those below are special here.
+VOCABULARY, FIRST_WORD, MASK_ID = 30_000, 1000, 103
 SEED, RATE = 0, 0.15
+# Precision, sparse head, compiled: what one would train with last, compiled.
+SETTINGS = (
+    (torch.float16, False, False),
+    (torch.float16, True, False),
+    (torch.bfloat16, False, False),
+    (torch.bfloat16, True, False),
+    (torch.bfloat16, True, True),
+)
+LATEST_COMPILATION = 6 * 60  # seconds
 
 
 class Scale(NamedTuple):
@@ -67,23 +81,21 @@ class Scale(NamedTuple):
 
 class Size(NamedTuple):
     model: Callable[[int], PreTrainedModel]  # of so many positions
-    target: dict[int, float]  # utilisation to reach in bf16, by length
+    target: dict[int, dict[str, float]]  # what to reach in bf16 with the sparse head, by length
 
 
 def sizes(self_test: bool) -> dict[str, Size]:
     if self_test:
         return {"toy": Size(lambda T: toy(), {})}
 
-    def common(length: int) -> dict[str, int]:
-        return {"vocab_size": VOCABULARY, "max_position_embeddings": length + 2}
-
+    fast = {"tokens_per_second": 1e6, "utilisation": 0.4}
     return {
-        "DistilBERT": Size(lambda T: DistilBertForMaskedLM(DistilBertConfig(**common(T))), {128: 0.4}),
-        "BERT-base": Size(lambda T: BertForMaskedLM(BertConfig(**common(T))), {512: 0.45}),
-        "RoBERTa-base": Size(lambda T: RobertaForMaskedLM(RobertaConfig(**common(T))), {}),
-        "ModernBERT-base": Size(
-            lambda T: ModernBertForMaskedLM(ModernBertConfig(**common(T), pad_token_id=0)), {}
+        "DistilBERT": Size(lambda T: DistilBertForMaskedLM(DistilBertConfig()), {128: fast}),
+        "BERT-base": Size(lambda T: BertForMaskedLM(BertConfig()), {512: {"utilisation": 0.45}}),
+        "RoBERTa-base": Size(
+            lambda T: RobertaForMaskedLM(RobertaConfig(vocab_size=50265, max_position_embeddings=T + 2)), {}
         ),
+        "ModernBERT-base": Size(lambda T: ModernBertForMaskedLM(ModernBertConfig()), {}),
     }
 
 
@@ -119,8 +131,8 @@ class Trainer:
         self.model = SparseMaskedLM(model).train() if sparse else model.train()
         self.sparse, self.precision = sparse, precision
         self.run = torch.compile(self.model) if compiled else self.model
-        self.optimizer = make_optimizer(model, 5e-5, 0.0, fused=True)
         half = precision == torch.float16
+        self.optimizer = make_optimizer(model, 5e-5, 0.0, fused=not half)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
 
     def step(self, batch: Batch) -> None:
@@ -140,22 +152,34 @@ class Trainer:
         self.optimizer.zero_grad()
 
 
-def seconds_a_step(trainer: Trainer, batches: list[Callable[[], Batch]], rounds: int) -> float:
-    """The median of rounds over the batches, each of which is made, or there already, when it is called."""
-    found = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        for batch in batches:
-            trainer.step(batch())
-        synchronise(trainer.device)
-        found.append((time.perf_counter() - began) / len(batches))
-    return statistics.median(found)
+def seconds_a_step(trainer: Trainer, batch: Callable[[int], Batch], steps: int) -> float:
+    """The mean over some steps, whose batches are made, or there already, when they are called for."""
+    began = time.perf_counter()
+    for step in range(steps):
+        trainer.step(batch(step))
+    synchronise(trainer.device)
+    return (time.perf_counter() - began) / steps
+
+
+@torch.no_grad()
+def check_sparse_head(trainer: Trainer, batch: Batch) -> None:
+    """Raises AssertionError where the sparse head's loss is not the dense one's, in this precision."""
+    head, found = trainer.model.eval(), []
+    with torch.autocast(trainer.device.type, trainer.precision):
+        for head.sparse in (False, True):
+            found.append(head(batch.input_ids, batch.positions, batch.targets)[0].mean().item())
+    head.train()
+    assert abs(found[0] - found[1]) < 1e-2 * found[0], f"law 8: {found}"
 
 
 def measure(
     size: Size, length: int, precision: torch.dtype, sparse: bool, compiled: bool, scale: Scale
 ) -> dict[str, Any]:
     """One row: tokens/s, peak memory, utilisation, the share of a step that waits for data."""
+    gc.collect()  # the last row's model, which its own hook refers to
+    torch.compiler.reset()  # or a second model would be compiled for shapes that vary
+    if scale.device.type == "cuda":
+        torch.cuda.empty_cache()
     torch.manual_seed(SEED)
     model = size.model(length).to(scale.device)
     batches, _ = made_up(4 * scale.tokens // length, length, scale.tokens)
@@ -165,22 +189,29 @@ def measure(
         [batch], _ = batches.load(step, batches.global_batch)
         return batch.to(scale.device)
 
-    ready = [load(0)] * scale.steps  # one number of masked tokens, so that a compiled step is compiled once
-    for batch in ready[:3]:
-        trainer.step(batch)
+    first = load(0)
+    if sparse and not compiled:
+        check_sparse_head(trainer, first)
+    for _ in range(3):
+        trainer.step(first)
     synchronise(scale.device)
     if scale.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = seconds_a_step(trainer, [lambda batch=batch: batch for batch in ready], scale.rounds)
-    waiting, waits = None, None
-    if not compiled:
-        if scale.device.type == "cuda" and precision == torch.bfloat16:  # under fp16 the scaler asks
-            waits = synchronisations(lambda: trainer.step(load(0)))
-        made = [lambda step=step: load(step) for step in range(scale.steps)]
-        waiting = max(0.0, 1 - seconds / seconds_a_step(trainer, made, scale.rounds))
-    flops = 3 * forward_flops(model, batches.global_batch, length, len(ready[0].positions))
+    ready, made = [], []  # seconds a step, the batch there already, and made for it; in turn
+    for _ in range(scale.rounds):
+        ready.append(seconds_a_step(trainer, lambda step: first, scale.steps))
+        made.append(seconds_a_step(trainer, load, scale.steps) if not compiled else math.nan)
+    waits = None
+    if scale.device.type == "cuda" and precision == torch.bfloat16:  # under fp16 the scaler asks
+        waits = synchronisations(lambda: trainer.step(first if compiled else load(0)))
+    seconds = statistics.median(ready)
+    flops = 3 * forward_flops(model, batches.global_batch, length, len(first.positions))
+    waiting = None if compiled else statistics.median(1 - a / b for a, b in zip(ready, made, strict=True))
     return {
         "tokens_per_second": scale.tokens / seconds,
+        "low": scale.tokens / max(ready),
+        "high": scale.tokens / min(ready),
+        "n": len(ready),
         "utilisation": flops / seconds / scale.products[precision],
         "peak_memory_mib": peak_memory_mib(scale.device),
         "waiting_for_data": waiting,
@@ -202,6 +233,9 @@ def check_laws(device: torch.device) -> dict[str, str]:
     )
     for mine, its in zip(here, there, strict=True):
         assert np.array_equal(mine, its.cpu().numpy()), "law 1: masks differ"
+    [batch], _ = batches.load(0, batches.global_batch)
+    for mine, its in zip(batch, batch.to(device), strict=True):
+        assert mine is its is None or torch.equal(mine, its.cpu()), "a batch changes on its way"
 
     def gradients(sparse: bool, passes: int) -> tuple[float, list[torch.Tensor]]:
         torch.manual_seed(SEED)
@@ -286,51 +320,72 @@ def products_per_second(device: torch.device, precision: torch.dtype, size: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--self_test", action="store_true", help="toys on a CPU: whether it runs, no figures")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu.json; none of a self-test")
     args = parser.parse_args()
     if not args.self_test and not torch.cuda.is_available():
         print("no GPU here: nothing is measured (--self_test runs the same on a CPU, with toys)")
         return
+    if args.out is None and not args.self_test:
+        args.out = Path(__file__).parent / "results" / "gpu.json"
     device = torch.device("cpu" if args.self_test else "cuda")
-    precisions = (torch.float16, torch.bfloat16)
+    began, where = time.perf_counter(), environment(Accelerator(cpu=args.self_test))
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # no row called compiled that is not
     lengths, tokens, largest = ((128,), 256, 256) if args.self_test else ((128, 512), 32_768, 8192)
-    products = {precision: products_per_second(device, precision, largest) for precision in precisions}
+    products = {
+        precision: products_per_second(device, precision, largest)
+        for precision in (torch.float16, torch.bfloat16)
+    }
     scale = Scale(device, tokens, *((2, 1) if args.self_test else (8, 3)), products)
-
-    laws: dict[str, Any] = {**check_laws(device), "9": check_skipped_steps(device)}
-    print("laws 1, 2, 8 and 9 hold on the device", flush=True)
-    rows = []
+    told: dict[str, Any] = {
+        "what": f"training steps of {tokens:,} tokens on one GPU, random weights",
+        "products_per_second": {name_of(precision): rate for precision, rate in products.items()},
+        "laws": {**check_laws(device), "9": check_skipped_steps(device)},
+        "rows": [],
+        "environment": where,
+    }
+    print("laws 1, 2, 8 and 9 hold on the device")
+    print(f"{'':34}{'tokens/s':>12}{'used':>6}{'MiB':>9}{'waits':>8}  syncs", flush=True)
     for name, size in sizes(args.self_test).items():
         for length in lengths:
-            for precision in precisions:
-                for head in ("dense", "sparse"):
-                    # Compiling takes half a minute: for the settings that one would train with.
-                    modes = (False, True) if (head, precision) == ("sparse", torch.bfloat16) else (False,)
-                    for compiled in modes if not args.self_test else (False,):
-                        found = measure(size, length, precision, head == "sparse", compiled, scale)
-                        kind = {
-                            "model": name,
-                            "length": length,
-                            "precision": str(precision).removeprefix("torch."),
-                            "head": head,
-                            "compiled": compiled,
-                        }
-                        target = size.target.get(length) if modes == (False, True) else None
-                        rows.append({**kind, **found, "target_utilisation": target})
-                        print(" ".join(f"{value}" for value in rows[-1].values()), flush=True)
-    if not args.self_test:
-        products_told = {str(precision).removeprefix("torch."): rate for precision, rate in products.items()}
-        where = environment(Accelerator())
-        write_json(
-            args.out,
-            {
-                "what": f"training steps of {tokens:,} tokens on one GPU, random weights",
-                "products_per_second": products_told,
-                "laws": laws,
-                "rows": rows,
-                "environment": where,
-            },
-        )
+            for precision, sparse, compiled in SETTINGS:
+                late = time.perf_counter() - began > LATEST_COMPILATION
+                if compiled and (args.self_test or late):  # it takes half a minute
+                    continue
+                row = {
+                    "model": name,
+                    "length": length,
+                    "precision": name_of(precision),
+                    "head": "sparse" if sparse else "dense",
+                    "compiled": compiled,
+                }
+                if (precision, sparse) == (torch.bfloat16, True):
+                    row["targets"] = size.target.get(length, {}) | {"waiting_for_data": 0.01}
+                try:
+                    row |= measure(size, length, precision, sparse, compiled, scale)
+                except torch.OutOfMemoryError:
+                    row["out_of_memory"] = True
+                told["rows"].append(row)
+                print(line(row), flush=True)
+                if args.out:
+                    write_json(args.out, told)  # after each row, so that a failure costs one
+
+
+def name_of(precision: torch.dtype) -> str:
+    return str(precision).removeprefix("torch.")
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table that is printed."""
+    kind = f"{row['model']} {row['length']} {row['precision']} {row['head']}"
+    head = f"{kind + (' compiled' if row['compiled'] else ''):34}"
+    if "out_of_memory" in row:
+        return f"{head}  out of memory"
+    waiting = "" if row["waiting_for_data"] is None else f"{row['waiting_for_data']:.1%}"
+    syncs = "" if row["synchronisations_in_a_step"] is None else row["synchronisations_in_a_step"]
+    return (
+        f"{head}{row['tokens_per_second']:>12,.0f}{row['utilisation']:>6.2f}{row['peak_memory_mib']:>9,.0f}"
+        f"{waiting:>8}  {syncs}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The GPU's benchmark runs where there is none, and says so."""
 
+import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import gpu
+
 REPOSITORY = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("results", REPOSITORY / "scripts" / "results.py")
+results = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(results)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be measured")
@@ -17,8 +24,23 @@ def test_without_a_gpu_nothing_is_measured():
     assert said.startswith("no GPU here: nothing is measured")
 
 
-def test_the_gpus_benchmark_runs_on_a_cpu_with_toys():
-    command = [sys.executable, "benchmarks/gpu.py", "--self_test"]
+def test_the_gpus_benchmark_runs_on_a_cpu_with_toys(tmp_path):
+    command = [sys.executable, "benchmarks/gpu.py", "--self_test", "--out", str(tmp_path / "gpu.json")]
     said = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
     assert "laws 1, 2, 8 and 9 hold on the device" in said
     assert sum(line.startswith("toy 128 ") for line in said.splitlines()) == 4
+    page = results.gpu(json.loads((tmp_path / "gpu.json").read_text()))
+    assert sum(line.startswith("| toy, 128 tokens, ") for line in page.splitlines()) == 4
+
+
+@pytest.mark.parametrize("length", [128, 512])
+@pytest.mark.parametrize("name", gpu.sizes(self_test=False))
+def test_the_models_it_measures_can_be_built_and_take_its_batches(name, length):
+    with torch.device("meta"):
+        model = gpu.sizes(self_test=False)[name].model(length)
+        ids = torch.zeros(2, length, dtype=torch.long)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(input_ids=ids, labels=ids).loss.shape == ()
+    assert model.config.vocab_size >= gpu.VOCABULARY
+    # an encoder of that size, and a head: 2 FLOPs a weight and token, and attention
+    assert 8e7 < gpu.forward_flops(model, 2, length, length // 7) / (2 * length) < 4e8
