@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradScalerKwargs
 from transformers import (
     BertConfig,
@@ -48,6 +49,7 @@ from benchmarks.stepper import forward_flops
 from mlm.batches import Batch, Batches
 from mlm.chunks import ChunkConfig, Chunks
 from mlm.corpus import CorpusConfig
+from mlm.errors import one_line
 from mlm.masking import Recipe, corrupt, corrupt_torch, draw, draw_torch
 from mlm.model import SparseMaskedLM
 from mlm.optimizer import make_optimizer
@@ -328,7 +330,7 @@ def main() -> None:
     if args.out is None and not args.self_test:
         args.out = Path(__file__).parent / "results" / "gpu.json"
     device = torch.device("cpu" if args.self_test else "cuda")
-    began, where = time.perf_counter(), environment(Accelerator(cpu=args.self_test))
+    began = time.perf_counter()
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # no row called compiled that is not
     lengths, tokens, largest = ((128,), 256, 256) if args.self_test else ((128, 512), 32_768, 8192)
     products = {
@@ -336,12 +338,14 @@ def main() -> None:
         for precision in (torch.float16, torch.bfloat16)
     }
     scale = Scale(device, tokens, *((2, 1) if args.self_test else (8, 3)), products)
+    laws: dict[str, Any] = {**check_laws(device), "9": check_skipped_steps(device)}
+    AcceleratorState._reset_state()  # from fp16, which the environment would name
     told: dict[str, Any] = {
         "what": f"training steps of {tokens:,} tokens on one GPU, random weights",
         "products_per_second": {name_of(precision): rate for precision, rate in products.items()},
-        "laws": {**check_laws(device), "9": check_skipped_steps(device)},
+        "laws": laws,
         "rows": [],
-        "environment": where,
+        "environment": environment(Accelerator(cpu=args.self_test)),
     }
     print("laws 1, 2, 8 and 9 hold on the device")
     print(f"{'':34}{'tokens/s':>12}{'used':>6}{'MiB':>9}{'waits':>8}  syncs", flush=True)
@@ -363,7 +367,11 @@ def main() -> None:
                 try:
                     row |= measure(size, length, precision, sparse, compiled, scale)
                 except torch.OutOfMemoryError:
-                    row["out_of_memory"] = True
+                    row["failed"] = "out of memory"
+                except RuntimeError as error:
+                    if not compiled:  # the compiler's failures are RuntimeErrors, and its own affair
+                        raise
+                    row["failed"] = one_line(error, 100)
                 told["rows"].append(row)
                 print(line(row), flush=True)
                 if args.out:
@@ -378,8 +386,8 @@ def line(row: dict[str, Any]) -> str:
     """A row of the table that is printed."""
     kind = f"{row['model']} {row['length']} {row['precision']} {row['head']}"
     head = f"{kind + (' compiled' if row['compiled'] else ''):34}"
-    if "out_of_memory" in row:
-        return f"{head}  out of memory"
+    if "failed" in row:
+        return f"{head}  {row['failed']}"
     waiting = "" if row["waiting_for_data"] is None else f"{row['waiting_for_data']:.1%}"
     syncs = "" if row["synchronisations_in_a_step"] is None else row["synchronisations_in_a_step"]
     return (

@@ -106,8 +106,8 @@ def gpu(stored: dict[str, Any]) -> str:
         step = f"{row['model']}, {row['length']} tokens, {row['precision']}, {row['head']} head"
         if row["compiled"]:
             step += ", compiled"
-        if "out_of_memory" in row:
-            lines.append(f"| {step} | out of memory | | | | |")
+        if "failed" in row:
+            lines.append(f"| {step} | {row['failed']} | | | | |")
             continue
         targets, waiting = row.get("targets", {}), row["waiting_for_data"]
         speed = f"{row['tokens_per_second']:,.0f} ({row['low']:,.0f} to {row['high']:,.0f})"
