@@ -47,10 +47,10 @@ class Ran(NamedTuple):
     peak_memory_mib: float
 
 
-def run(script: Path, flags: dict[str, Any], environment: dict[str, str]) -> Ran:
+def run(script: Path, flags: dict[str, Any], variables: dict[str, str]) -> Ran:
     start, first_step, line = time.perf_counter(), math.nan, ""
     command = [sys.executable, str(script), *(f"--{name}={value}" for name, value in flags.items())]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as process:
         for line in process.stdout:
             if math.isnan(first_step) and line.startswith("step 1"):
                 first_step = time.perf_counter() - start

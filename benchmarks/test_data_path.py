@@ -218,8 +218,8 @@ def test_whole_words(case, masked_batches, versus):
     Case("memory copy", "ceiling", rounds=31),
 )
 def test_whole_words_of_long_chunks(case, corpus, masked_batches, versus, benchmark):
-    benchmark.group = f"a ready batch of 8 × {corpus.long:,}, whole words masked"
-    compare_batches(versus, case, masked_batches(corpus.long, 8, whole_words=True, limit=1))
+    benchmark.group = f"ready batches of 8 × {corpus.long:,}, whole words masked"
+    compare_batches(versus, case, masked_batches(corpus.long, 8, whole_words=True, limit=4))
 
 
 def test_memory_of_whole_words_is_linear_in_the_tokens(corpus, masked_batches, results):
