@@ -1,6 +1,5 @@
 """The GPU's benchmark runs where there is none, and says so."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,11 +9,10 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from tests.scripts import load_script
 
 REPOSITORY = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("results", REPOSITORY / "scripts" / "results.py")
-results = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(results)
+results = load_script("results")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be measured")

@@ -7,7 +7,7 @@ holds Python and the libraries, some 350 MiB, on both sides.
 import numpy as np
 import pytest
 
-from benchmarks.compare import row
+from benchmarks.compare import keep, row
 from benchmarks.stepper import Stepper
 
 STEPS = 5
@@ -38,5 +38,4 @@ def test_peak_memory(benchmark, results, way, size, at_most):
     mebibytes = {"ours": mine, "theirs": other}
     ratio = np.array([mine / other])
     found = row(f"{way}, {size}", "defaults", "peer", "of its", ratio, at_most=at_most, mebibytes=mebibytes)
-    benchmark.extra_info.update(found)
-    results.append(found)
+    keep(benchmark, results, found)

@@ -25,11 +25,9 @@ class Batch(NamedTuple):
     attention_mask: torch.Tensor | None  # [B, T] int64, 0: padding; None: every row is full
 
     def to(self, device: torch.device) -> "Batch":
-        if device.type == "cuda":
-            # Pinned, as a copy from other memory waits until the device has done all that it was told to.
-            pinned = (tensor if tensor is None else tensor.pin_memory() for tensor in self)
-            return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in pinned))
-        return Batch(*(tensor if tensor is None else tensor.to(device) for tensor in self))
+        pin = device.type == "cuda"  # a copy from other memory waits for all that the device has to do
+        ready = (t.pin_memory() if pin and t is not None else t for t in self)
+        return Batch(*(t if t is None else t.to(device, non_blocking=pin) for t in ready))
 
 
 def mask_chunks(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import importlib.util
 import itertools
 import json
 import math
@@ -38,12 +37,10 @@ from mlm.report import (
 )
 from mlm.train import train
 from tests.conftest import REPOSITORY
+from tests.scripts import load_script
 from tests.tokenizers_for_tests import wordpiece
 
-spec = importlib.util.spec_from_file_location("report_script", REPOSITORY / "scripts" / "report.py")
-script = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = script  # where the command line looks up its comments
-spec.loader.exec_module(script)
+script = load_script("report")
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (

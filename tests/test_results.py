@@ -1,14 +1,12 @@
 """The README's tables, and the page of results, are what the stored measurements say."""
 
-import importlib.util
 import json
 
 from tests.conftest import REPOSITORY
+from tests.scripts import load_script
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
-spec = importlib.util.spec_from_file_location("results", REPOSITORY / "scripts" / "results.py")
-results = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(results)
+results = load_script("results")
 
 
 def test_the_readmes_tables_are_written_from_the_stored_results():
