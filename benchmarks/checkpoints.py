@@ -18,9 +18,10 @@ import torch
 from accelerate import Accelerator
 from transformers import DistilBertConfig, DistilBertForMaskedLM
 
-from mlm.checkpoint import State, Writer, snapshot
-from mlm.optimizer import make_optimizer, make_scheduler
-from mlm.record import environment, write_json
+from mlm.engine.checkpoint import State, Writer, snapshot
+from mlm.engine.optimizer import make_optimizer, make_scheduler
+from mlm.files import write_json
+from mlm.report.environment import environment
 
 BATCH, LENGTH, MASKED, STEPS, EVERY = 16, 128, 300, 24, 4
 

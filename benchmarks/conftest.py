@@ -22,9 +22,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.compare import compare
-from mlm.record import environment, write_json
-from mlm.stream import TokenStore, build
-from mlm.tokenizer import TokenFacts, load_tokenizer, token_facts
+from mlm.data.token_store import TokenStore, build
+from mlm.data.tokenizer import TokenizerInfo, load_tokenizer, tokenizer_info
+from mlm.files import write_json
+from mlm.report.environment import environment
 from tests.tokenizers_for_tests import wordpiece
 
 REVIEWS, MADE_UP = 4000, 1200
@@ -44,7 +45,7 @@ class Corpus(NamedTuple):
     texts: list[str]
     dataset: datasets.Dataset  # the same texts, read from a parquet file
     tokenizer: PreTrainedTokenizerBase
-    facts: TokenFacts
+    info: TokenizerInfo
     store: TokenStore
     long: int  # tokens in a long chunk
 
@@ -76,9 +77,9 @@ def corpus(request, tmp_path_factory) -> Corpus:
     dataset = datasets.load_dataset(
         "parquet", data_files=str(room / "texts.parquet"), split="train", cache_dir=str(room / "cache")
     )
-    facts = token_facts(tokenizer)
-    store = build(texts, tokenizer, facts, room / "store", {"split": "train"})
-    return Corpus(name, texts, dataset, tokenizer, facts, store, long)
+    info = tokenizer_info(tokenizer)
+    store = build(texts, tokenizer, info, room / "store", {"split": "train"})
+    return Corpus(name, texts, dataset, tokenizer, info, store, long)
 
 
 def _word(rng: random.Random) -> str:

@@ -46,16 +46,19 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.stepper import forward_flops
-from mlm.batches import Batch, Batches
-from mlm.chunks import ChunkConfig, Chunks
-from mlm.corpus import CorpusConfig
+from mlm.config import Config
+from mlm.data.batches import Batch, Batches
+from mlm.data.chunks import ChunkConfig, Chunks
+from mlm.data.corpus import CorpusConfig
+from mlm.data.masking import Recipe, corrupt, corrupt_torch, draw, draw_torch
+from mlm.data.token_store import TokenStoreConfig
+from mlm.engine.optimizer import make_optimizer
 from mlm.errors import one_line
-from mlm.masking import Recipe, corrupt, corrupt_torch, draw, draw_torch
-from mlm.model import SparseMaskedLM
-from mlm.optimizer import make_optimizer
-from mlm.record import RecordConfig, environment, peak_memory_mib, write_json
-from mlm.stream import StreamConfig
-from mlm.train import Config, LoopConfig, train
+from mlm.files import write_json
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.report.environment import environment, peak_memory_mib
+from mlm.report.run_directory import RunConfig
+from mlm.train import train
 
 # Words are ids from FIRST_WORD to VOCABULARY, which every size has; those below are special here.
 VOCABULARY, FIRST_WORD, MASK_ID = 30_000, 1000, 103
@@ -117,12 +120,12 @@ def made_up(chunks: int, length: int, tokens: int) -> tuple[Batches, Recipe]:
         replace=round(0.8 * scale),
         randomise=round(0.9 * scale),
         mask_id=MASK_ID,
-        ordinary_ids=np.arange(FIRST_WORD, VOCABULARY),
+        maskable_ids=np.arange(FIRST_WORD, VOCABULARY),
         whole_word=False,
     )
     rows = Chunks(ids, np.ones(len(ids), bool), length, chunks, pad_id=0)
-    ordinary = np.arange(VOCABULARY) >= FIRST_WORD
-    return Batches(rows, recipe, ordinary, SEED, tokens // length), recipe
+    maskable = np.arange(VOCABULARY) >= FIRST_WORD
+    return Batches(rows, recipe, maskable, SEED, tokens // length), recipe
 
 
 class Trainer:
@@ -225,7 +228,7 @@ def check_laws(device: torch.device) -> dict[str, str]:
     """Laws 1, 2 and 8 on the device. Raises AssertionError where one does not hold."""
     batches, recipe = made_up(64, 128, 4096)
     ids = batches.chunks.take(np.arange(64)).ids
-    maskable, draws = batches.ordinary[ids], draw(SEED, 0, np.arange(64), 128)
+    maskable, draws = batches.maskable[ids], draw(SEED, 0, np.arange(64), 128)
     here = corrupt(ids, maskable, draws, recipe)
     there = corrupt_torch(
         torch.from_numpy(ids).to(device),
@@ -278,10 +281,10 @@ def check_skipped_steps(device: torch.device) -> dict[str, Any]:
         Path(room, "train.txt").write_text("\n".join(lines * 4))
         config = Config(
             corpus=CorpusConfig(train_file=f"{room}/train.txt", validation_split_percentage=20),
-            stream=StreamConfig(token_store=room),
+            token_store=TokenStoreConfig(token_store=room),
             chunks=ChunkConfig(max_seq_length=16),
             loop=LoopConfig(train_batch_size=8, max_train_steps=10, eval_on_start=False),
-            record=RecordConfig(output_dir=f"{room}/run", logging_steps=1),
+            run=RunConfig(output_dir=f"{room}/run", logging_steps=1),
         )
         results = train(config, accelerator).results
         events = [json.loads(line) for line in Path(room, "run", "metrics.jsonl").read_text().splitlines()]

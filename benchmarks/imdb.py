@@ -28,7 +28,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from accelerate import Accelerator
 
-from mlm.record import environment, write_json
+from mlm.files import write_json
+from mlm.report.environment import environment
 
 HERE, BATCH = Path(__file__).parent, 32
 COMMON = {

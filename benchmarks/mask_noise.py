@@ -18,14 +18,16 @@ import numpy as np
 from accelerate import Accelerator
 from imdb import HERE, sample
 
-from mlm.chunks import ChunkConfig
-from mlm.corpus import CorpusConfig
-from mlm.evaluate import EvaluateConfig, evaluate, make_text
-from mlm.masking import MaskingConfig, make_recipe
-from mlm.model import ModelConfig, SparseMaskedLM, load_model
-from mlm.record import environment, write_json
-from mlm.stream import StreamConfig, prepare
-from mlm.tokenizer import load_tokenizer, token_facts
+from mlm.data.chunks import ChunkConfig
+from mlm.data.corpus import CorpusConfig
+from mlm.data.masking import make_recipe
+from mlm.data.token_store import TokenStoreConfig, prepare
+from mlm.data.tokenizer import load_tokenizer, tokenizer_info
+from mlm.evaluation.evaluate import EvaluateConfig, evaluate, make_eval_set
+from mlm.files import write_json
+from mlm.model.load import ModelConfig, load_model
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.report.environment import environment
 
 
 def main() -> None:
@@ -40,23 +42,23 @@ def main() -> None:
 
     accelerator = Accelerator(cpu=True)
     tokenizer = load_tokenizer(str(args.model_name_or_path))
-    facts = token_facts(tokenizer)
+    info = tokenizer_info(tokenizer)
     model = load_model(ModelConfig(model_name_or_path=str(args.model_name_or_path)), tokenizer, seed=0)
     sparse = SparseMaskedLM(model)
-    recipe = make_recipe(MaskingConfig(), facts)
+    recipe = make_recipe(info)
     K, n = args.folds, args.figures
     results = {}
     with tempfile.TemporaryDirectory() as room:
         corpus = CorpusConfig(
             validation_file=str(sample(args.imdb / "test.parquet", args.held_out, Path(room, "v.parquet")))
         )
-        store = prepare(corpus, tokenizer, facts, StreamConfig(token_store=room))["validation"]
+        store = prepare(corpus, tokenizer, info, TokenStoreConfig(token_store=room))["validation"]
         kinds = {
             "one sampled pass": EvaluateConfig(eval_mask_seeds=n * K),
             f"{K} folds": EvaluateConfig(eval_mask_seeds=n, eval_mask_folds=K),
         }
         for name, config in kinds.items():
-            text = make_text("IMDb", store, ChunkConfig(), 128, recipe, facts, config)
+            text = make_eval_set("IMDb", store, ChunkConfig(), 128, recipe, info, config)
             started = time.perf_counter()
             parts = evaluate(sparse, text, accelerator).seeds(config)
             seconds = time.perf_counter() - started

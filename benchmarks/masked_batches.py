@@ -10,11 +10,11 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBas
 
 from benchmarks import peers
 from benchmarks.peers import Columns, Feature
-from mlm.batches import Batch, mask_chunks
-from mlm.chunks import Chunks
-from mlm.masking import Corrupted, MaskingConfig, corrupt, draw, make_recipe
-from mlm.tokenizer import TokenFacts
-from tests.test_masking import slow_corrupt, slow_draw
+from mlm.data.batches import Batch, mask_chunks
+from mlm.data.chunks import Chunks
+from mlm.data.masking import Corrupted, corrupt, draw, make_recipe
+from mlm.data.tokenizer import TokenizerInfo
+from tests.data.test_masking import slow_corrupt, slow_draw
 
 SEED, RATE = 42, 0.15
 MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
@@ -32,15 +32,15 @@ class MaskedBatches:
         chunks: Chunks,
         documents: Columns,
         tokenizer: PreTrainedTokenizerBase,
-        facts: TokenFacts,
+        info: TokenizerInfo,
         size: int,
         whole_words: bool,
         limit: int | None = None,
     ) -> None:
-        self.chunks, self.tokenizer, self.facts = chunks, tokenizer, facts
+        self.chunks, self.tokenizer, self.info = chunks, tokenizer, info
         self.batches = np.split(np.arange(len(chunks)), range(size, len(chunks), size))[:limit]
         self.rows = chunks.take(np.concatenate(self.batches))
-        self.recipe = make_recipe(MaskingConfig(RATE, whole_word_mask=whole_words), facts)
+        self.recipe = make_recipe(info)
         self.course_features = self._features(documents, *MODEL_INPUTS, "word_ids")
         spans = ("offset_mapping",) if whole_words else ()
         self.collator_features = self._features(documents, *MODEL_INPUTS, "special_tokens_mask", *spans)
@@ -51,7 +51,7 @@ class MaskedBatches:
             )
         self.draws = np.random.RandomState(SEED)
         ids = [chunks.take(chunk_ids).ids for chunk_ids in self.batches]
-        self.ready = ids, [facts.ordinary[each] for each in ids]
+        self.ready = ids, [info.maskable[each] for each in ids]
         self.target = np.empty_like(ids[0])
 
     def _features(self, documents: Columns, *names: str) -> list[list[Feature]]:
@@ -62,7 +62,7 @@ class MaskedBatches:
 
     def ours(self) -> Iterator[Batch]:
         for ids in self.batches:
-            yield mask_chunks(self.chunks, ids, np.zeros_like(ids), SEED, self.recipe, self.facts.ordinary)
+            yield mask_chunks(self.chunks, ids, np.zeros_like(ids), SEED, self.recipe, self.info.maskable)
 
     def draw_and_corrupt(self) -> Iterator[Corrupted]:
         """The kernels of `ours` alone: the ids, and which of them are ordinary, lie ready."""
@@ -90,14 +90,14 @@ class MaskedBatches:
         for batch, start in zip(ours, before, strict=True):
             chosen.reshape(-1)[batch.positions + start] = True
         seen = np.concatenate([batch.input_ids for batch in ours])
-        check_masks(ids, seen, chosen, self.facts.ordinary[ids], self._words(self.rows.word_starts))
+        check_masks(ids, seen, chosen, self.info.maskable[ids], self._words(self.rows.word_starts))
         self._check_by_the_definition(ours[0])
         if not self.recipe.whole_word:
             for corrupted, batch in zip(self.draw_and_corrupt(), ours, strict=True):
                 assert np.array_equal(corrupted.ids, batch.input_ids)
                 assert np.array_equal(corrupted.positions, batch.positions)
 
-        template = np.isin(ids, self.facts.prefix + self.facts.suffix)
+        template = np.isin(ids, self.info.prefix + self.info.suffix)
         check_masks(ids, *_seen_and_chosen(self.collator()), ~template, self._words(self._gaps(template)))
         if self.recipe.whole_word:
             numbers = [
@@ -121,7 +121,7 @@ class MaskedBatches:
         n, length = batch.input_ids.shape
         ids, starts = self.rows.ids[:n], self.rows.word_starts[:n]
         draws = slow_draw(SEED, 0, range(n), length)
-        expected = slow_corrupt(ids.tolist(), self.facts.ordinary[ids], draws, self.recipe, starts)
+        expected = slow_corrupt(ids.tolist(), self.info.maskable[ids], draws, self.recipe, starts)
         assert (batch.input_ids.tolist(), batch.positions.tolist(), batch.targets.tolist()) == expected
 
 

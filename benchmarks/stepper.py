@@ -30,11 +30,11 @@ from transformers import (
     get_scheduler,
 )
 
-from mlm.hardware import keep_freed_memory
-from mlm.model import SparseMaskedLM
-from mlm.optimizer import make_optimizer, make_scheduler
-from mlm.passes import first
-from mlm.record import peak_memory_mib
+from mlm.engine.device import keep_freed_memory
+from mlm.engine.optimizer import make_optimizer, make_scheduler
+from mlm.engine.update import first
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.report.environment import peak_memory_mib
 
 # Without dropout, so that ways that do the same arrive at the same weights.
 TOY = {"vocab_size": 300, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

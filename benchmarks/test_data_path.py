@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-import mlm.corpus
+import mlm.data.corpus
 from benchmarks import course_recipe, peers
 from benchmarks.compare import Case, cases, row
 from benchmarks.masked_batches import MODEL_INPUTS, SEED, MaskedBatches
-from mlm.chunks import concatenate
-from mlm.stream import build
-from mlm.tokenizer import text_encoder
+from mlm.data.chunks import concatenate
+from mlm.data.token_store import build
+from mlm.data.tokenizer import text_encoder
 from tests.oracles import chunks_of
 
 T, B, MAP_BATCH = 128, 64, 1000  # tokens a chunk, chunks a batch, documents a batch of a map
@@ -35,7 +35,7 @@ def test_token_store(case, corpus, versus, tmp_path):
     batches = [corpus.texts[i : i + MAP_BATCH] for i in range(0, len(corpus.texts), MAP_BATCH)]
 
     def ours():
-        return build(corpus.texts, corpus.tokenizer, corpus.facts, tmp_path, {"split": "train"})
+        return build(corpus.texts, corpus.tokenizer, corpus.info, tmp_path, {"split": "train"})
 
     def encode_batch():
         for batch in batches:
@@ -72,9 +72,9 @@ def test_chunks_from_text(case, corpus, versus, tmp_path):
     documents = np.split(corpus.store.ids, corpus.store.document_offsets[1:-1])
 
     def ours():
-        texts = mlm.corpus.texts(corpus.dataset)
-        store = build(texts, corpus.tokenizer, corpus.facts, tmp_path, {"split": "train"})
-        return concatenate(store.ids, store.word_starts, T, corpus.facts.pad_id, "drop")
+        texts = mlm.data.corpus.texts(corpus.dataset)
+        store = build(texts, corpus.tokenizer, corpus.info, tmp_path, {"split": "train"})
+        return concatenate(store.ids, store.word_starts, T, corpus.info.pad_id, "drop")
 
     def run_mlm(processes=None):
         return peers.run_mlm_maps(corpus.dataset, corpus.tokenizer, T, processes)
@@ -122,7 +122,7 @@ def chunks_of_the_store(corpus, length):
     """The chunks of the same 1,000 documents."""
     end = corpus.store.document_offsets[MAP_BATCH]
     ids, starts = (np.asarray(array[:end]) for array in (corpus.store.ids, corpus.store.word_starts))
-    return concatenate(ids, starts, length, corpus.facts.pad_id, "drop")
+    return concatenate(ids, starts, length, corpus.info.pad_id, "drop")
 
 
 @cases(
@@ -173,7 +173,7 @@ def masked_batches(corpus, documents):
     @cache
     def make(length, size, whole_words, limit=None):
         chunks = chunks_of_the_store(corpus, length)
-        made = MaskedBatches(chunks, documents, corpus.tokenizer, corpus.facts, size, whole_words, limit)
+        made = MaskedBatches(chunks, documents, corpus.tokenizer, corpus.info, size, whole_words, limit)
         made.check()
         return made
 

@@ -11,12 +11,13 @@ import pytest
 from transformers import BertConfig
 
 from benchmarks.compare import keep, row
-from mlm.chunks import ChunkConfig
-from mlm.corpus import CorpusConfig
-from mlm.model import ModelConfig
-from mlm.record import RecordConfig
-from mlm.stream import StreamConfig
-from mlm.train import Config, LoopConfig, train
+from mlm.config import Config
+from mlm.data.chunks import ChunkConfig
+from mlm.data.corpus import CorpusConfig
+from mlm.data.token_store import TokenStoreConfig
+from mlm.model.load import ModelConfig
+from mlm.report.run_directory import RunConfig
+from mlm.train import train
 
 DOCUMENTS, BATCH, LEARNING_RATE = 1000, 32, 5e-4
 AT_LEAST = {"checkpoint": 1.6, "from nothing": 3.0}  # perplexity before over after
@@ -42,7 +43,7 @@ def test_training_lowers_the_perplexity(benchmark, corpus, results, request, tmp
         config = Config(
             model=model,
             corpus=CorpusConfig(train_file=str(tmp_path / "train.jsonl")),
-            stream=StreamConfig(token_store=str(tmp_path)),
+            token_store=TokenStoreConfig(token_store=str(tmp_path)),
             chunks=ChunkConfig(max_seq_length=length),
             loop=LoopConfig(
                 train_batch_size=BATCH,
@@ -50,7 +51,7 @@ def test_training_lowers_the_perplexity(benchmark, corpus, results, request, tmp
                 num_train_epochs=epochs,
                 learning_rate=rate,
             ),
-            record=RecordConfig(output_dir=str(tmp_path / "run")),
+            run=RunConfig(output_dir=str(tmp_path / "run")),
         )
         return train(config).results
 

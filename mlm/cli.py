@@ -1,6 +1,6 @@
 """Command lines made of the rooms' configurations: each field of a dataclass is a flag, its comment the help.
 
-    mlm/masking.py:  mlm_probability: float = 0.15  # share of the tokens that are masked
+    mlm/data/masking.py:  mlm_probability: float = 0.15  # share of the tokens that are masked
     command line:    --mlm_probability 0.2
 
 `--config FILE.yaml` sets any flag. Its values stay the words that are in the file and take the same way
@@ -32,10 +32,10 @@ import yaml
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
+from mlm.engine.distributed import lost_a_process
+from mlm.engine.micro_batch import out_of_memory
+from mlm.engine.signals import Stopped
 from mlm.errors import UserError, one_line
-from mlm.passes import out_of_memory
-from mlm.processes import lost_a_process
-from mlm.signals import Stopped
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,7 +72,13 @@ def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.Argumen
     return [*instances, values]
 
 
-def command(description: str) -> argparse.ArgumentParser:
+def parse_config(config: type, argv: Sequence[str], description: str | None = None) -> Any:
+    """Reads `argv` into a `Config`, or a fork's subclass of it: a dataclass whose fields are dataclasses."""
+    parts = parse([part.type for part in dataclasses.fields(config)], argv, command(description))
+    return config(*parts[:-1])
+
+
+def command(description: str | None) -> argparse.ArgumentParser:
     """The parser of a script: full flag names only, and one-line errors."""
     return _Parser(description=description, allow_abbrev=False)
 
@@ -83,15 +89,15 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]]) -> None:
     A UserError becomes one line on standard error, once a machine, and exit status 2. Otherwise only the main
     process speaks; the libraries keep their hints to themselves.
     """
-    speaks = int(os.environ.get("RANK", "0")) == 0
+    is_main = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stderr)
-    logging.getLogger("mlm").setLevel(logging.INFO if speaks else logging.ERROR)
+    logging.getLogger("mlm").setLevel(logging.INFO if is_main else logging.ERROR)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     try:
         result = body(sys.argv[1:])
-        if speaks:
+        if is_main:
             print(json.dumps(result, default=str), flush=True)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be written at exit
@@ -100,7 +106,7 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Stopped as stopped:
-        if speaks:
+        if is_main:
             print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.number)
     except (RuntimeError, MemoryError) as error:
@@ -114,7 +120,7 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]]) -> None:
         if not lost_a_process(error):
             raise
         rank = os.environ.get("RANK", "0")
-        if not speaks:  # a launcher names the first that fails: let that be one with more to say
+        if not is_main:  # a launcher names the first that fails: let that be one with more to say
             time.sleep(2)
         print(
             f"error: process {rank} ends, as another process of the run has, whose words, if it had any, are "

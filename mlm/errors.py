@@ -22,6 +22,11 @@ def one_line(error: object, width: int = 300) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
+def listed(names: list[str]) -> str:
+    """Names of parameters, as many of them as a line takes."""
+    return one_line(f"{len(names)} parameters: {', '.join(names)}", 600)
+
+
 def at_least(config: Any, least: int, *names: str) -> None:
     """Raises UserError where one of these settings of a configuration is below `least`, infinite or NaN.
 

@@ -5,87 +5,56 @@ accelerate launch scripts/train.py --model_name_or_path MODEL --dataset_name DAT
 
 import math
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import release_memory
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm import checkpoint, passes
-from mlm.batches import Batches
-from mlm.checkpoint import CheckpointConfig, Progress, State, Writer, not_written
-from mlm.chunks import ChunkConfig, chunk_length, cut_into_chunks
-from mlm.compare import conclude
-from mlm.corpus import CorpusConfig, GeneralConfig
-from mlm.errors import UserError, at_least
-from mlm.evaluate import EvaluateConfig, Evaluation, evaluate_all, token_counts
-from mlm.hardware import make_accelerator
-from mlm.masking import DROPOUT, MaskingConfig, make_recipe, stream_key
-from mlm.model import ModelConfig, SparseMaskedLM, fingerprint, load_model, max_positions
-from mlm.optimizer import Schedule, make_optimizer, make_scheduler
-from mlm.processes import agree, host_group, sum_gradients
-from mlm.record import Meter, RecordConfig, Run, finite, peak_memory_mib, plan
-from mlm.signals import Stopped, StopSignals
-from mlm.stream import StreamConfig
-from mlm.texts import open_corpus, open_texts
-from mlm.trouble import check_scale, find_trouble
+from mlm.config import Config
+from mlm.data.batches import Batches
+from mlm.data.chunks import chunk_length, cut_into_chunks
+from mlm.data.masking import DROPOUT, MaskingConfig, make_recipe, select_tokens, select_words, stream_key
+from mlm.data.token_store import prepare
+from mlm.data.tokenizer import tokenizer_info
+from mlm.engine import checkpoint
+from mlm.engine import update as passes
+from mlm.engine.checkpoint import Progress, State, Writer, not_written
+from mlm.engine.device import make_accelerator
+from mlm.engine.distributed import agree, host_group, local_main_process_first, sum_gradients
+from mlm.engine.nonfinite import check_scale, find_nonfinite
+from mlm.engine.optimizer import make_optimizer, make_scheduler
+from mlm.engine.signals import Stopped, StopSignals
+from mlm.errors import UserError
+from mlm.evaluation.compare import conclude
+from mlm.evaluation.eval_set import open_eval_sets
+from mlm.evaluation.evaluate import Evaluation, evaluate_all, token_counts
+from mlm.figures import finite
+from mlm.model.load import fingerprint, load_model, open_tokenizer
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.model.vocabulary import max_positions
+from mlm.report.environment import peak_memory_mib
+from mlm.report.metrics import Meter
+from mlm.report.run_directory import Run, plan
 
 
-@dataclass(frozen=True)
-class LoopConfig:
-    """The knobs of the loop itself."""
-
-    seed: int = 42  # names the order of the chunks, their masks, dropout's draws and fresh weights
-    # the batch
-    train_batch_size: int | None = None  # chunks a step (default: the next two flags × processes)
-    per_device_train_batch_size: int | Literal["auto"] = 8  # chunks in a pass; auto: as many as fit
-    gradient_accumulation_steps: int = 1  # passes a step, where --train_batch_size is not given
-    # the length
-    num_train_epochs: float = 3.0  # passes over the training chunks
-    max_train_steps: int | None = None  # steps to take, instead of epochs
-    max_train_samples: int | None = None  # train on that many chunks only, drawn by the seed
-    # AdamW and its schedule
-    learning_rate: float = 5e-5  # its peak
-    weight_decay: float = 0.0  # not on biases and norms
-    max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it; 0: never
-    lr_scheduler_type: Schedule = "linear"  # linear ends at 0
-    num_warmup_steps: int = 0  # steps in which the learning rate rises to its peak
-    # arithmetic
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # default: as accelerate is configured
-    deterministic: bool = False  # deterministic kernels only, so that a GPU repeats a run to the bit
-    # evaluation
-    eval_on_start: bool = True  # measure the model before the first step
-    eval_steps: int | Literal["epoch"] = "epoch"  # steps between evaluations; always one at the end
-    load_best_model_at_end: bool = False  # keep the weights of the lowest evaluation loss, not the last ones
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
-        at_least(self, 1, "max_train_steps", "max_train_samples", "eval_steps")
-        at_least(
-            self, 0, "learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "num_warmup_steps"
-        )
+def mask_rate(step: int, last_step: int, masking: MaskingConfig) -> float:
+    """The share of the tokens that is predicted in a step."""
+    return masking.mlm_probability
 
 
-@dataclass(frozen=True)
-class Config:
-    """A whole run: what each room is asked for. The command line is made of these."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    general: GeneralConfig = field(default_factory=GeneralConfig)
-    stream: StreamConfig = field(default_factory=StreamConfig)
-    chunks: ChunkConfig = field(default_factory=ChunkConfig)
-    masking: MaskingConfig = field(default_factory=MaskingConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    record: RecordConfig = field(default_factory=RecordConfig)
-
-
-ROOMS = [room.type for room in fields(Config)]  # what the command line is made of
+def select(
+    maskable: np.ndarray, draws: np.ndarray, rate: float, word_starts: np.ndarray, whole_words: bool
+) -> np.ndarray:
+    """Which tokens a step predicts: [B, T] bool. The other arguments are those of `select_words`."""
+    if whole_words:
+        return select_words(maskable, draws, rate, word_starts)
+    return select_tokens(maskable, draws, rate)
 
 
 @dataclass(frozen=True)
@@ -103,39 +72,62 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         UserError: it cannot be done, or the loss is not finite any more.
         Stopped: a signal asked for it, and a checkpoint has been written.
     """
-    loop = config.loop
-    trackers = config.record.report_to if config.record.with_tracking else None
-    accelerator = accelerator or make_accelerator(loop.mixed_precision, loop.deterministic, trackers)
+    loop = config.train
+    trackers = config.run.report_to if config.run.with_tracking else None
+    accelerator = accelerator or make_accelerator(
+        config.device.mixed_precision, config.device.deterministic, trackers
+    )
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     group = host_group(accelerator)
-    run = Run(config.record, accelerator, config.checkpoint.resume_from_checkpoint)
+    run = Run(config.run, accelerator, config.checkpoint.resume_from_checkpoint)
     stop = StopSignals()
 
     # The rooms, in order.
-    tokenizer, facts, stores = open_corpus(config, accelerator)
+    with local_main_process_first(accelerator):  # one process a machine tokenises, the others find its store
+        tokenizer = open_tokenizer(config.model, config.corpus, config.token_store)
+        info = tokenizer_info(tokenizer)
+        stores = prepare(config.corpus, tokenizer, info, config.token_store, config.masking.whole_word_mask)
     if "train" not in stores:
         raise UserError("--validation_file alone leaves nothing to train on; give --train_file too")
     net = load_model(config.model, tokenizer, loop.seed)
     length = chunk_length(config.chunks, max_positions(net.config))
-    chunks = cut_into_chunks(stores["train"], config.chunks, length, facts)
-    recipe = make_recipe(config.masking, facts)
-    texts = open_texts(config, tokenizer, facts, stores["validation"], length, accelerator)
+    chunks = cut_into_chunks(stores["train"], config.chunks, length, info)
+    recipe = make_recipe(info, config.masking.mask_replace_prob, config.masking.random_replace_prob)
+    with local_main_process_first(accelerator):
+        eval_sets = open_eval_sets(config, tokenizer, info, stores["validation"], length)
     G = passes.global_batch(
-        loop.train_batch_size, loop.per_device_train_batch_size, loop.gradient_accumulation_steps, world
+        config.update.train_batch_size,
+        config.update.per_device_train_batch_size,
+        config.update.gradient_accumulation_steps,
+        world,
     )
-    batches = Batches(chunks, recipe, facts.ordinary, loop.seed, G, rank, world, loop.max_train_samples)
+    batches = Batches(
+        chunks,
+        recipe,
+        info.maskable,
+        partial(select, whole_words=config.masking.whole_word_mask),
+        lambda step: mask_rate(step, last_step, config.masking),
+        loop.seed,
+        G,
+        rank,
+        world,
+        loop.max_train_samples,
+    )
     n = batches.num_chunks
     last_step = loop.max_train_steps or math.ceil(round(loop.num_train_epochs * n / G, 6))
 
     # What the result depends on: a checkpoint of another experiment is not gone on with.
     experiment = {
         "train corpus": stores["train"].header["corpus"],
-        **{f"{name} corpus": text.store.header["corpus"] for name, text in texts.items()},
+        **{f"{name} corpus": text.store.header["corpus"] for name, text in eval_sets.items()},
         **config.evaluate.identity,
-        **{name: getattr(loop, name) for name in ("seed", "learning_rate", "weight_decay", "max_grad_norm")},
-        **{name: getattr(loop, name) for name in ("lr_scheduler_type", "num_warmup_steps")},
+        "seed": loop.seed,
+        "max_grad_norm": config.update.max_grad_norm,
+        **asdict(config.optimizer),
+        "mlm_probability": config.masking.mlm_probability,
+        "whole_word_mask": config.masking.whole_word_mask,
         "model": fingerprint(net),
-        "tokenizer": facts.fingerprint,
+        "tokenizer": info.fingerprint,
         "masks": recipe.digest,
         "dropout": config.model.dropout,
         "mixed_precision": str(accelerator.mixed_precision),
@@ -148,8 +140,12 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     model = SparseMaskedLM(net).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     smallest = min(parameters, key=torch.numel)
-    adamw = make_optimizer(model, loop.learning_rate, loop.weight_decay, fused=accelerator.scaler is None)
-    scheduler = make_scheduler(adamw, loop.lr_scheduler_type, loop.num_warmup_steps, last_step)
+    adamw = make_optimizer(
+        model, config.optimizer.learning_rate, config.optimizer.weight_decay, fused=accelerator.scaler is None
+    )
+    scheduler = make_scheduler(
+        adamw, config.optimizer.lr_scheduler_type, config.optimizer.num_warmup_steps, last_step
+    )
     optimizer = accelerator.prepare(adamw)  # steps through fp16's scaler, where there is one
     state = State(net, optimizer, scheduler, accelerator.scaler)
 
@@ -165,7 +161,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
 
     def measure(complete: bool) -> dict[str, Evaluation]:
         """Of each text under all masks, or of the held-out text under those of the first pass."""
-        measured = texts if complete else {"held_out": texts["held_out"]}
+        measured = eval_sets if complete else {"held_out": eval_sets["held_out"]}
         evaluations = evaluate_all(model, measured, accelerator, complete, stop.asked)
         if evaluations is None:  # given up: it is made up for when the run goes on
             save_and_stop()
@@ -174,14 +170,14 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         loss, perplexity = found["eval_loss"], found["perplexity"]
         part = "" if len(config.evaluate.passes) == 1 else f" (pass 1 of {len(config.evaluate.passes)})"
         run.say(f"step {progress.step}: held-out loss {loss:.4f}, perplexity {perplexity:.4g}{part}")
-        if loop.load_best_model_at_end and run.speaks:
+        if loop.load_best_model_at_end and run.is_main:
             writer.save_best(progress.step, net, found)
         progress.evaluated = True
         return evaluations
 
     def save() -> None:
         started = time.perf_counter()
-        if run.speaks:
+        if run.is_main:
             writer.save(
                 progress.step, lambda: checkpoint.snapshot(state, experiment, asdict(progress), before)
             )
@@ -220,11 +216,11 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
             progress = checkpoint.load(resumed, state, experiment)
             before = checkpoint.load_before(resumed)
         found, share = progress.micro_batch.get(str(world)), -(-G // world)
-        micro_batch = passes.first(loop.per_device_train_batch_size, found, share, length, device)
+        micro_batch = passes.first(config.update.per_device_train_batch_size, found, share, length, device)
         run.begin(config, experiment, progress.step if resumed else None)
-        run.say(plan(config, model, batches, micro_batch, texts, last_step, accelerator))
+        run.say(plan(config, model, batches, micro_batch, eval_sets, last_step, accelerator))
         run.log("start", progress.step, steps=last_step, train_batch_size=G, chunks=n)
-        if resumed and run.speaks and loop.load_best_model_at_end:
+        if resumed and run.is_main and loop.load_best_model_at_end:
             writer.remember_best(resumed.parent)
 
         if progress.step == 0 and loop.eval_on_start:
@@ -249,7 +245,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
                 raise not_written(failure)
             run.say(failure or "")
             if ran_out:  # the same batch again, in smaller passes
-                micro_batch = passes.smaller(micro_batch, loop.per_device_train_batch_size, length)
+                micro_batch = passes.smaller(micro_batch, config.update.per_device_train_batch_size, length)
                 progress.micro_batch[str(world)] = micro_batch
                 run.say(f"step {progress.step}: out of memory; from here on {micro_batch} chunks in a pass")
                 optimizer.zero_grad()
@@ -257,7 +253,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
                 continue
             sum_gradients(parameters, nats, world)
             smallest.grad += nats * 0  # so that a loss that is not finite has no finite gradient
-            norm = accelerator.clip_grad_norm_(parameters, loop.max_grad_norm or math.inf)
+            norm = accelerator.clip_grad_norm_(parameters, config.update.max_grad_norm or math.inf)
             if accelerator.scaler is None:
                 # Decided on the device, and read later: from here on the optimizer leaves the weights alone.
                 broken = torch.maximum(broken, (~norm.isfinite()).float())
@@ -274,14 +270,14 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
             run.advance(progress.step, last_step)
 
             evaluates, saves = due(loop.eval_steps), due(config.checkpoint.checkpointing_steps)
-            reports = due(config.record.logging_steps) or progress.step == last_step
+            reports = due(config.run.logging_steps) or progress.step == last_step
             if not (evaluates or saves or reports or asked):
                 continue
             # The host waits for the device here, not in each step (where, under fp16, the scaler does).
             window, lost = meter.read()
             if lost:
                 step = progress.step - lost
-                trouble = find_trouble(model, batches, step, stores["train"], accelerator)
+                trouble = find_nonfinite(model, batches, step, stores["train"], accelerator)
                 run.log("end", step, **trouble._asdict())
                 raise UserError(trouble.words(step, stores["train"], tokenizer))
             for name, value in window._asdict().items():
@@ -300,8 +296,8 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         after = before if before and progress.step == 0 else measure(complete=True)
         run.say(writer.wait() or "")
         if loop.load_best_model_at_end and checkpoint.load_best(checkpoints, net, accelerator):
-            after = evaluate_all(model, texts, accelerator)  # to its end: what a checkpoint needs is gone
-        told = conclude(texts, before, after, tokenizer, token_counts(stores["train"], facts.size))
+            after = evaluate_all(model, eval_sets, accelerator)  # to its end: what a checkpoint needs is gone
+        told = conclude(eval_sets, before, after, tokenizer, token_counts(stores["train"], info.size))
         results = finite({
             **told.results,
             "train_loss": progress.nats / max(progress.masked, 1),

@@ -8,11 +8,13 @@ from mlm.startup import quick_imports
 
 with quick_imports():
     from mlm import cli
-    from mlm.examples import with_examples
-    from mlm.fill_mask import fill, table
-    from mlm.model import SparseMaskedLM, load_model
-    from mlm.report import read_runs, write_report
-    from mlm.train import ROOMS, Config, train
+    from mlm.config import Config
+    from mlm.inference.fill_mask import fill, table
+    from mlm.model.load import load_model
+    from mlm.model.sparse_head import SparseMaskedLM
+    from mlm.report.examples import with_examples
+    from mlm.report.report import read_runs, write_report
+    from mlm.train import train
 
 DEMO = Path(__file__).with_name("demo.yaml")
 SENTENCES = (
@@ -23,11 +25,10 @@ SENTENCES = (
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    *rooms, _ = cli.parse(ROOMS, ["--config", str(DEMO), *argv], cli.command(__doc__))
-    config = Config(*rooms)
+    config = cli.parse_config(Config, ["--config", str(DEMO), *argv], __doc__)
     result = train(config)
     # The seed draws the very weights from which training began.
-    fresh = load_model(config.model, result.tokenizer, config.loop.seed)
+    fresh = load_model(config.model, result.tokenizer, config.train.seed)
     fillers = [
         fill(SparseMaskedLM(model), result.tokenizer, SENTENCES, top_k=3) for model in (fresh, result.model)
     ]

@@ -12,20 +12,30 @@ with quick_imports():
     from transformers import PreTrainedTokenizerBase
 
     from mlm import cli
-    from mlm.chunks import ChunkConfig, chunk_length
-    from mlm.compare import compare, in_words
-    from mlm.corpus import CorpusConfig, GeneralConfig
+    from mlm.config import Config
+    from mlm.data.chunks import ChunkConfig, chunk_length
+    from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
+    from mlm.data.token_store import TokenStore, TokenStoreConfig, prepare
+    from mlm.data.tokenizer import tokenizer_info
+    from mlm.engine.device import make_accelerator
+    from mlm.engine.distributed import local_main_process_first
     from mlm.errors import UserError
-    from mlm.evaluate import EvaluateConfig, Evaluation, Text, evaluate_all, measure, token_counts
-    from mlm.hardware import make_accelerator
-    from mlm.masking import MaskingConfig
-    from mlm.model import ModelConfig, SparseMaskedLM, check_embeddings, load_model, position_limit
-    from mlm.pseudo_perplexity import PseudoPerplexityConfig
-    from mlm.pseudo_perplexity import measure as measure_sentences
-    from mlm.record import figure, finite, write_json
-    from mlm.stream import StreamConfig, TokenStore
-    from mlm.texts import open_corpus, open_texts
-    from mlm.train import Config
+    from mlm.evaluation.compare import compare, in_words
+    from mlm.evaluation.eval_set import open_eval_sets
+    from mlm.evaluation.evaluate import (
+        EvalSet,
+        EvaluateConfig,
+        Evaluation,
+        evaluate_all,
+        measure,
+        token_counts,
+    )
+    from mlm.evaluation.pseudo_perplexity import PseudoPerplexityConfig
+    from mlm.evaluation.pseudo_perplexity import measure as measure_sentences
+    from mlm.figures import figure, finite
+    from mlm.files import write_json
+    from mlm.model.load import ModelConfig, check_embeddings, load_model, open_tokenizer, position_limit
+    from mlm.model.sparse_head import SparseMaskedLM
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class CheckpointToMeasure:
 
 
 ROOMS = (
-    *(CheckpointToMeasure, CorpusConfig, GeneralConfig, StreamConfig, ChunkConfig, MaskingConfig),
+    *(CheckpointToMeasure, CorpusConfig, OutOfDomainConfig, TokenStoreConfig, ChunkConfig),
     *(EvaluateConfig, PseudoPerplexityConfig),
 )
 
@@ -49,15 +59,15 @@ ROOMS = (
 class Measured(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     stores: dict[str, TokenStore]
-    texts: dict[str, Text]  # "held_out" and, where asked for, "general"
+    eval_sets: dict[str, EvalSet]  # "held_out" and, where asked for, "general"
     evaluations: dict[str, Evaluation]
 
     def figures(self) -> dict[str, dict[str, Any]]:
-        return {name: measure(self.evaluations[name], text) for name, text in self.texts.items()}
+        return {name: measure(self.evaluations[name], text) for name, text in self.eval_sets.items()}
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    what, corpus, general, stream, chunking, masking, evaluation, pseudo, _ = cli.parse(
+    what, corpus, out_of_domain, token_store, chunking, evaluation, pseudo, _ = cli.parse(
         ROOMS, argv, cli.command(__doc__)
     )
     if not what.model_name_or_path:
@@ -79,14 +89,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             save(Path(what.output), result)
         accelerator.end_training()
         return result
-    config = Config(model, corpus, general, stream, chunking, masking, evaluate=evaluation)
+    config = Config(model, corpus, out_of_domain, token_store, chunking, evaluate=evaluation)
     limits = [limit for limit in map(position_limit, (model, base) if base else (model,)) if limit]
     length = chunk_length(chunking, min(limits, default=None))
 
     found = measure_one(config, length, accelerator)
     result: dict[str, Any] = {name: figures for name, figures in found.figures().items()}
     if base is None:
-        for name, text in found.texts.items():
+        for name, text in found.eval_sets.items():
             accelerator.print(described(result[name], text))
     else:
         was = measure_one(replace(config, model=base), length, accelerator)
@@ -96,40 +106,45 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         save(Path(what.output), result)
     accelerator.end_training()
     measured = found.figures()["held_out"]
-    sizes = {"chunks": len(found.texts["held_out"].chunk_ids), "chunk_size": length}
+    sizes = {"chunks": len(found.eval_sets["held_out"].chunk_ids), "chunk_size": length}
     return finite({**measured, **sizes, **(headlines(result) if base else {})})
 
 
 def measure_one(config: Config, length: int, accelerator: Accelerator) -> Measured:
-    """The figures of the checkpoint that `config` names, on its texts in chunks of `length` tokens."""
-    tokenizer, facts, stores = open_corpus(config, accelerator)
+    """The figures of the checkpoint that `config` names, on its eval_sets in chunks of `length` tokens."""
+    with local_main_process_first(accelerator):
+        tokenizer = open_tokenizer(config.model, config.corpus, config.token_store)
+        info = tokenizer_info(tokenizer)
+        stores = prepare(config.corpus, tokenizer, info, config.token_store)
     check_embeddings(config.model, tokenizer)
-    texts = open_texts(config, tokenizer, facts, stores["validation"], length, accelerator)
+    eval_sets = open_eval_sets(config, tokenizer, info, stores["validation"], length, accelerator)
     model = SparseMaskedLM(load_model(config.model, tokenizer, seed=0)).to(accelerator.device)
-    return Measured(tokenizer, stores, texts, evaluate_all(model, texts, accelerator))
+    return Measured(tokenizer, stores, eval_sets, evaluate_all(model, eval_sets, accelerator))
 
 
 def compared(base: Measured, found: Measured) -> tuple[dict[str, Any], str]:
     """The comparison of each text, or where the tokenizers differ the figures of both; and lines to print."""
     result: dict[str, Any] = {"held_out": None, "general": None}
-    same = all(text.facts.fingerprint == base.texts[n].facts.fingerprint for n, text in found.texts.items())
+    same = all(
+        text.info.fingerprint == base.eval_sets[n].info.fingerprint for n, text in found.eval_sets.items()
+    )
     lines = []
-    for name, text in found.texts.items():
+    for name, text in found.eval_sets.items():
         before, after = base.evaluations[name], found.evaluations[name]
         if same:
             train = found.stores.get("train")
-            counts = token_counts(train, text.facts.size) if train else None
+            counts = token_counts(train, text.info.size) if train else None
             result[name] = compare(text, before, after, found.tokenizer, counts)
             lines.append(f"{text.name}: {in_words(result[name])}")
         else:
-            was, now = measure(before, base.texts[name]), measure(after, text)
+            was, now = measure(before, base.eval_sets[name]), measure(after, text)
             result[name] = {"text": text.name, "before": was, "after": now}
             lines.append(
                 f"{text.name}: {figure(was['bits_per_character'])} bits per character before, "
                 f"{figure(now['bits_per_character'])} after"
             )
     if not same:
-        if found.texts["held_out"].config.max_eval_samples:
+        if found.eval_sets["held_out"].config.max_eval_samples:
             lines.append("--max_eval_samples: the two were measured on chunks of different parts of the text")
         lines.append(
             "the two have different tokenizers: their masks and the perplexity of their tokens are not "
@@ -149,7 +164,7 @@ def headlines(result: dict[str, Any]) -> dict[str, Any]:
     return {**before, "same_tokenizer": True, **gain}
 
 
-def described(figures: dict[str, Any], text: Text) -> str:
+def described(figures: dict[str, Any], eval_set: EvalSet) -> str:
     bits = " and ".join(
         f"{figure(figures[f'bits_per_{unit}'])} bits per {unit}"
         for unit in ("character", "word")
@@ -158,7 +173,7 @@ def described(figures: dict[str, Any], text: Text) -> str:
     return (
         f"perplexity {figures['perplexity']:.4g}, loss {figures['eval_loss']:.4f} nats, accuracy "
         f"{figures['accuracy']:.2%}, {bits}, over {figures['eval_masked_tokens']:,} masked tokens in "
-        f"{len(text.chunk_ids):,} chunks of {text.chunks.chunk_size} of {text.name}"
+        f"{len(eval_set.chunk_ids):,} chunks of {eval_set.chunks.chunk_size} of {eval_set.name}"
     )
 
 

@@ -12,10 +12,10 @@ from mlm.startup import quick_imports
 with quick_imports():
     from mlm import cli
     from mlm.errors import UserError
-    from mlm.fill_mask import FillMaskConfig, cell_width, fill, load, table
-    from mlm.joint import cells, fill_jointly
-    from mlm.sentences import MASK, read_sentences
-    from mlm.targets import parse_targets, score_targets
+    from mlm.inference.fill_mask import FillMaskConfig, cell_width, fill, load, table
+    from mlm.inference.joint import cells, fill_jointly
+    from mlm.inference.sentences import MASK, read_sentences
+    from mlm.inference.targets import parse_targets, score_targets
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

@@ -12,17 +12,15 @@ with quick_imports():
     from transformers import PreTrainedTokenizerBase
 
     from mlm import cli
-    from mlm.batches import mask_chunks
-    from mlm.chunks import ChunkConfig, Chunks, chunk_length, cut_into_chunks
-    from mlm.corpus import CorpusConfig
+    from mlm.data.batches import mask_chunks
+    from mlm.data.chunks import ChunkConfig, Chunks, chunk_length, cut_into_chunks
+    from mlm.data.corpus import CorpusConfig
+    from mlm.data.masking import MaskingConfig, make_recipe
+    from mlm.data.token_store import TokenStore, TokenStoreConfig, prepare
+    from mlm.data.tokenizer import TokenizerInfo, tokenizer_info
     from mlm.errors import at_least
-    from mlm.hardware import make_accelerator
-    from mlm.masking import MaskingConfig, Recipe, make_recipe
-    from mlm.model import ModelConfig, position_limit
-    from mlm.stream import StreamConfig, TokenStore
-    from mlm.texts import open_corpus
-    from mlm.tokenizer import TokenFacts
-    from mlm.train import Config
+    from mlm.model.load import ModelConfig, open_tokenizer, position_limit
+    from mlm.train import select
 
 
 @dataclass(frozen=True)
@@ -34,18 +32,18 @@ class ShowConfig:
         at_least(self, 0, "show", "seed")
 
 
-ROOMS = (ModelConfig, CorpusConfig, StreamConfig, ChunkConfig, MaskingConfig, ShowConfig)
+ROOMS = (ModelConfig, CorpusConfig, TokenStoreConfig, ChunkConfig, MaskingConfig, ShowConfig)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    model, corpus, stream, chunking, masking, look, _ = cli.parse(ROOMS, argv, cli.command(__doc__))
-    config = Config(model=model, corpus=corpus, stream=stream, masking=masking)
-    tokenizer, facts, stores = open_corpus(config, make_accelerator())
-    recipe = make_recipe(masking, facts)
+    model, corpus, store_config, chunking, masking, look, _ = cli.parse(ROOMS, argv, cli.command(__doc__))
+    tokenizer = open_tokenizer(model, corpus, store_config)
+    info = tokenizer_info(tokenizer)
+    stores = prepare(corpus, tokenizer, info, store_config, masking.whole_word_mask)
     length = chunk_length(chunking, position_limit(model))
     summary = {}
     for split, store in stores.items():
-        chunks = cut_into_chunks(store, chunking, length, facts)
+        chunks = cut_into_chunks(store, chunking, length, info)
         summary[split] = describe(store, chunks)
         print(split)
         for name, value in summary[split].items():
@@ -61,7 +59,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             )
         for number in draw.choice(len(chunks), min(look.show, len(chunks)), replace=False):
             print(
-                f"\n{split} chunk {number}: {show_chunk(number, chunks, tokenizer, facts, recipe, look.seed)}"
+                f"\n{split} chunk {number}: {show_chunk(number, chunks, tokenizer, info, masking, look.seed)}"
             )
     if look.show:
         print("\nto be predicted: ‹word› became the mask token, ‹word→other› another token, ‹word=› stays")
@@ -89,14 +87,25 @@ def show_chunk(
     number: int,
     chunks: Chunks,
     tokenizer: PreTrainedTokenizerBase,
-    facts: TokenFacts,
-    recipe: Recipe,
+    info: TokenizerInfo,
+    masking: MaskingConfig,
     seed: int,
 ) -> str:
     """A chunk as epoch 0 masks it, a word at a time, its pieces together."""
     chunk_ids = np.array([number])
     rows = chunks.take(chunk_ids)
-    seen = mask_chunks(chunks, chunk_ids, np.zeros(1, np.int64), seed, recipe, facts.ordinary)
+    recipe = make_recipe(info, masking.mask_replace_prob, masking.random_replace_prob)
+    seen = mask_chunks(
+        chunks,
+        chunk_ids,
+        np.zeros(1, np.int64),
+        seed,
+        info.maskable,
+        recipe,
+        lambda maskable, draws, starts: select(
+            maskable, draws, masking.mlm_probability, starts, masking.whole_word_mask
+        ),
+    )
     ids, seen_ids, starts = rows.ids[0], seen.input_ids[0].tolist(), rows.word_starts[0].copy()
     predicted = set(seen.positions.tolist())
     starts[0] = True
@@ -105,7 +114,7 @@ def show_chunk(
         text = tokenizer.decode([ids[place]]).strip().removeprefix("##")
         if place not in predicted:
             return text
-        if seen_ids[place] == facts.mask_id:
+        if seen_ids[place] == info.mask_id:
             return f"‹{text}›"
         if seen_ids[place] == ids[place]:
             return f"‹{text}=›"

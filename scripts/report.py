@@ -9,9 +9,9 @@ from mlm.startup import quick_imports
 
 with quick_imports():
     from mlm import cli
-    from mlm.examples import with_examples
-    from mlm.report import read_runs, write_report
-    from mlm.sentences import read_sentences
+    from mlm.inference.sentences import read_sentences
+    from mlm.report.examples import with_examples
+    from mlm.report.report import read_runs, write_report
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from mlm.startup import quick_imports
 
 with quick_imports():
     from mlm import cli
-    from mlm.train import ROOMS, Config, train
+    from mlm.config import Config
+    from mlm.train import train
 
 DEMO = Path(__file__).with_name("demo.yaml")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    *rooms, _ = cli.parse(ROOMS, argv, cli.command(__doc__))
-    config = Config(*rooms)
+    config = cli.parse_config(Config, argv, __doc__)
     model, corpus = config.model, config.corpus
     named = (
         model.model_name_or_path,
@@ -25,8 +25,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         corpus.train_file,
     )
     if not any(named):
-        *rooms, _ = cli.parse(ROOMS, ["--config", str(DEMO), *argv], cli.command(__doc__))
-        config = Config(*rooms)
+        config = cli.parse_config(Config, ["--config", str(DEMO), *argv], __doc__)
     result = train(config)
     return {"output_dir": str(result.output_dir), **result.results}
 

@@ -1,5 +1,6 @@
 """A toy world for the tests that train: sentences with something to learn, few words, a tiny BERT."""
 
+import dataclasses
 import os
 import random
 from pathlib import Path
@@ -12,12 +13,9 @@ from accelerate.state import AcceleratorState
 from transformers import BertConfig, BertForMaskedLM
 from transformers.utils import logging as transformers_logging
 
-from mlm.chunks import ChunkConfig
-from mlm.corpus import CorpusConfig
-from mlm.model import ModelConfig
-from mlm.record import RecordConfig, environment, write_json
-from mlm.stream import StreamConfig
-from mlm.train import Config, LoopConfig
+from mlm.config import Config
+from mlm.files import write_json
+from mlm.report.environment import environment
 from tests.tokenizers_for_tests import wordpiece
 
 ANIMALS = {"cat": "milk", "dog": "bones", "cow": "grass", "bee": "honey", "fox": "grapes", "owl": "mice"}
@@ -112,26 +110,25 @@ class Toy:
             )
 
     def config(
-        self, output_dir: Path | None = None, *, dropout=0.0, chunks=None, rooms=None, **loop
+        self, output_dir: Path | None = None, *, dropout=0.0, chunks=None, modules=None, **settings
     ) -> Config:
         """A run over the toy world: chunks of 16 tokens, 12 steps of 8 chunks unless told otherwise."""
-        rooms = {
-            "model": ModelConfig(model_name_or_path=str(self.checkpoint), dropout=dropout),
-            "corpus": CorpusConfig(
-                train_file=str(self.train_file), validation_file=str(self.validation_file)
-            ),
-            "stream": StreamConfig(token_store=str(self.checkpoint.parent / "stores")),
-            "chunks": ChunkConfig(max_seq_length=16) if chunks is None else chunks,
-            "record": RecordConfig(output_dir=output_dir and str(output_dir)),
-            **(rooms or {}),
-        }
-        defaults = {
+        settings = {
+            "model_name_or_path": str(self.checkpoint),
+            "dropout": dropout,
+            "train_file": str(self.train_file),
+            "validation_file": str(self.validation_file),
+            "token_store": str(self.checkpoint.parent / "stores"),
+            "max_seq_length": 16,
             "max_train_steps": 12,
             "train_batch_size": 8,
             "per_device_train_batch_size": 8,
             "learning_rate": 5e-3,
+            "output_dir": output_dir and str(output_dir),
+            **settings,
         }
-        return Config(loop=LoopConfig(**{**defaults, **loop}), **rooms)
+        modules = {**(modules or {}), **({} if chunks is None else {"chunks": chunks})}
+        return dataclasses.replace(Config.of(**settings), **modules)
 
     def flags(self, output_dir: Path, **more) -> list[str]:
         """The command line of `config`."""

@@ -1,4 +1,4 @@
-"""Slow and obvious versions of what the rooms do fast. Nothing here uses the rooms."""
+"""Slow and obvious versions of what the modules do fast. Nothing here uses the modules."""
 
 from typing import Any
 

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertForMaskedLM, EsmTokenizer, PreTrainedTokenizerFast
 
-from mlm.tokenizer import load_tokenizer
+from mlm.data.tokenizer import load_tokenizer
 from tests.conftest import REPOSITORY
 from tests.tokenizers_for_tests import unigram
 

@@ -15,11 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlm import cli
+from mlm.config import Config
 from mlm.errors import UserError
-from mlm.train import ROOMS, Config
 from tests.conftest import REPOSITORY
 
-FLAGS = [(room, field) for room in ROOMS for field in dataclasses.fields(room)]
+FLAGS = [
+    (room, field)
+    for room in (module.type for module in dataclasses.fields(Config))
+    for field in dataclasses.fields(room)
+]
 ZERO_IS_FINE = {"num_warmup_steps", "seed", "eval_mask_seed"}
 SEEDS = {"seed", "eval_mask_seed"}
 CHECKED_LATER = {"validation_split_percentage"}  # as it does not matter where a dataset brings its own split
@@ -50,10 +54,10 @@ def read_file(text: str, folder: Path, *argv: str) -> Bread:
     return read("--config", str(folder / "bread.yaml"), *argv)
 
 
-def help_of(rooms) -> dict[str, str]:
+def help_of(modules) -> dict[str, str]:
     """flag -> its line of the help, as argparse holds it"""
     parser = cli.command("")
-    cli.parse(rooms, [], parser)
+    cli.parse(modules, [], parser)
     return {action.dest: action.help for action in parser._actions}
 
 
@@ -213,10 +217,10 @@ def test_no_two_rooms_share_a_flag():
 
 def test_a_run_reads_back_from_its_own_flags():
     argv = ["--learning_rate", "1e-4", "--whole_word_mask", "--eval_steps=50", "--max_seq_length", "256"]
-    config = Config(*cli.parse(ROOMS, argv, cli.command(""))[:-1])
+    config = cli.parse_config(Config, argv)
     assert (config.loop.learning_rate, config.loop.eval_steps) == (1e-4, 50)
     assert (config.masking.whole_word_mask, config.chunks.max_seq_length) == (True, 256)
-    assert Config(*cli.parse(ROOMS, [], cli.command(""))[:-1]) == Config()
+    assert cli.parse_config(Config, []) == Config()
 
 
 def takes(kind: type, room: type, name: str) -> bool:

@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState, PartialState
 from transformers import AutoModelForMaskedLM, get_scheduler
 
-from mlm.batches import Batches
-from mlm.checkpoint import CheckpointConfig
-from mlm.chunks import ChunkConfig, cut_into_chunks
+from mlm.data.batches import Batches
+from mlm.data.chunks import ChunkConfig, cut_into_chunks
+from mlm.data.masking import MaskingConfig, make_recipe
+from mlm.data.token_store import prepare
+from mlm.data.tokenizer import load_tokenizer, tokenizer_info
+from mlm.engine.checkpoint import CheckpointConfig
+from mlm.engine.optimizer import Schedule, make_optimizer
 from mlm.errors import UserError
-from mlm.evaluate import EvaluateConfig
-from mlm.masking import MaskingConfig, make_recipe
-from mlm.model import ModelConfig
-from mlm.optimizer import Schedule, make_optimizer
-from mlm.record import RecordConfig
-from mlm.stream import prepare
-from mlm.tokenizer import load_tokenizer, token_facts
+from mlm.evaluation.evaluate import EvaluateConfig
+from mlm.model.load import ModelConfig
+from mlm.report.run_directory import RunConfig
 from mlm.train import train
 from tests.runs import TORCHRUN, assert_same_bits, assert_same_weights, half_precision, metrics, run, weights
 
@@ -31,11 +31,11 @@ from tests.runs import TORCHRUN, assert_same_bits, assert_same_weights, half_pre
 def slow_training(config):
     """The stock model with its dense head, the whole global batch at once, nothing of Accelerate."""
     tokenizer = load_tokenizer(config.model.model_name_or_path)
-    facts = token_facts(tokenizer)
-    store = prepare(config.corpus, tokenizer, facts, config.stream)["train"]
-    chunks = cut_into_chunks(store, config.chunks, config.chunks.max_seq_length, facts)
+    info = tokenizer_info(tokenizer)
+    store = prepare(config.corpus, tokenizer, info, config.token_store)["train"]
+    chunks = cut_into_chunks(store, config.chunks, config.chunks.max_seq_length, info)
     G = config.loop.train_batch_size
-    batches = Batches(chunks, make_recipe(config.masking, facts), facts.ordinary, config.loop.seed, G)
+    batches = Batches(chunks, make_recipe(config.masking, info), info.maskable, config.loop.seed, G)
     model = AutoModelForMaskedLM.from_pretrained(
         config.model.model_name_or_path, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     ).train()
@@ -109,7 +109,7 @@ def test_a_process_with_an_empty_share_takes_part(toy, tmp_path):
 def test_the_linear_schedule_ends_at_exactly_zero(toy, tmp_path, warmup, steps, micro_batch):
     config = toy.config(tmp_path / "run", num_warmup_steps=warmup, max_train_steps=steps,
                         per_device_train_batch_size=micro_batch, eval_steps=100)  # fmt: skip
-    train(dataclasses.replace(config, record=RecordConfig(str(tmp_path / "run"), logging_steps=1)))
+    train(dataclasses.replace(config, run=RunConfig(str(tmp_path / "run"), logging_steps=1)))
     rates = [line["learning_rate"] for line in metrics(tmp_path / "run", "train")]
     peak = config.loop.learning_rate
     expected = [
@@ -120,10 +120,10 @@ def test_the_linear_schedule_ends_at_exactly_zero(toy, tmp_path, warmup, steps, 
 
 
 def test_a_step_that_the_scaler_skips_is_taken_again_and_moves_nothing(toy, tmp_path):
-    config = dataclasses.replace(toy.config(), record=RecordConfig(str(tmp_path / "calm"), logging_steps=1))
+    config = dataclasses.replace(toy.config(), run=RunConfig(str(tmp_path / "calm"), logging_steps=1))
     calm = train(config, half_precision(2.0**10))
     AcceleratorState._reset_state(reset_partial_state=True)
-    config = dataclasses.replace(config, record=RecordConfig(str(tmp_path / "stormy"), logging_steps=1))
+    config = dataclasses.replace(config, run=RunConfig(str(tmp_path / "stormy"), logging_steps=1))
     stormy = train(config, half_precision(2.0**40))
 
     assert calm.results["skipped_steps"] == 0
@@ -282,8 +282,8 @@ def test_gradients_are_clipped_to_the_norm_asked_for_or_not_at_all(toy, tmp_path
 
 
 def test_fewer_chunks_can_be_evaluated(toy, tmp_path):
-    rooms = {"evaluate": EvaluateConfig(max_eval_samples=5)}
-    few = train(toy.config(tmp_path / "few", max_train_steps=1, rooms=rooms))
+    modules = {"evaluate": EvaluateConfig(max_eval_samples=5)}
+    few = train(toy.config(tmp_path / "few", max_train_steps=1, modules=modules))
     assert 0 < few.results["eval_masked_tokens"] <= 5 * 16
 
 
@@ -292,9 +292,9 @@ def test_a_loss_scale_that_has_collapsed_stops_the_run(toy, tmp_path):
     torch.nn.init.constant_(broken.cls.predictions.bias, math.nan)
     broken.save_pretrained(tmp_path / "broken")
     load_tokenizer(str(toy.checkpoint)).save_pretrained(tmp_path / "broken")
-    rooms = {"model": ModelConfig(model_name_or_path=str(tmp_path / "broken"))}
+    modules = {"model": ModelConfig(model_name_or_path=str(tmp_path / "broken"))}
     with pytest.raises(UserError, match="step 1: the loss or its gradients overflow at any fp16 loss scale"):
-        train(toy.config(tmp_path / "run", rooms=rooms), half_precision(2.0**16))
+        train(toy.config(tmp_path / "run", modules=modules), half_precision(2.0**16))
 
 
 @pytest.mark.slow
@@ -303,13 +303,14 @@ def test_a_process_with_an_empty_share_takes_part_under_fp16_too(toy, tmp_path):
 import torch
 from accelerate import Accelerator
 from mlm import cli
-from mlm.train import ROOMS, Config, train
+from mlm.config import Config
+from mlm.train import train
 accelerator = Accelerator(cpu=True)
 accelerator.state._mixed_precision = "fp16"
 accelerator.native_amp = True
 accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
 flags = {toy.flags(tmp_path / "run", train_batch_size=1, max_train_steps=3)!r}
-train(Config(*cli.parse(ROOMS, flags, cli.command(""))[:-1]), accelerator)
+train(cli.parse_config(Config, flags), accelerator)
 """
     (tmp_path / "program.py").write_text(program)
     status, _, errors = run(TORCHRUN, [], str(tmp_path / "program.py"))

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mlm.tokenizer import train_tokenizer
+from mlm.data.tokenizer import train_tokenizer
 
 # Every printable ASCII character as a word, and every letter inside one: no unknown token by accident.
 ASCII = " ".join([*map(chr, range(33, 127)), "abcdefghijklmnopqrstuvwxyza", "01234567890"])

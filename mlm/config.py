@@ -1,0 +1,68 @@
+"""The settings of a run: one frozen dataclass a module. The command line is made of them (cli.py)."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Self
+
+from mlm.data.chunks import ChunkConfig
+from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
+from mlm.data.masking import MaskingConfig
+from mlm.data.token_store import TokenStoreConfig
+from mlm.engine.checkpoint import CheckpointConfig
+from mlm.engine.device import DeviceConfig
+from mlm.engine.optimizer import OptimizerConfig
+from mlm.engine.update import UpdateConfig
+from mlm.errors import UserError, at_least
+from mlm.evaluation.eval_set import EvaluateConfig
+from mlm.model.load import ModelConfig
+from mlm.report.run_directory import RunConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, and when to evaluate."""
+
+    seed: int = 42  # names the order of the chunks, their masks, dropout's draws and fresh weights
+    num_train_epochs: float = 3.0  # times that each training chunk is seen
+    max_train_steps: int | None = None  # optimizer steps to take, instead of epochs
+    max_train_samples: int | None = None  # train on that many chunks only, drawn by the seed
+    eval_on_start: bool = True  # evaluate the model before the first step
+    eval_steps: int | Literal["epoch"] = "epoch"  # steps between evaluations; there is always one at the end
+    load_best_model_at_end: bool = False  # keep the weights of the lowest evaluation loss, not the last ones
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "max_train_steps", "max_train_samples", "eval_steps")
+        at_least(self, 0, "num_train_epochs")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    out_of_domain: OutOfDomainConfig = field(default_factory=OutOfDomainConfig)
+    token_store: TokenStoreConfig = field(default_factory=TokenStoreConfig)
+    chunks: ChunkConfig = field(default_factory=ChunkConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @classmethod
+    def of(cls, **settings: Any) -> Self:
+        """A configuration from settings under the names of their flags, as of(learning_rate=1e-4).
+
+        Raises UserError for a name that no module has.
+        """
+        modules = {module.name: module.type for module in fields(cls)}
+        owners = {setting.name: name for name, kind in modules.items() for setting in fields(kind)}
+        if unknown := settings.keys() - owners.keys():
+            raise UserError(f"no setting is called {', '.join(sorted(unknown))}")
+        chosen: dict[str, dict[str, Any]] = {name: {} for name in modules}
+        for setting, value in settings.items():
+            chosen[owners[setting]][setting] = value
+        return cls(**{name: kind(**chosen[name]) for name, kind in modules.items()})

@@ -1,0 +1,153 @@
+"""Which chunks a step sees, and with which masks: a pure function of (seed, step).
+
+epochs             | epoch 0: 3 0 4 1 2 | epoch 1: 1 4 2 0 3 | …    a permutation each, by (seed, epoch)
+global batch of 4  | 3 0 4 1 | 2 1 4 2 | 0 3 …                      step s takes places 4s … 4s + 3
+2 processes        | 3 0, 4 1 | …                                   contiguous shares, as even as they come
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mlm.data.chunks import Chunks
+from mlm.data.masking import Recipe, corrupt, draw
+from mlm.data.order import epoch_order
+
+
+class Batch(NamedTuple):
+    """B masked chunks on the host; M tokens of them are predicted."""
+
+    input_ids: torch.Tensor  # [B, T] int64
+    positions: torch.Tensor  # [M] int64 into the flat B * T
+    targets: torch.Tensor  # [M] int64
+    attention_mask: torch.Tensor | None  # [B, T] int64, 0: padding; None: every row is full
+
+    def to(self, device: torch.device) -> "Batch":
+        pin = device.type == "cuda"  # a copy from other memory waits for all that the device has to do
+        ready = (t.pin_memory() if pin and t is not None else t for t in self)
+        return Batch(*(t if t is None else t.to(device, non_blocking=pin) for t in ready))
+
+
+Select = Callable[[np.ndarray, np.ndarray, float, np.ndarray], np.ndarray]
+"""maskable [B, T] bool, draws [B, T] uint64, rate, word_starts [B, T] bool -> [B, T] bool, 1: predicted"""
+
+
+def mask_chunks(
+    chunks: Chunks,
+    chunk_ids: np.ndarray,
+    epochs: np.ndarray,
+    seed: int,
+    maskable: np.ndarray,
+    recipe: Recipe,
+    select: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+) -> Batch:
+    """chunk_ids [B], epochs [B] in which each is seen -> a Batch.
+
+    maskable: [V] bool, 1: may be masked
+    select: maskable [B, T], draws [B, T], word_starts [B, T] -> [B, T] bool, 1: predicted
+    """
+    rows = chunks.take(chunk_ids)
+    draws = _draw_rows(seed, epochs, chunk_ids, rows.ids.shape[1])
+    corrupted = corrupt(rows.ids, select(maskable[rows.ids], draws, rows.word_starts), draws, recipe)
+    attention_mask = None
+    if rows.lengths is not None and (rows.lengths < rows.ids.shape[1]).any():
+        attention_mask = torch.from_numpy(
+            (np.arange(rows.ids.shape[1]) < rows.lengths[:, None]).astype(np.int64)
+        )
+    return Batch(*map(torch.from_numpy, corrupted), attention_mask)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The training batches of one process among `world`.
+
+    maskable: [V] bool, 1: may be masked
+    select: which tokens of a chunk are predicted, at a rate
+    rate: the share of tokens that are predicted in a step
+    samples: train on that many chunks only, drawn by the seed
+    """
+
+    chunks: Chunks
+    recipe: Recipe
+    maskable: np.ndarray
+    select: Select
+    rate: Callable[[int], float]
+    seed: int
+    global_batch: int
+    rank: int = 0
+    world: int = 1
+    samples: int | None = None
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks an epoch."""
+        return min(self.samples or len(self.chunks), len(self.chunks))
+
+    def tokens(self, step: int) -> int:
+        """Tokens of a global batch, padding not counted."""
+        if self.chunks.lengths is None:
+            return self.global_batch * self.chunks.chunk_size
+        return int(self.chunks.lengths[self.places(step)[0]].sum())
+
+    def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Step s's global batch: its chunk ids [G] and the epoch of each [G], int64."""
+        epochs, index = np.divmod(step * self.global_batch + np.arange(self.global_batch), self.num_chunks)
+        chunk_ids = np.empty_like(index)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            chunk_ids[here] = epoch_order(self.seed, int(epoch), len(self.chunks), self.num_chunks)[
+                index[here]
+            ]
+        return chunk_ids, epochs
+
+    def load(self, step: int, micro_batch: int) -> tuple[list[Batch], int]:
+        """This process's share of step s, at most `micro_batch` chunks at a time (none if it is empty).
+
+        And how many tokens are masked in the whole batch, which the mean loss is over: each process counts
+        for itself, none has to ask.
+        """
+        chunk_ids, epochs = self.places(step)
+        start, end = (self.global_batch * r // self.world for r in (self.rank, self.rank + 1))
+        share = [
+            self.mask(step, chunk_ids[i : min(i + micro_batch, end)], epochs[i : min(i + micro_batch, end)])
+            for i in range(start, end, micro_batch)
+        ]
+        others = np.r_[0:start, end : self.global_batch]
+        masked = sum(len(batch.positions) for batch in share) + self._count(
+            step, chunk_ids[others], epochs[others]
+        )
+        return share, masked
+
+    def mask(self, step: int, chunk_ids: np.ndarray, epochs: np.ndarray) -> Batch:
+        """These chunks, at the mask rate of a step."""
+        rate = self.rate(step)
+        return mask_chunks(
+            self.chunks,
+            chunk_ids,
+            epochs,
+            self.seed,
+            self.maskable,
+            self.recipe,
+            lambda maskable, draws, word_starts: self.select(maskable, draws, rate, word_starts),
+        )
+
+    def _count(self, step: int, chunk_ids: np.ndarray, epochs: np.ndarray) -> int:
+        if len(chunk_ids) == 0:
+            return 0
+        rows = self.chunks.take(chunk_ids)
+        draws = _draw_rows(self.seed, epochs, chunk_ids, rows.ids.shape[1])
+        return int(self.select(self.maskable[rows.ids], draws, self.rate(step), rows.word_starts).sum())
+
+
+def _draw_rows(seed: int, epochs: np.ndarray, chunk_ids: np.ndarray, length: int) -> np.ndarray:
+    """Draws [B, length] for rows that may belong to different epochs."""
+    distinct = np.unique(epochs)
+    if len(distinct) == 1:
+        return draw(seed, int(distinct[0]), chunk_ids, length)
+    draws = np.empty((len(chunk_ids), length), np.uint64)
+    for epoch in distinct:
+        draws[epochs == epoch] = draw(seed, int(epoch), chunk_ids[epochs == epoch], length)
+    return draws

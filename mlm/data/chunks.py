@@ -1,0 +1,157 @@
+"""From one long stream of tokens to rows of equal length.
+
+ids                [ a b c d | e f g h | i j ]      documents: abc, defghi, j
+concatenate        abcd, efgh                       remainder="drop": i j are dropped, once a split
+                   abcd, efgh, ij__                 remainder="pad"
+line_by_line       abc_, defg, j___                 one document a row, cut and padded
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from mlm.data.token_store import TokenStore
+from mlm.data.tokenizer import TokenizerInfo
+from mlm.errors import UserError, at_least
+
+
+@dataclass(frozen=True)
+class ChunkConfig:
+    """How long chunks are, and what becomes of what fills none."""
+
+    max_seq_length: int | None = None  # tokens in a chunk (default: 128, or what the model takes if less)
+    remainder: Literal["drop", "pad"] = "drop"  # the split's last, incomplete chunk
+    line_by_line: bool = False  # one document a row, cut and padded, instead of concatenated text
+    pad_to_max_length: bool = False  # pad to max_seq_length, not to a batch's longest row (static shapes)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "max_seq_length")
+
+
+def chunk_length(config: ChunkConfig, max_positions: int | None) -> int:
+    """Tokens in a chunk. Raises UserError where the model's position table is shorter than asked for."""
+    if config.max_seq_length is None:
+        return min(128, max_positions or 128)
+    if max_positions is not None and config.max_seq_length > max_positions:
+        raise UserError(
+            f"--max_seq_length {config.max_seq_length}: "
+            f"the model's position table takes {max_positions} tokens"
+        )
+    return config.max_seq_length
+
+
+class Rows(NamedTuple):
+    """B chunks, widened to what torch indexes with."""
+
+    ids: np.ndarray  # [B, T] int64
+    word_starts: np.ndarray  # [B, T] bool, 1: a word begins here
+    lengths: np.ndarray | None  # [B] int64 real tokens of each row, before padding; None: all are full
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The chunks of a split, still in the token store: nothing is copied before `take`.
+
+    ids, word_starts: [N], the whole stream
+    first:            [n] int64, where each row begins in the stream; None: row c begins at c * chunk_size
+    lengths:          [n] int64, real tokens of each row; None: all are full
+    suffix:           ids that close a document, kept at the end of a row whose document was cut
+    """
+
+    ids: np.ndarray
+    word_starts: np.ndarray
+    chunk_size: int
+    num_chunks: int
+    pad_id: int
+    first: np.ndarray | None = None
+    lengths: np.ndarray | None = None
+    suffix: tuple[int, ...] = ()
+    cut: np.ndarray | None = None  # [n] bool, 1: the row's document was longer than the row
+    pad_to_max_length: bool = False  # rows of T tokens even where every row taken is shorter
+
+    def __len__(self) -> int:
+        return self.num_chunks
+
+    def take(self, chunk_ids: np.ndarray) -> Rows:
+        """chunk_ids [B] -> Rows of [B, T], T the chunk size or the longest of these rows if all are padded"""
+        size = self.chunk_size
+        if self.lengths is None:  # full rows: a view of the stream, so that a gather is B copies of T tokens
+            full = self.num_chunks * size
+            ids = self.ids[:full].reshape(-1, size)[chunk_ids].astype(np.int64)
+            return Rows(ids, self.word_starts[:full].reshape(-1, size)[chunk_ids], None)
+
+        lengths = self.lengths[chunk_ids]  # [B]
+        first = chunk_ids * size if self.first is None else self.first[chunk_ids]
+        column = np.arange(size if self.pad_to_max_length else lengths.max(initial=0))  # [T]
+        inside = column < lengths[:, None]  # [B, T]
+        index = np.minimum(first[:, None] + column, len(self.ids) - 1)
+        ids = np.where(inside, self.ids[index], self.pad_id).astype(np.int64)
+        word_starts = np.where(inside, self.word_starts[index], True)
+        if self.suffix and self.cut is not None and self.cut[chunk_ids].any():  # then T is the chunk size
+            ids[self.cut[chunk_ids], size - len(self.suffix) :] = self.suffix
+            word_starts[self.cut[chunk_ids], size - len(self.suffix) :] = True
+        return Rows(ids, word_starts, lengths)
+
+    def places(self, chunk_ids: np.ndarray, columns: np.ndarray | int) -> np.ndarray:
+        """Where in the stream the tokens in these columns [M] of the chunks [M] stand: [M] int64."""
+        first = chunk_ids.astype(np.int64) * self.chunk_size if self.first is None else self.first[chunk_ids]
+        return first + columns
+
+    def documents(self, chunk_ids: np.ndarray, document_offsets: np.ndarray) -> np.ndarray:
+        """The documents [D] int64, ascending, that the chunks `chunk_ids` [B] hold tokens of."""
+        first = self.places(chunk_ids, 0)
+        length = self.chunk_size if self.lengths is None else self.lengths[chunk_ids]
+        begins, ends = np.searchsorted(document_offsets, [first, first + length - 1], side="right") - 1  # [B]
+        return np.unique(np.concatenate([np.arange(b, e + 1) for b, e in zip(begins, ends, strict=True)]))
+
+
+def cut_into_chunks(store: TokenStore, config: ChunkConfig, chunk_size: int, info: TokenizerInfo) -> Chunks:
+    """The chunks of a split, as `config` asks. Raises UserError where there is not even one."""
+    if config.line_by_line:
+        chunks = line_by_line(store.ids, store.word_starts, store.document_offsets, chunk_size, info)
+    else:
+        chunks = concatenate(store.ids, store.word_starts, chunk_size, info.pad_id, config.remainder)
+    if len(store.ids) == 0:
+        raise UserError(f"no document of the {store.header['split']} split has a token")
+    if len(chunks) == 0:
+        raise UserError(
+            f"the {store.header['split']} split has {len(store.ids)} tokens, "
+            f"less than one chunk of {chunk_size}; use a shorter --max_seq_length, or --remainder pad"
+        )
+    return dataclasses.replace(chunks, pad_to_max_length=config.pad_to_max_length)
+
+
+def concatenate(
+    ids: np.ndarray, word_starts: np.ndarray, chunk_size: int, pad_id: int, remainder: Literal["drop", "pad"]
+) -> Chunks:
+    """Cuts the stream ids [N] into floor(N / T) chunks, or with "pad" ceil(N / T), the last one padded."""
+    full, rest = divmod(len(ids), chunk_size)
+    if remainder == "drop" or rest == 0:
+        return Chunks(ids, word_starts, chunk_size, full, pad_id)
+    lengths = np.full(full + 1, chunk_size, dtype=np.int64)
+    lengths[-1] = rest
+    return Chunks(ids, word_starts, chunk_size, full + 1, pad_id, lengths=lengths)
+
+
+def line_by_line(
+    ids: np.ndarray,
+    word_starts: np.ndarray,
+    document_offsets: np.ndarray,
+    chunk_size: int,
+    info: TokenizerInfo,
+) -> Chunks:
+    """One document a row. A document longer than T is cut, and still ends as a document does ([SEP])."""
+    lengths = np.diff(document_offsets)
+    return Chunks(
+        ids,
+        word_starts,
+        chunk_size,
+        num_chunks=len(lengths),
+        pad_id=info.pad_id,
+        first=np.asarray(document_offsets[:-1]),
+        lengths=np.minimum(lengths, chunk_size),
+        suffix=info.suffix if len(info.suffix) < chunk_size else (),
+        cut=lengths > chunk_size,
+    )

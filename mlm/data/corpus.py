@@ -1,0 +1,472 @@
+"""Text in, documents out: the one room that imports the datasets library, and only where text is read.
+
+A corpus is a Hub dataset, a local folder, local files, or the prose that every Python installation carries.
+`identify` names it at the cost of a few `stat` calls; `load` reads it.
+"""
+
+import ast
+import gzip
+import json
+import os
+import sys
+import sysconfig
+import warnings
+import zlib
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import escape
+from hashlib import blake2b
+from inspect import cleandoc
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from mlm.errors import UserError, explain_load_failure, one_line
+
+if TYPE_CHECKING:
+    import datasets
+
+# File extension (also followed by .gz): the datasets library's reader.
+READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+# The built-in corpus passes over these folders of the standard library: its tests, and what users installed.
+NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+SHORTEST_DOCUMENT = 40  # characters; shorter docstrings are "Return self." and the like
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Which text, and which part of it is held out."""
+
+    dataset_name: str | None = None  # Hub dataset, or a folder: save_to_disk's, or one of data files
+    dataset_config_name: str | None = None  # which configuration, where the dataset has several
+    train_file: str | None = None  # training text: .txt, .jsonl, .json, .csv or .parquet, each also with .gz
+    validation_file: str | None = None  # held-out text in the same formats; on its own: nothing to train on
+    validation_split_percentage: float = 5.0  # share of documents held out where there is no validation split
+    text_column: str = "text"  # the column that holds the documents (.txt files have none)
+    sample_by: Literal["line", "paragraph", "document"] = "line"  # what one document of a .txt file is
+
+
+@dataclass(frozen=True)
+class OutOfDomainConfig:
+    """Text outside the domain, measured before and after, never trained on: it shows what a model forgets."""
+
+    out_of_domain_file: str | None = None  # such text, in the formats of --train_file
+    out_of_domain_dataset_name: str | None = (
+        None  # or a Hub dataset or folder: its validation split, else 5% of it
+    )
+    out_of_domain_dataset_config_name: str | None = None  # which configuration of it
+    out_of_domain_text_column: str | None = None  # the column of its documents (default: --text_column)
+
+    def __post_init__(self) -> None:
+        if self.out_of_domain_file and self.out_of_domain_dataset_name:
+            raise UserError("--out_of_domain_file and --out_of_domain_dataset_name: give one of the two")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    splits: "datasets.DatasetDict"  # "train" and/or "validation": one column, "text", no empty document
+    dropped: dict[str, int]  # empty, whitespace and null documents left out, for each split
+
+
+def identify(config: CorpusConfig) -> dict[str, Any]:
+    """Name the corpus without reading it: equal names mean equal documents in equal splits.
+
+    Local files are named by absolute path, size in bytes and modification time in ns (every file of a
+    folder); a Hub dataset by its commit, or with no network by the commit in the local Hub cache; the
+    built-in corpus by the Python that carries it. The name is the same after a round trip through JSON.
+
+    Raises UserError as `load` does, for what can be seen without reading.
+    """
+    _check(config)
+    files = [file for file in (config.train_file, config.validation_file) if file]
+    identity: dict[str, Any] = {"text_column": config.text_column}
+    if config.dataset_name:
+        identity["dataset_config_name"] = config.dataset_config_name
+        if _on_hub(config.dataset_name):
+            identity["dataset"] = [config.dataset_name, _hub_revision(config.dataset_name)]
+        else:
+            identity["dataset"] = [_stamp(file) for file in _files_under(config.dataset_name)]
+    elif not files:
+        identity["built_in"] = [sys.version, sysconfig.get_path("stdlib")]
+    if config.train_file:
+        identity["train_file"] = _stamp(config.train_file)
+    if config.validation_file:
+        identity["validation_file"] = _stamp(config.validation_file)
+    else:
+        identity["validation_split_percentage"] = config.validation_split_percentage
+    if config.dataset_name or any(_reader(file) == "text" for file in files):
+        identity["sample_by"] = config.sample_by
+    return identity
+
+
+def load(config: CorpusConfig) -> Corpus:
+    """Read the corpus into splits of one string column, "text", memory-mapped from the datasets cache.
+
+    Validation documents come from `validation_file`, else from the dataset's "validation" split, else from
+    the training documents, by `held_out`. Only `validation_file` given: only a validation split. Other splits
+    of a dataset stay untouched.
+
+    Raises UserError for files that are missing, empty, malformed or not UTF-8, for a text column that is
+    missing or holds no strings, for a split without a document, for a dataset that cannot be had, and for a
+    held-out share outside (0, 100) where one is needed.
+    """
+    _check(config)
+    with _quiet_datasets(from_hub=_on_hub(config.dataset_name)):
+        import datasets
+
+        sources = _sources(config)
+        kept, hashes, dropped = {}, {}, {}
+        for split, source in sources.items():
+            where = origin(config, split)
+            with _explained(where):
+                kept[split], hashes[split] = _scan(source)  # int64[n], uint64[n]
+            dropped[split] = len(source) - len(kept[split])
+            if not len(kept[split]):
+                why = f"{dropped[split]} empty or whitespace ones were dropped"
+                raise UserError(f"{where} holds no {split} document: {why}")
+
+        if "validation" not in sources:
+            out = held_out(hashes["train"], config.validation_split_percentage)  # bool[n]
+            sources["validation"], dropped["validation"] = sources["train"], 0
+            kept = {"train": kept["train"][~out], "validation": kept["train"][out]}
+        splits = {split: source.select(kept[split]) for split, source in sources.items()}
+        return Corpus(datasets.DatasetDict(splits), dropped)
+
+
+def out_of_domain(config: OutOfDomainConfig, domain: CorpusConfig) -> CorpusConfig | None:
+    """Where the general text is, its documents cut as the domain's are; None where there is none."""
+    if not (config.out_of_domain_file or config.out_of_domain_dataset_name):
+        return None
+    return CorpusConfig(
+        dataset_name=config.out_of_domain_dataset_name,
+        dataset_config_name=config.out_of_domain_dataset_config_name,
+        validation_file=config.out_of_domain_file,
+        text_column=config.out_of_domain_text_column or domain.text_column,
+        sample_by=domain.sample_by,
+    )
+
+
+def texts(dataset: "datasets.Dataset") -> Iterator[str | None]:
+    """The documents of a split, in order. They are read in small batches, since one may be a book."""
+    for table in dataset.with_format("arrow").iter(batch_size=100):
+        yield from table["text"].to_pylist()
+
+
+def held_out(hashes: np.ndarray, percentage: float) -> np.ndarray:
+    """Which documents are held out: those whose content hash is in the lowest `percentage` of its range.
+
+    A document's side depends on its text alone, so it stays when others are added or reordered, and equal
+    texts share a side. Where that leaves a side empty, the texts of the lowest (or highest) hash cross over.
+
+    hashes: uint64[n], n > 0. Returns bool[n]. Raises UserError for a percentage outside (0, 100), and where
+    all n are equal: one text has no two sides.
+    """
+    _check_percentage(percentage)
+    if hashes.min() == hashes.max():
+        raise UserError("a corpus of one distinct document has nothing to hold out: give --validation_file")
+    out = hashes < np.uint64(percentage / 100 * 2**64)
+    if not out.any():
+        return hashes == hashes.min()
+    if out.all():
+        return hashes != hashes.max()
+    return out
+
+
+def _check(config: CorpusConfig) -> None:
+    """What can be wrong with a corpus before it is read."""
+    name = config.dataset_name
+    if name and config.train_file:
+        raise UserError(f"--dataset_name {name} and --train_file {config.train_file}: give one of the two")
+    if name and os.path.isfile(name):
+        raise UserError(f"--dataset_name {name} is a file: give it as --train_file")
+    if name and os.path.isdir(name) and not _is_saved(name) and not any(map(_reader, _files_under(name))):
+        raise UserError(f"{name} holds no data files: expected a save_to_disk folder, or {_known()}")
+    for flag, file in (("--train_file", config.train_file), ("--validation_file", config.validation_file)):
+        if not file:
+            continue
+        if not os.path.exists(file):
+            raise UserError(f"{flag} {file}: no such file")
+        if not os.path.isfile(file):
+            raise UserError(f"{flag} {file} is not a file: give a folder as --dataset_name")
+        if not _reader(file):
+            raise UserError(f"{flag} {file}: unknown kind of file, expected {_known()}")
+        if not os.path.getsize(file):
+            raise UserError(f"{flag} {file} is empty")
+    if not config.validation_file and not name:  # a dataset may bring its own validation split
+        _check_percentage(config.validation_split_percentage)
+
+
+def _check_percentage(percentage: float) -> None:
+    if not 0 < percentage < 100:
+        raise UserError(f"--validation_split_percentage {percentage}: must be more than 0 and less than 100")
+
+
+def _sources(config: CorpusConfig) -> dict[str, "datasets.Dataset"]:
+    """The train and validation splits that the configuration names, each with the single column "text"."""
+    import datasets
+
+    sources = {}
+    if config.dataset_name:
+        sources = _read_dataset(config.dataset_name, config)
+    elif config.train_file:
+        sources["train"] = _read_file(config.train_file, config)
+    elif not config.validation_file:
+        sources["train"] = datasets.Dataset.from_dict({"text": _built_in_documents()})
+    if config.validation_file:
+        sources["validation"] = _read_file(config.validation_file, config)
+    return sources
+
+
+def origin(config: CorpusConfig, split: str) -> str:
+    """Where a split comes from, for messages."""
+    if split == "validation" and config.validation_file:
+        return config.validation_file
+    return config.dataset_name or config.train_file or "the built-in corpus"
+
+
+def _read_dataset(name: str, config: CorpusConfig) -> dict[str, "datasets.Dataset"]:
+    import datasets
+
+    if _on_hub(name):
+        _hub_revision(name)  # with no network this fails at once, load_dataset after 23 s of trying
+    with _explained(name):
+        if _is_saved(name):
+            saved = datasets.load_from_disk(name)
+            splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+        else:
+            path = name if _on_hub(name) else os.path.abspath(name)
+            splits = _convert(path, config, name=config.dataset_config_name)
+    sources = {split: splits[split] for split in ("train", "validation") if split in splits}
+    if not sources:
+        raise UserError(f"{name} has neither a train nor a validation split, only {', '.join(splits)}")
+    return {
+        split: _text_only(source, f"{name} ({split})", config.text_column)
+        for split, source in sources.items()
+    }
+
+
+def _read_file(file: str, config: CorpusConfig) -> "datasets.Dataset":
+    import datasets
+
+    reader, path = _reader(file), os.path.abspath(file)
+    with _explained(file):
+        if reader == "parquet" and _is_gzip(file):  # the one reader that does not unpack by itself
+            # The unpacked copy is cached by path alone: unpack again, the file may have changed in place.
+            fresh = datasets.DownloadConfig(force_extract=True)
+            path = datasets.DownloadManager(download_config=fresh).extract(path)
+        dataset = _convert(reader, config, data_files={"train": escape(path)})["train"]
+    return _text_only(dataset, file, "text" if reader == "text" else config.text_column)
+
+
+def _convert(path: str, config: CorpusConfig, **where: Any) -> "datasets.DatasetDict":
+    """`load_dataset`, with those of our options that the reader it picks has."""
+    import datasets
+
+    reader = datasets.load_dataset_builder(path, **where)
+    options: dict[str, Any] = {}
+    if hasattr(reader.config, "sample_by"):
+        options["sample_by"] = config.sample_by
+    # In a .csv file a text of digits stays a text. NA, NaN, null and None are empty documents, as pandas has
+    # it: told otherwise, it would turn gaps in the other columns to strings, and their types would clash.
+    if hasattr(reader.config, "converters"):
+        options["converters"] = {config.text_column: str}
+    return datasets.load_dataset(path, **where, **options)
+
+
+def _text_only(dataset: "datasets.Dataset", origin: str, column: str) -> "datasets.Dataset":
+    import datasets
+
+    if column not in dataset.column_names:
+        there = ", ".join(dataset.column_names)
+        raise UserError(f"{origin} has no column {column!r}, but {there}: name the text with --text_column")
+    feature = dataset.features[column]
+    kind = feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+    if kind not in ("string", "large_string", "null"):
+        raise UserError(f"{origin}: column {column!r} holds {kind}, no text: choose with --text_column")
+    dataset = dataset.select_columns([column])
+    return dataset if column == "text" else dataset.rename_column(column, "text")
+
+
+def _scan(dataset: "datasets.Dataset") -> tuple[np.ndarray, np.ndarray]:
+    """Positions, int64[n], and content hashes, uint64[n], of the n documents with more than whitespace."""
+    positions, hashes = array("q"), array("Q")
+    for position, text in enumerate(texts(dataset)):
+        if text and not text.isspace():
+            positions.append(position)
+            hashes.append(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little"))
+    return np.array(positions, dtype=np.int64), np.array(hashes, dtype=np.uint64)
+
+
+def _built_in_documents() -> list[str]:
+    """The language reference, a document a topic, then the standard library's docstrings, each text once.
+
+    Read from source and never imported: some of those modules act on import.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    found = _topics(library / "pydoc_data" / "topics.py")
+    for folder, subfolders, files in os.walk(library):
+        subfolders[:] = sorted(set(subfolders) - NOT_LIBRARY)
+        for file in sorted(files):
+            if file.endswith(".py"):
+                found += _docstrings(Path(folder, file))
+    clean = map(cleandoc, found)
+    return list(dict.fromkeys(text for text in clean if len(text) >= SHORTEST_DOCUMENT))
+
+
+def _topics(path: Path) -> list[str]:
+    """The texts of a module that is one assignment: a dict literal of topic names and texts."""
+    if not path.is_file():  # some distributions leave the documentation out
+        return []
+    body = ast.parse(path.read_bytes()).body
+    assignment = next(node for node in body if isinstance(node, ast.Assign | ast.AnnAssign))
+    return list(ast.literal_eval(assignment.value).values())
+
+
+def _docstrings(path: Path) -> list[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # templates that are no Python
+            return []
+    found, nodes = [], [tree]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found.append(ast.get_docstring(node, clean=False) or "")
+        # Bodies alone: no definition is inside an expression, and expressions are most of a tree.
+        for field in ("finalbody", "orelse", "handlers", "cases", "body"):
+            nodes += reversed(getattr(node, field, []))
+    return found
+
+
+def _on_hub(name: str | None) -> bool:
+    return bool(name) and not os.path.isdir(name)
+
+
+def _hub_revision(name: str) -> str:
+    """The commit of a Hub dataset, or with no network the one in the local Hub cache."""
+    from huggingface_hub import HfApi, constants
+
+    try:
+        return HfApi().dataset_info(name, timeout=10).sha
+    except Exception as error:  # its transport's exceptions change from version to version
+        cached = Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}", "refs", "main")
+        if cached.is_file():
+            return cached.read_text().strip()
+        raise explain_load_failure("dataset", name, error) from None
+
+
+def _reader(file: str) -> str | None:
+    """The datasets library's reader for a file, by its extension; None where it is unknown."""
+    return READERS.get(Path(file.lower().removesuffix(".gz")).suffix)
+
+
+def _is_gzip(file: str) -> bool:
+    return file.lower().endswith(".gz")
+
+
+def _known() -> str:
+    return f"{', '.join(READERS)}, each also with .gz"
+
+
+def _is_saved(folder: str) -> bool:
+    """Whether `save_to_disk` wrote the folder, from a DatasetDict (the first file) or a Dataset."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_dict.json", "state.json"))
+
+
+def _files_under(folder: str) -> list[str]:
+    return sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
+
+
+def _stamp(file: str) -> list[str | int]:
+    """Absolute path, size in bytes, modification time in ns."""
+    status = os.stat(file)
+    return [os.path.abspath(file), status.st_size, status.st_mtime_ns]
+
+
+@contextmanager
+def _quiet_datasets(from_hub: bool) -> Iterator[None]:
+    """No bars and no chatter of the datasets library inside; as it was afterwards.
+
+    For local files nor does it count a download on the Hub, which takes seconds where there is no network.
+    """
+    import datasets
+    from datasets import utils
+
+    counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    verbosity, had_bars = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts and from_hub
+    utils.logging.set_verbosity(utils.logging.CRITICAL)  # what it logs as an error it raises as well
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        utils.logging.set_verbosity(verbosity)
+        if had_bars:
+            utils.enable_progress_bars()
+
+
+@contextmanager
+def _explained(origin: str) -> Iterator[None]:
+    """Turns whatever fails while `origin` is read into one line that says which file and line is at fault."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow's, pandas', the library's own, StopIteration for an empty file
+        for file in _files_under(origin) if os.path.isdir(origin) else [origin]:
+            if os.path.isfile(file) and (fault := _fault(file)):
+                raise UserError(f"{file}: {fault}") from error
+        cause: BaseException = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        reason = one_line(f"{type(cause).__name__}: {cause}")
+        raise UserError(f"cannot read {origin}: {reason}") from error
+
+
+def _fault(file: str) -> str | None:
+    """What is wrong with a file that the datasets library could not read, found by reading it by line."""
+    reader = _reader(file)
+    if reader in (None, "parquet"):
+        return None
+    filled, offset, is_list = 0, 0, False
+    try:
+        with (gzip.open if _is_gzip(file) else open)(file, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    text = line.decode().removeprefix("\ufeff")
+                except UnicodeDecodeError as error:
+                    byte = f"byte 0x{line[error.start]:02x} at offset {offset + error.start}"
+                    return f"line {number} is not UTF-8 ({byte}): convert the file to UTF-8"
+                offset += len(line)
+                if not text.strip():
+                    continue
+                filled += 1
+                is_list |= filled == 1 and text.lstrip().startswith("[")
+                if reader == "json" and not is_list and (fault := _json_fault(text, number)):
+                    return fault
+            if reader == "json" and is_list:
+                lines.seek(0)
+                return _json_fault(lines.read().decode().removeprefix("\ufeff"), 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        return "not a whole gzip file"
+    headers = 1 if reader == "csv" else 0
+    return "holds no document" if filled <= headers else None
+
+
+def _json_fault(text: str, number: int) -> str | None:
+    """What is wrong with JSON that starts on line `number` of its file."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        return f"line {number + error.lineno - 1} is broken JSON ({error.msg}, column {error.colno})"
+    rows = value if isinstance(value, list) else [value]
+    if not rows:
+        return "holds no document"
+    return None if all(isinstance(row, dict) for row in rows) else f"line {number} is JSON, but no object"

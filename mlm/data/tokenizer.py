@@ -1,0 +1,201 @@
+"""A fast tokenizer, loaded or trained, and what the other rooms have to know of it, in one place."""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from mlm.data import corpus
+from mlm.data.corpus import CorpusConfig
+from mlm.errors import UserError, explain_load_failure
+from mlm.files import one_builder
+from mlm.hub import local_files_only
+
+# Placeholders that no text has taught the model anything about: BERT's and ModernBERT's, Gemma's, fairseq's.
+UNUSED = re.compile(r"\[unused\d+\]|<unused\d+>|madeupword\d+")
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What masking, chunking and the model have to know of a tokenizer.
+
+    size:      largest id + 1
+    special:   [size] bool; 1: a special token, padding and unknown included
+    ordinary:  [size] bool; 1: a token that may be masked, predicted and drawn as a replacement;
+               0: a special one, an unused one, or an id without a token
+    prefix, suffix: the special ids that the tokenizer puts around a document ([CLS] and [SEP])
+    unknown_id: None where the vocabulary covers everything (byte-level)
+    has_words: whether it is a fast tokenizer, which knows the words it cut
+    fingerprint: changes with anything that changes ids or words
+    """
+
+    size: int
+    special: np.ndarray
+    maskable: np.ndarray
+    mask_id: int
+    pad_id: int
+    unknown_id: int | None
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    has_words: bool
+    fingerprint: str
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, by Hub name or folder. Raises UserError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code, local_files_only=local_files_only(name)
+        )
+    except Exception as error:
+        raise explain_load_failure("tokenizer", name, error) from error
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A lower-case WordPiece vocabulary in BERT's manner, learnt from the documents, which are read twice.
+
+    The same documents give the same vocabulary. Left to itself, the trainer breaks ties between equally
+    frequent pairs by the ids of their characters, given out in a hash map's order: they are numbered first.
+    """
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    backend = _bert_engine(models.WordPiece(unk_token="[UNK]"))
+    starts: set[str] = set()
+    inside: set[str] = set()
+    for text in documents:
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)):
+            starts.add(word[0])
+            inside.update(word[1:])
+    numbered = [*specials, *sorted(starts), *(f"##{character}" for character in sorted(inside))]
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=numbered, show_progress=False)
+    backend.train_from_iterator(documents, trainer)
+    vocabulary = backend.get_vocab()
+    backend = _bert_engine(models.WordPiece(vocabulary, unk_token="[UNK]"))  # where letters are not special
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def _bert_engine(model: models.WordPiece) -> Tokenizer:
+    engine = Tokenizer(model)
+    engine.normalizer = normalizers.BertNormalizer(lowercase=True)
+    engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    engine.decoder = decoders.WordPiece()
+    return engine
+
+
+def corpus_tokenizer(source: CorpusConfig, vocab_size: int, folder: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer trained on the corpus's training documents, once: later runs find it in `folder`.
+
+    Of several runs at once one trains and the others wait for it (`one_builder`).
+    """
+    identity = json.dumps([corpus.identify(source), vocab_size], sort_keys=True)
+    place = folder / f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:20]}"
+    if not place.is_dir():
+        splits = corpus.load(source).splits
+        if "train" not in splits:
+            raise UserError("no text to learn a vocabulary from: give --train_file, or --tokenizer_name")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with one_builder(place):
+                if not place.is_dir():  # still: another run may have trained it meanwhile
+                    _train_into(place, splits["train"]["text"], vocab_size)
+        except OSError as error:
+            if not place.is_dir():  # else a run that did not wait was quicker
+                raise UserError(f"--token_store {folder}: cannot write there ({error.strerror})") from None
+    return load_tokenizer(str(place))
+
+
+def _train_into(place: Path, documents: Iterable[str], vocab_size: int) -> None:
+    tokenizer = train_tokenizer(documents, vocab_size)
+    with tempfile.TemporaryDirectory(prefix=f"{place.name}.", dir=place.parent) as workspace:
+        partial = os.path.join(workspace, "tokenizer")  # the folder around it is its owner's alone
+        tokenizer.save_pretrained(partial)
+        os.rename(partial, place)
+
+
+def spell(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Tokens as people read them; as the vocabulary spells them where that is nothing (a newline, say)."""
+    spelt = (tokenizer.convert_ids_to_tokens(i) or f"id {i}" for i in ids)  # embeddings without a token
+    return tokenizer.decode(ids).strip() or " ".join(spelt)
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A private copy of a fast tokenizer's engine: documents stay whole, and special tokens in them are text.
+
+    A literal `[MASK]` or `</s>` in a document is what its author wrote, not an instruction to the model.
+    """
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
+    """Reads the facts off a tokenizer. Raises UserError where it has no mask token."""
+    if tokenizer.mask_token_id is None:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no mask token; "
+            "masked language models need one, choose another with --tokenizer_name"
+        )
+    vocabulary = tokenizer.get_vocab()
+    size = max(vocabulary.values()) + 1
+    special = np.zeros(size, dtype=bool)
+    special[tokenizer.all_special_ids] = True
+    special[[token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
+    maskable = np.zeros(size, dtype=bool)
+    maskable[[token_id for token, token_id in vocabulary.items() if not UNUSED.fullmatch(token)]] = True
+    maskable &= ~special
+    if not maskable.any():
+        raise UserError(f"the tokenizer {tokenizer.name_or_path} knows no token besides its special ones")
+
+    prefix, suffix = template(tokenizer)
+    pad_id = tokenizer.pad_token_id
+    return TokenizerInfo(
+        size=size,
+        special=special,
+        maskable=maskable,
+        mask_id=tokenizer.mask_token_id,
+        pad_id=tokenizer.mask_token_id if pad_id is None else pad_id,  # behind the attention mask in any case
+        unknown_id=tokenizer.unk_token_id,
+        prefix=prefix,
+        suffix=suffix,
+        has_words=tokenizer.is_fast,
+        fingerprint=_fingerprint(tokenizer, vocabulary, special),
+    )
+
+
+def template(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """([CLS], [SEP]) of `[CLS] a [SEP]`: the special ids before and after the text."""
+    bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"]
+    extra = len(full) - len(bare)
+    start = next((i for i in range(extra + 1) if full[i : i + len(bare)] == bare), 0)
+    return tuple(full[:start]), tuple(full[start + len(bare) :])
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int], special: np.ndarray) -> str:
+    engine: Any = [type(tokenizer).__name__, sorted(vocabulary.items())]
+    if tokenizer.is_fast:
+        engine = text_encoder(tokenizer).to_str()
+    roles = [np.flatnonzero(special).tolist(), tokenizer.mask_token_id, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps([engine, roles]).encode()).hexdigest()

@@ -1,0 +1,70 @@
+"""Losses and gradients that are not finite: which step, which chunks, and the documents they came from."""
+
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from mlm.data.batches import Batches
+from mlm.data.token_store import TokenStore
+from mlm.errors import UserError, one_line
+from mlm.model.sparse_head import SparseMaskedLM
+
+NAMED = 8  # chunks, or documents, that a message names; metrics.jsonl has them all
+OPENING = 30  # tokens of the first document that it quotes
+
+
+class NonFinite(NamedTuple):
+    chunks: list[int]
+    documents: list[int]  # those that the chunks came from, by their number in the token store
+    alone: bool  # whether each of them shows it alone, or only the whole batch together, with dropout's draws
+
+    def words(self, step: int, store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> str:
+        start, end = store.document_offsets[self.documents[0] : self.documents[0] + 2]
+        ids = store.ids[start : min(end, start + OPENING)]
+        which = "chunk" if self.alone else "no chunk shows it alone: all of"
+        return (
+            f"step {step + 1}: the loss or its gradient is not finite, so that no update was made; {which} "
+            f"{_some(self.chunks)} of the training split, from document {_some(self.documents)} (the first "
+            f"begins {one_line(tokenizer.decode(ids, skip_special_tokens=True), 60)!r}); earlier checkpoints "
+            "are good; lower --learning_rate, or leave out what is amiss"
+        )
+
+
+def find_nonfinite(
+    model: SparseMaskedLM, batches: Batches, step: int, store: TokenStore, accelerator: Accelerator
+) -> NonFinite:
+    """The chunks of a step's global batch whose loss or gradient is not finite, one by one under its masks.
+
+    All of the batch where it takes dropout's draws, or all of them together, to get there. Every process
+    looks at the whole batch, so that none has to ask.
+    """
+    model.eval()
+    chunk_ids, epochs = batches.places(step)
+    broken = []
+    for row in range(len(chunk_ids)):
+        batch = batches.mask(step, chunk_ids[row : row + 1], epochs[row : row + 1]).to(accelerator.device)
+        with accelerator.autocast():
+            nats, _ = model(batch.input_ids, batch.positions, batch.targets, batch.attention_mask)
+        model.zero_grad()
+        nats.sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        broken.append(not (nats.sum() + torch.nn.utils.get_total_norm(gradients)).isfinite())
+    chunk_ids = chunk_ids[broken] if any(broken) else chunk_ids
+    documents = batches.chunks.documents(chunk_ids, store.document_offsets)
+    return NonFinite(chunk_ids.tolist(), documents.tolist(), any(broken))
+
+
+def check_scale(scale: float, step: int) -> None:
+    """Raises UserError where fp16's loss scale has fallen so far that ordinary gradients vanish in fp16."""
+    if scale < torch.finfo(torch.float16).tiny:
+        raise UserError(
+            f"step {step + 1}: the loss or its gradients overflow at any fp16 loss scale (now {scale:.1e}); "
+            "use --mixed_precision bf16, or a lower --learning_rate"
+        )
+
+
+def _some(numbers: list[int]) -> str:
+    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
+    return ", ".join(map(str, numbers[:NAMED])) + more

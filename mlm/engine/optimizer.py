@@ -1,0 +1,60 @@
+"""AdamW and its schedule, as masked-LM training has them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from mlm.errors import UserError, at_least, one_line
+
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 5e-5  # its peak
+    weight_decay: float = 0.0  # not on biases and norms
+    lr_scheduler_type: Schedule = "linear"  # linear ends at 0
+    num_warmup_steps: int = 0  # steps in which the learning rate rises to its peak
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "learning_rate", "weight_decay", "num_warmup_steps")
+
+
+def make_optimizer(
+    model: torch.nn.Module, learning_rate: float, weight_decay: float, fused: bool
+) -> torch.optim.AdamW:
+    """AdamW without decay on biases and norms: what is named a bias, or has one dimension.
+
+    fused: one kernel for all parameters, which leaves them alone where its `found_inf` is 1; not under fp16,
+    where a scaler would use the same switch without saying so.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = {name for name, p in trained if p.ndim < 2 or name.endswith("bias")}
+    groups = [
+        {"params": [p for name, p in trained if name not in plain], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained if name in plain], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, name: str, warmup: int, steps: int) -> LRScheduler:
+    """The learning rate over `steps` updates. Raises UserError for a schedule that cannot be."""
+    if warmup >= max(steps, 1):
+        raise UserError(f"--num_warmup_steps {warmup}: the run has {steps} steps only")
+    try:
+        return get_scheduler(name, optimizer, warmup, max(steps, 1))
+    except ValueError as error:  # polynomial's end lies above a tiny --learning_rate
+        raise UserError(f"--lr_scheduler_type {name}: {one_line(error)}") from error

@@ -1,0 +1,135 @@
+"""Where a model has gained and lost: nats before and after, by kinds of tokens, by token, and by word.
+
+Every prediction is in exactly one row of a breakdown, and nats are on a grid (evaluate.py): counts and nats
+of its rows add up to the totals to the bit.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mlm.data.tokenizer import spell
+from mlm.evaluation.evaluate import EvalSet, Evaluation
+
+MOST = 50  # tokens, or words, that are listed as gained, and as lost
+Rows = list[dict[str, Any]]  # {"name" or "text", "count", "nats_before", "nats_after"}
+
+
+def grouped(group: np.ndarray, n: int, before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Counts [n] int64 and nats before and after [n] float64 of the members [M] of each of n groups."""
+    return np.bincount(group, minlength=n), np.bincount(group, before, n), np.bincount(group, after, n)
+
+
+def breakdowns(
+    eval_set: EvalSet, before: Evaluation, after: Evaluation, counts: np.ndarray | None
+) -> dict[str, Rows]:
+    """By frequency, by whole words and word pieces, and by position.
+
+    counts: [V] int64, how often each token stands in the training corpus; None: it is not known, and there is
+        no row of frequencies. Neither is there one of words where the tokenizer sees none.
+    """
+    found = {}
+    if counts is not None:
+        tenth = frequency_tenths(counts, eval_set.info.maskable)
+        sizes = np.bincount(tenth[eval_set.info.maskable], minlength=10)
+        names = [f"{i} ({size:,} tokens)" for i, size in enumerate(sizes, start=1)]
+        found["frequency"] = _rows(names, tenth[before.target], before, after)
+    if eval_set.store.sees_words:
+        found["word"] = _rows(("whole words", "word pieces"), word_pieces(eval_set, before), before, after)
+    tenth = before.column * 10 // eval_set.chunks.chunk_size
+    found["position"] = _rows([f"{10 * i}–{10 * i + 10}%" for i in range(10)], tenth, before, after)
+    return found
+
+
+def frequency_tenths(counts: np.ndarray, maskable: np.ndarray) -> np.ndarray:
+    """The tenth [V] int64, in 0 … 9, of each token: tenths of the corpus, not of the vocabulary.
+
+    Tokens in order of frequency (then of ids) are cut so that each tenth holds about a tenth of the training
+    corpus: a token is in tenth ⌊10 · tokens of the corpus before it / all⌋. Those that never occur are in the
+    last. counts: [V] int64; ordinary: [V] bool.
+    """
+    ids = np.flatnonzero(maskable)
+    ranked = ids[np.argsort(-counts[ids], kind="stable")]
+    above = np.cumsum(counts[ranked]) - counts[ranked]
+    tenth = np.full(len(counts), 9)
+    tenth[ranked] = np.minimum(10 * above // max(counts[ranked].sum(), 1), 9)
+    return tenth
+
+
+def word_pieces(eval_set: EvalSet, found: Evaluation) -> np.ndarray:
+    """[M] int64: 0 where a masked token is a whole word, 1 where it is a piece of one."""
+    starts = eval_set.store.word_starts
+    place = eval_set.chunks.places(found.chunk, found.column)
+    after = np.minimum(place + 1, len(starts) - 1)
+    return (~(starts[place] & (starts[after] | (after == place)))).astype(np.int64)
+
+
+def by_token(tokenizer: PreTrainedTokenizerBase, before: Evaluation, after: Evaluation) -> dict[str, Rows]:
+    """The tokens of the largest summed improvement and worsening, over all their masked occurrences."""
+    tokens, group = np.unique(before.target, return_inverse=True)
+    sums = grouped(group, len(tokens), before.nats, after.nats)
+    return _largest(*sums, lambda row: spell(tokenizer, tokens[row : row + 1].tolist()))
+
+
+def by_word(
+    eval_set: EvalSet, tokenizer: PreTrainedTokenizerBase, before: Evaluation, after: Evaluation
+) -> dict[str, Rows] | None:
+    """The same by word, that is by the ids of all its tokens; None where the tokenizer sees no words.
+
+    An occurrence is a place in the text under a mask seed, whether one or all of its tokens were masked.
+    """
+    if not eval_set.store.sees_words:
+        return None
+    ids, N = eval_set.store.ids, len(eval_set.store.ids)
+    starts = np.flatnonzero(eval_set.store.word_starts)
+    place = eval_set.chunks.places(before.chunk, before.column)
+    # the words of the text that have a masked token, and which of them each masked token is of
+    words, word = np.unique(np.searchsorted(starts, place, side="right") - 1, return_inverse=True)
+    begin, end = starts[words], np.append(starts, N)[words + 1]
+    group = np.empty(len(words), np.int64)  # equal where the ids are
+    examples: list[int] = []
+    for length in np.unique(end - begin):
+        same = np.flatnonzero(end - begin == length)
+        spelling = ids[begin[same][:, None] + np.arange(length)]  # [words of this length, length]
+        _, first, which = np.unique(spelling, axis=0, return_index=True, return_inverse=True)
+        group[same] = len(examples) + which.reshape(-1)
+        examples += same[first].tolist()
+
+    seed = before.mask_pass // (eval_set.config.eval_mask_folds or 1)
+    occurrences = np.unique(seed.astype(np.int64) * len(words) + word) % max(len(words), 1)
+    _, nats_before, nats_after = grouped(group[word], len(examples), before.nats, after.nats)
+    count = np.bincount(group[occurrences], minlength=len(examples))
+
+    def read(row: int) -> str:
+        return spell(tokenizer, ids[begin[examples[row]] : end[examples[row]]].tolist())
+
+    return _largest(count, nats_before, nats_after, read)
+
+
+def _rows(names: Sequence[str], group: np.ndarray, before: Evaluation, after: Evaluation) -> Rows:
+    sums = grouped(group, len(names), before.nats, after.nats)
+    fields = ("name", "count", "nats_before", "nats_after")
+    return [
+        dict(zip(fields, row, strict=True)) for row in zip(names, *(s.tolist() for s in sums), strict=True)
+    ]
+
+
+def _largest(
+    count: np.ndarray, before: np.ndarray, after: np.ndarray, text: Callable[[int], str]
+) -> dict[str, Rows]:
+    """The first MOST rows each way; where the sums are the same, a row is neither gained nor lost."""
+    found = {}
+    for name, improvement in (("gained", before - after), ("lost", after - before)):
+        rows = np.argsort(-improvement, kind="stable")[:MOST]
+        found[name] = [
+            {
+                "text": text(row),
+                "count": int(count[row]),
+                "nats_before": float(before[row]),
+                "nats_after": float(after[row]),
+            }
+            for row in rows[improvement[rows] > 0].tolist()
+        ]
+    return found

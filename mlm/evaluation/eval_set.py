@@ -1,0 +1,133 @@
+"""What models are measured on: held-out chunks under fixed masks, the same whatever training does."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mlm.data import corpus
+from mlm.data.chunks import ChunkConfig, Chunks, cut_into_chunks
+from mlm.data.masking import Recipe, make_recipe, select_fold, select_tokens, select_words
+from mlm.data.order import subset
+from mlm.data.token_store import TokenStore, check_words, prepare
+from mlm.data.tokenizer import TokenizerInfo
+from mlm.errors import UserError, at_least
+
+if TYPE_CHECKING:
+    from mlm.config import Config
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """On what, and under which masks, models are measured."""
+
+    per_device_eval_batch_size: int = 32  # chunks at a time; no figure depends on it
+    max_eval_samples: int | None = None  # evaluate on that many chunks only, drawn by --eval_mask_seed
+    eval_mlm_probability: float = 0.15  # share of the tokens (or of the words) that are predicted
+    eval_whole_word_mask: bool = False  # predict whole words, all of their tokens masked together
+    eval_mask_seed: int = 0  # names the fixed masks; the same for every run that is compared
+    eval_mask_seeds: int = 1  # before and after: measure under so many mask seeds, from that one on
+    eval_mask_folds: int | None = (
+        None  # before and after: predict every token once, a share in each of K passes
+    )
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "per_device_eval_batch_size", "max_eval_samples", "eval_mask_seeds")
+        at_least(self, 2, "eval_mask_folds")
+        if not 0 <= self.eval_mlm_probability <= 1:
+            raise UserError(f"--eval_mlm_probability {self.eval_mlm_probability}: from 0 to 1")
+
+    @property
+    def identity(self) -> dict[str, float | None]:
+        """The settings that figures depend on, by name."""
+        return {name: n for name, n in asdict(self).items() if name != "per_device_eval_batch_size"}
+
+    @property
+    def passes(self) -> list[tuple[int, tuple[int, int] | None]]:
+        """The mask seed and the fold, (k, K) or none, of each pass of a complete evaluation."""
+        seeds = range(self.eval_mask_seed, self.eval_mask_seed + self.eval_mask_seeds)
+        K = self.eval_mask_folds
+        return [(seed, fold) for seed in seeds for fold in ([(k, K) for k in range(K)] if K else [None])]
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Held-out chunks under fixed masks: what the evaluations of several models have in common."""
+
+    name: str  # the file or data set, for people
+    store: TokenStore
+    chunks: Chunks
+    chunk_ids: np.ndarray  # [n] int64, those that are measured
+    recipe: Recipe  # 80% masked, 10% random, 10% as they are, whatever training does
+    info: TokenizerInfo
+    config: EvaluateConfig
+
+    def selection(
+        self, fold: tuple[int, int] | None
+    ) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+        """What `mask_chunks` selects by in a pass. fold: (k, K), the k-th of K passes; None: a sample."""
+        rate, whole_words = self.config.eval_mlm_probability, self.config.eval_whole_word_mask
+
+        def select(maskable: np.ndarray, draws: np.ndarray, word_starts: np.ndarray) -> np.ndarray:
+            if fold is not None:
+                return select_fold(maskable, draws, word_starts if whole_words else None, *fold)
+            if whole_words:
+                return select_words(maskable, draws, rate, word_starts)
+            return select_tokens(maskable, draws, rate)
+
+        return select
+
+
+def make_eval_set(
+    name: str,
+    store: TokenStore,
+    chunking: ChunkConfig,
+    length: int,
+    info: TokenizerInfo,
+    config: EvaluateConfig,
+) -> EvalSet:
+    """The chunks of `length` tokens that `config` chooses. Raises UserError where there are none."""
+    try:
+        chunks = cut_into_chunks(store, chunking, length, info)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    if config.eval_mask_folds and config.eval_mask_folds > length:
+        raise UserError(f"--eval_mask_folds {config.eval_mask_folds}: a chunk has {length} tokens only")
+    chunk_ids = subset(config.eval_mask_seed, len(chunks), config.max_eval_samples)
+    return EvalSet(name, store, chunks, chunk_ids, make_recipe(info), info, config)
+
+
+def open_eval_sets(
+    config: "Config",
+    tokenizer: PreTrainedTokenizerBase,
+    info: TokenizerInfo,
+    held_out: TokenStore,
+    length: int,
+) -> dict[str, EvalSet]:
+    """ "held_out" and, where there is out-of-domain text, "general", both in chunks of `length` tokens.
+
+    config: its parts corpus, out_of_domain, token_store, chunks and evaluate are read.
+
+    Raises UserError where the out-of-domain text cannot be read, or has not even one chunk.
+    """
+    whole_words = config.evaluate.eval_whole_word_mask
+    if whole_words:
+        check_words(held_out, "--eval_whole_word_mask")
+    sources, stores = {"held_out": config.corpus}, {"held_out": held_out}
+    if out_of_domain := corpus.out_of_domain(config.out_of_domain, config.corpus):
+        try:
+            found = prepare(
+                out_of_domain, tokenizer, info, config.token_store, whole_words, only="validation"
+            )
+        except UserError as error:  # in the words of the flags that were given
+            words = str(error).replace("--validation_file", "--out_of_domain_file")
+            raise UserError(words.replace("--dataset_", "--out_of_domain_dataset_")) from None
+        sources["general"], stores["general"] = out_of_domain, found["validation"]
+    return {
+        name: make_eval_set(
+            corpus.origin(sources[name], "validation"), store, config.chunks, length, info, config.evaluate
+        )
+        for name, store in stores.items()
+    }

@@ -1,0 +1,166 @@
+"""Pseudo-perplexity: each token of a sentence is predicted with it alone masked, one after the other.
+
+Salazar et al. 2020, "Masked Language Model Scoring" (arXiv:1910.14659), their PLL and PPPL:
+
+    PLL(W) = Σ_t log P(w_t | W without w_t)        PPPL = exp(−Σ_W PLL(W) / N), N tokens in all
+
+Special tokens are not predicted, nor counted in N, and neither are unknown ones, which say nothing of the
+word that stood there: how many there were is told. A literal `[MASK]` in a sentence is text.
+
+No mask is drawn, so that no seed changes the figure. It is no perplexity of the text, as the product of these
+conditionals is no probability of it. PPPL is per token and so compares models of one tokenizer. Per character
+and per word (what blanks separate) in bits, −Σ PLL / (ln 2 · their number), it is nearer to a figure across
+tokenizers, but not free of them: a word in several pieces is guessed from its own pieces, the easier the more
+there are (Kauf and Ivanova 2023, arXiv:2305.10588).
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from mlm.data.token_store import encode_texts
+from mlm.data.tokenizer import load_tokenizer, tokenizer_info
+from mlm.errors import UserError, one_line
+from mlm.figures import exp_or_inf, finite
+from mlm.inference.columns import PAGE, fit
+from mlm.inference.sentences import read_sentences
+from mlm.model.load import ModelConfig, check_embeddings, load_model
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.model.vocabulary import max_positions
+
+
+@dataclass(frozen=True)
+class PseudoPerplexityConfig:
+    pseudo_perplexity: str | None = None  # score the sentences of this file instead, one a line (-: of stdin)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model made of n sentences, sentence by sentence."""
+
+    log_likelihoods: np.ndarray  # [n] float64, PLL in nats
+    tokens: np.ndarray  # [n] int64, tokens that were predicted
+    unknown: np.ndarray  # [n] int64, unknown tokens, which were not
+    characters: np.ndarray  # [n] int64, code points, blanks around the sentence left out
+    words: np.ndarray  # [n] int64, separated by blanks
+
+    def summary(self) -> dict[str, float]:
+        """The totals; NaN where there is nothing to divide by."""
+        total = float(self.log_likelihoods.sum())
+        bits = -total / math.log(2) if self.tokens.any() else math.nan
+        return {
+            "pseudo_perplexity": perplexity(total, int(self.tokens.sum())),
+            "pseudo_log_likelihood": total,
+            "tokens": int(self.tokens.sum()),
+            "unknown_tokens": int(self.unknown.sum()),
+            "bits_per_character": bits / int(self.characters.sum()),
+            "bits_per_word": bits / int(self.words.sum()),
+        }
+
+
+def perplexity(log_likelihood: float, tokens: int) -> float:
+    """exp(−nats a token), NaN without tokens, infinite where it is beyond float64."""
+    return exp_or_inf(-log_likelihood / tokens) if tokens else math.nan
+
+
+@torch.inference_mode()
+def score(
+    model: SparseMaskedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: dict[int, str],
+    batch_size: int,
+    accelerator: Accelerator,
+) -> Scores:
+    """Scores the sentences, {line: sentence} in their order; equally long ones share batches, none is padded.
+
+    batch_size: masked copies of sentences at a time; no figure depends on it. Of several processes each takes
+    its share of the batches.
+
+    Raises UserError, naming the line, where a sentence is longer than the model's position table.
+    """
+    info = tokenizer_info(tokenizer)
+    rows = list(encode_texts(sentences.values(), tokenizer, info))
+    longest = max_positions(model.model.config)
+    for (line, sentence), row in zip(sentences.items(), rows, strict=True):
+        if longest is not None and len(row) > longest:
+            raise UserError(
+                f"line {line} ({one_line(sentence, 60)!r}) is {len(row)} tokens long, the model's position "
+                f"table takes {longest}: cut it into shorter sentences"
+            )
+
+    was_training = model.training
+    model.eval()
+    nats, whose, batches = [], [], 0
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for length, same in groupby(by_length, key=lambda i: len(rows[i])):
+        numbers = np.array(list(same))
+        group = np.stack([rows[i] for i in numbers])  # [S, T]
+        sentence, place = np.nonzero(~info.special[group])  # [copies] which sentence, which token is masked
+        for first in range(0, len(place), batch_size):
+            batches += 1
+            if batches % accelerator.num_processes != accelerator.process_index:
+                continue
+            part = slice(first, first + batch_size)
+            batch = torch.from_numpy(group[sentence[part]])  # [B, T]
+            positions = torch.arange(len(batch)) * length + torch.from_numpy(place[part])  # [B]
+            targets = batch.view(-1)[positions]
+            batch.view(-1)[positions] = info.mask_id
+            with accelerator.autocast():
+                said, _ = model(*(tensor.to(accelerator.device) for tensor in (batch, positions, targets)))
+            nats.append(said)
+            whose.append(numbers[sentence[part]])
+    model.train(was_training)
+
+    sums = np.zeros(len(rows))
+    if nats:
+        # the pass's one synchronisation
+        sums = np.bincount(np.concatenate(whose), torch.cat(nats).cpu().double().numpy(), len(rows))
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device)).cpu().numpy()
+    texts = [sentence.strip() for sentence in sentences.values()]
+    return Scores(
+        log_likelihoods=-sums,
+        tokens=np.array([(~info.special[row]).sum() for row in rows]),
+        unknown=np.array([(row == info.unknown_id).sum() for row in rows]),
+        characters=np.array([len(text) for text in texts]),
+        words=np.array([len(text.split()) for text in texts]),
+    )
+
+
+def measure(path: str, config: ModelConfig, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:
+    """Scores the sentences of a file with the checkpoint that `config` names, and prints a line for each.
+
+    Returns the totals of `Scores.summary`, and `sentences`: for each its line, text, PLL, tokens and PPPL.
+    Raises UserError as `read_sentences` and `score` do, and where the checkpoint cannot be loaded.
+    """
+    sentences = read_sentences(path)
+    tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, config.trust_remote_code)
+    check_embeddings(config, tokenizer)
+    model = SparseMaskedLM(load_model(config, tokenizer, seed=0)).to(accelerator.device)
+    scores = score(model, tokenizer, sentences, batch_size, accelerator)
+
+    records = []
+    accelerator.print(f"{'line':>6} {'tokens':>6} {'PLL, nats':>10} {'PPPL':>9}  sentence")
+    for (line, text), nats, tokens in zip(
+        sentences.items(), scores.log_likelihoods.tolist(), scores.tokens.tolist(), strict=True
+    ):
+        each = perplexity(nats, tokens)
+        head = f"{line:>6} {tokens:>6} {nats:>10.2f} {each:>9.4g}  "
+        accelerator.print(head + fit(text.strip(), PAGE - len(head)).rstrip())
+        figures = {"pseudo_log_likelihood": nats, "tokens": tokens, "pseudo_perplexity": each}
+        records.append({"line": line, "text": text, **finite(figures)})
+    summary = scores.summary()
+    unknown = summary["unknown_tokens"]
+    accelerator.print(
+        f"pseudo-perplexity {summary['pseudo_perplexity']:.4g} over {summary['tokens']:,} tokens in "
+        f"{len(sentences):,} sentences; {summary['bits_per_character']:.4g} bits a character, "
+        f"{summary['bits_per_word']:.4g} a word"
+        + (f"; {unknown:,} unknown tokens are in none of these" if unknown else "")
+    )
+    return {**finite(summary), "sentences": records}

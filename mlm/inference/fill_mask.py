@@ -1,0 +1,126 @@
+"""What a masked language model would write at the masks of a sentence, with its own probabilities.
+
+The distribution is the model's, over its whole vocabulary: nothing is left out, and masks do not see each
+other's fillers. transformers' `pipeline("fill-mask")` gives the same numbers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mlm.data.tokenizer import load_tokenizer, spell
+from mlm.errors import UserError, at_least
+from mlm.inference.columns import PAGE, fit
+from mlm.inference.sentences import encode, mask_positions, predict
+from mlm.model.load import ModelConfig, check_embeddings, load_model
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.model.vocabulary import max_positions
+
+Order = Literal["independent", "left_to_right", "confidence"]
+
+
+@dataclass(frozen=True)
+class FillMaskConfig:
+    """Whose fillers to show, and how many."""
+
+    model_name_or_path: str | None = None  # checkpoint that fills the masks, a Hub name or a folder
+    compare: str | None = None  # second checkpoint, the base that is shown beside it
+    sentences_file: str | None = None  # text file with a sentence on each line; - reads standard input
+    top_k: int = 5  # fillers shown for each mask, or ways to fill a sentence
+    order: Order = (
+        "independent"  # masks filled each on its own, or jointly: one after the other, surest first
+    )
+    num_beams: int | None = None  # sentences that the beam search of a joint order keeps (default: --top_k)
+    targets: str | None = None  # words to score instead, with commas between them: good,bad,"so, so"
+    trust_remote_code: bool = False  # run the Python code that a checkpoint brings along
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "top_k", "num_beams")
+        if self.num_beams is not None and self.order == "independent":
+            raise UserError(
+                "--num_beams: beam search fills jointly; give --order left_to_right or confidence"
+            )
+        if self.targets is not None and self.order != "independent":
+            raise UserError(f"--targets scores given words, --order {self.order} searches for some: give one")
+
+
+class Filler(NamedTuple):
+    token: str
+    probability: float
+
+    def __str__(self) -> str:
+        return f"{self.probability:.4f}  {self.token}"
+
+
+def load(name: str, trust_remote_code: bool = False) -> tuple[SparseMaskedLM, PreTrainedTokenizerBase]:
+    """A checkpoint and its tokenizer, by Hub name or folder, the model on the GPU where there is one.
+
+    Raises UserError where either cannot be loaded or they do not fit each other.
+    """
+    tokenizer = load_tokenizer(name, trust_remote_code)
+    config = ModelConfig(model_name_or_path=name, trust_remote_code=trust_remote_code)
+    check_embeddings(config, tokenizer)
+    model = load_model(config, tokenizer, seed=0)
+    return SparseMaskedLM(model.to("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+
+
+def fill(
+    model: SparseMaskedLM, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], top_k: int
+) -> list[list[list[Filler]]]:
+    """The `top_k` likeliest fillers of every mask: `[sentence][mask][rank]`, likeliest first.
+
+    A mask is `[MASK]` or the tokenizer's own mask token; each is ranked with the others still in place.
+
+    Raises:
+        UserError: a sentence without a mask or longer than the model's position table, a tokenizer without a
+            mask token, or `top_k` above the vocabulary.
+    """
+    vocabulary = model.model.config.get_text_config().vocab_size
+    if top_k > vocabulary:
+        raise UserError(f"--top_k {top_k}: the model's vocabulary has {vocabulary} tokens")
+    rows = encode(tokenizer, sentences, max_positions(model.model.config))
+    positions = [mask_positions(tokenizer, row) for row in rows]
+    found: list[list[list[Filler]]] = [[] for _ in sentences]
+    for part, logits in predict(model, rows, positions):
+        best = logits.softmax(dim=-1).topk(top_k)
+        # the device synchronises here
+        ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        for i in part:
+            for tokens, values in (next(ranked) for _ in positions[i]):
+                fillers = [Filler(spell(tokenizer, [t]), p) for t, p in zip(tokens, values, strict=True)]
+                found[i].append(fillers)
+    return found
+
+
+def cell_width(models: int) -> int:
+    """Columns of a table's cell, behind four blanks."""
+    return PAGE // models - 4
+
+
+def table(sentence: str, names: Sequence[str], answers: Sequence[Sequence[Sequence[Any]]]) -> str:
+    """What one or two models say to a sentence, side by side for a person to read in 100 columns.
+
+    Args:
+        sentence: printed above them, as it is.
+        names: `[model]`, heads of the columns where there are two.
+        answers: `[model][mask][rank]`, as many masks and ranks for each; `str` of one is what is shown.
+    """
+    lines = [sentence]
+    width = cell_width(len(names))
+    if len(names) > 1:
+        # Of a name that is too long the end is kept: folders differ there.
+        heads = [name if len(name) <= width else f"…{name[1 - width :]}" for name in names]
+        lines.append(_line(heads, width))
+    masks = list(zip(*answers, strict=True))  # [mask][model][rank]
+    for number, ranked in enumerate(masks, start=1):
+        if len(masks) > 1:
+            lines.append(f"  mask {number}")
+        lines += [_line([str(cell) for cell in rank], width) for rank in zip(*ranked, strict=True)]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str], width: int) -> str:
+    return "".join(f"    {fit(cell, width)}" for cell in cells).rstrip()

@@ -1,0 +1,136 @@
+"""Fills the masks of a sentence jointly: each filler is chosen with those before it in their places.
+
+The masks are filled one at a time, and log p(sentence filled in) is the sum over the masks of
+
+    log p(filler | the sentence, the fillers so far in their places, masks for the rest)
+
+The next mask to fill is
+
+- `left_to_right`: the first of those left;
+- `confidence`: the one at which the model is surest, by the probability of its likeliest token, at equal
+  probabilities the first.
+
+These are the order-based and the confidence-based decoding of X-FACTR (Jiang et al. 2020, arXiv:2010.06189);
+its third way, independent, is `mlm.fill_mask.fill`. Either order gives each way to fill all masks one
+probability, and these sum to 1, as what is filled in so far decides alone which mask is next. A masked
+language model is no joint distribution: the two orders give the same sentence different probabilities.
+
+Beam search keeps the `num_beams` likeliest sentences after each mask.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mlm.data.tokenizer import spell, template
+from mlm.inference.columns import columns
+from mlm.inference.sentences import encode, mask_positions, predict
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.model.vocabulary import max_positions
+
+Order = Literal["left_to_right", "confidence"]
+
+
+class Filled(NamedTuple):
+    text: str  # as the tokenizer decodes it
+    tokens: tuple[str, ...]  # of the masks from left to right
+    log_probability: float  # nats, of all fillers jointly
+
+
+def cells(answers: Sequence[Sequence[Filled]], width: int) -> list[list[str]]:
+    """`[model][rank]`, to be shown: the sentences, or, where one is wider than `width`, the fillers alone."""
+    told = [[(f"{filled.log_probability:8.2f} nats  ", filled) for filled in answer] for answer in answers]
+    whole = all(columns(head + filled.text) <= width for answer in told for head, filled in answer)
+    return [
+        [head + (filled.text if whole else " … ".join(filled.tokens)) for head, filled in answer]
+        for answer in told
+    ]
+
+
+class _Hypothesis(NamedTuple):
+    row: tuple[int, ...]
+    left: tuple[int, ...]  # positions of the masks that are not filled in
+    log_probability: float
+
+    def with_filler(self, position: int, token: int, log_probability: float) -> "_Hypothesis":
+        row = (*self.row[:position], token, *self.row[position + 1 :])
+        return _Hypothesis(row, tuple(p for p in self.left if p != position), log_probability)
+
+
+def fill_jointly(
+    model: SparseMaskedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+    order: Order,
+    num_beams: int,
+) -> list[list[Filled]]:
+    """The likeliest ways to fill all masks that a beam search finds: `[sentence][rank]`, likeliest first.
+
+    At most `num_beams`, fewer where there are not that many. Of equally likely ones, those come first whose
+    fillers have the lower ids, the mask that was filled first being compared first.
+
+    Raises UserError as `encode` does.
+    """
+    rows = encode(tokenizer, sentences, max_positions(model.model.config))
+    masks = [tuple(mask_positions(tokenizer, row)) for row in rows]
+    beams = [[_Hypothesis(tuple(row), left, 0.0)] for row, left in zip(rows, masks, strict=True)]
+    while growing := [
+        (i, hypothesis) for i, beam in enumerate(beams) for hypothesis in beam if hypothesis.left
+    ]:
+        places = [h.left[:1] if order == "left_to_right" else h.left for _, h in growing]
+        best = _likeliest_at(model, [h.row for _, h in growing], places, num_beams)
+        candidates: dict[int, list[tuple[float, _Hypothesis, int, int]]] = {i: [] for i, _ in growing}
+        for (i, hypothesis), positions, ranked in zip(growing, places, best, strict=True):
+            # `max` takes the first of equals
+            position, (values, tokens) = max(zip(positions, ranked, strict=True), key=lambda at: at[1][0][0])
+            for value, token in zip(values, tokens, strict=True):
+                candidates[i].append((hypothesis.log_probability + value, hypothesis, position, token))
+        for i, grown in candidates.items():
+            grown.sort(key=lambda candidate: -candidate[0])  # stable
+            beams[i] = [h.with_filler(position, token, p) for p, h, position, token in grown[:num_beams]]
+    before, after = map(len, template(tokenizer))
+    return [
+        [
+            Filled(
+                _text(tokenizer, h.row[before : len(h.row) - after], sentence),
+                tuple(spell(tokenizer, [h.row[position]]) for position in positions),
+                h.log_probability,
+            )
+            for h in beam
+        ]
+        for sentence, beam, positions in zip(sentences, beams, masks, strict=True)
+    ]
+
+
+def likeliest(log_probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` largest values of each row, float32 ≤ 0, `[M, V]`, and their ids, both `[M, k]`.
+
+    Of equal ones the lower id comes first, on any device, which `topk` leaves open.
+    """
+    ids = torch.arange(log_probabilities.shape[1], device=log_probabilities.device)
+    # Floats of one sign are ordered as their bits are; the id below the bits makes each key the only one.
+    keys = (log_probabilities.abs().view(torch.int32).long() << 32) | ids
+    tokens = keys.topk(k, largest=False).values & 0xFFFFFFFF
+    return log_probabilities.gather(1, tokens), tokens
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], sentence: str) -> str:
+    """The ids as text. WordPiece decodes Chinese with blanks: without, where the sentence has none."""
+    text = tokenizer.decode(ids)
+    return text.replace(" ", "") if columns(sentence) > len(sentence) and " " not in sentence else text
+
+
+def _likeliest_at(
+    model: SparseMaskedLM, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], k: int
+) -> list[list[tuple[list[float], list[int]]]]:
+    """The `k` likeliest tokens, or all: `[row][position]` (their log-probabilities, their ids)."""
+    found: list[list[tuple[list[float], list[int]]]] = [[] for _ in rows]
+    for part, logits in predict(model, rows, positions):
+        values, tokens = likeliest(logits.log_softmax(dim=-1), min(k, logits.shape[1]))
+        ranked = zip(values.tolist(), tokens.tolist(), strict=True)  # the device synchronises here
+        for i in part:
+            found[i] = [next(ranked) for _ in positions[i]]
+    return found

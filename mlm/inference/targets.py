@@ -1,0 +1,149 @@
+"""How likely given words are at the masks of a sentence, words of several pieces included.
+
+A word of n pieces takes n masks, and its pieces are filled in from left to right, by the chain rule:
+
+    log p(word) = Σ_j log p(piece_j | the sentence, the pieces before j in their places, masks for the rest)
+
+For one piece that is the probability that `mlm.fill_mask.fill` gives it. For more it is the sum over a word
+that Kauf and Ivanova name PLL-word-l2r (2023, "A Better Way to Do Masked Language Model Scoring",
+arXiv:2305.10588). transformers' `pipeline("fill-mask", targets=…)` takes the first piece for the word (its
+issues 4306, 9678, 17374). The number of masks tells the model how long the word is: the probabilities of
+words of one length sum to at most 1, those of words of several lengths are no distribution together.
+"""
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mlm.data.tokenizer import template
+from mlm.errors import UserError
+from mlm.inference.sentences import encode, mask_positions, own_mask, predict
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.model.vocabulary import max_positions
+
+Step = tuple[tuple[int, ...], int, int]  # a row with masks, a position in it, the token asked about there
+
+
+class Target(NamedTuple):
+    word: str
+    pieces: tuple[str, ...]  # as the vocabulary spells them
+    log_probability: float  # nats
+
+    def __str__(self) -> str:
+        pieces = f"  = {' '.join(self.pieces)}" if len(self.pieces) > 1 else ""
+        return (
+            f"{self.log_probability:8.2f} nats  {math.exp(self.log_probability):<8.3g}  {self.word}{pieces}"
+        )
+
+
+def parse_targets(text: str) -> list[str]:
+    """The words of `good,so so,"1,000"`: separated by commas, in quotes where they hold one (as in CSV).
+
+    Blanks around a word do not count, nor does a word's second mention. Raises UserError where there is none.
+    """
+    [cells] = csv.reader([" ".join(text.split()) or " "], skipinitialspace=True)
+    words = list(dict.fromkeys(cell.strip() for cell in cells))
+    if "" in words:
+        raise UserError(f"--targets {text!r}: expected words with commas between them, such as good,bad")
+    return words
+
+
+def score_targets(
+    model: SparseMaskedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+    targets: Sequence[str],
+) -> list[list[list[Target]]]:
+    """The log-probability of each target at every mask: `[sentence][mask][target]`, in the order given.
+
+    The sentence's other masks stay masks.
+
+    Raises:
+        UserError: as `encode` does; a target that is unknown to the tokenizer, or no text; one whose pieces
+            make a sentence longer than the model's position table.
+    """
+    longest = max_positions(model.model.config)
+    rows = encode(tokenizer, sentences, longest)
+    chains = [
+        [
+            [_chain(tokenizer, sentence, row, mask, word) for word in targets]
+            for mask in range(len(mask_positions(tokenizer, row)))
+        ]
+        for sentence, row in zip(sentences, rows, strict=True)
+    ]
+    steps = [step for masks in chains for words in masks for chain in words for step in chain]
+    length = max(len(row) for row, _, _ in steps)
+    if longest is not None and length > longest:
+        raise UserError(
+            f"with the targets in it a sentence is {length} tokens long, the model's position table takes "
+            f"{longest}: shorten it"
+        )
+    found = _log_probabilities(model, steps)
+
+    def target(word: str, chain: list[Step]) -> Target:
+        pieces = tokenizer.convert_ids_to_tokens([piece for _, _, piece in chain])
+        return Target(word, tuple(pieces), sum(found[step] for step in chain))
+
+    return [[[*map(target, targets, words)] for words in masks] for masks in chains]
+
+
+def _chain(
+    tokenizer: PreTrainedTokenizerBase, sentence: str, row: list[int], mask: int, word: str
+) -> list[Step]:
+    """The predictions whose product is the probability of `word` at the mask with this number."""
+    position = mask_positions(tokenizer, row)[mask]
+    pieces = _pieces(tokenizer, sentence, row[:position], mask, word)
+    masks = [tokenizer.mask_token_id] * len(pieces)
+    return [
+        ((*row[:position], *pieces[:j], *masks[j:], *row[position + 1 :]), position + j, piece)
+        for j, piece in enumerate(pieces)
+    ]
+
+
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, sentence: str, before: list[int], mask: int, word: str
+) -> list[int]:
+    """Ids of `word` in the place of a mask: what the tokenizer makes of it behind the text before the mask.
+
+    So the blank before it is a part of it where the vocabulary has it so ("a [MASK]": RoBERTa's `Ġfilm`), and
+    it goes on a word that has begun ("un[MASK]": BERT's `##able`). Where the text before the mask would not
+    keep its own tokens `before` (a mask token that leaves the blank before it alone, letters that merge), it
+    is what the tokenizer makes of the word on its own.
+    """
+    text = own_mask(tokenizer, sentence).split(tokenizer.mask_token)
+    start = tokenizer.mask_token.join(text[: mask + 1])
+    before = before[len(template(tokenizer)[0]) :]
+    pieces = _ids(tokenizer, start + word)
+    pieces = pieces[len(before) :] if pieces[: len(before)] == before else _ids(tokenizer, word)
+    if not pieces:
+        raise UserError(f"--targets: {word!r} is no text to the tokenizer {tokenizer.name_or_path}")
+    if special := set(pieces) & set(tokenizer.all_special_ids):
+        token = tokenizer.convert_ids_to_tokens(min(special))
+        raise UserError(
+            f"--targets: {word!r} is no word that {tokenizer.name_or_path} could predict: its tokenizer "
+            f"makes {token} of it"
+        )
+    return pieces
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _log_probabilities(model: SparseMaskedLM, steps: Iterable[Step]) -> dict[Step, float]:
+    """Of each step's token, in nats. Steps that ask about one place of one row share a prediction."""
+    wanted: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for row, position, token in dict.fromkeys(steps):
+        wanted.setdefault((row, position), []).append(token)
+    places = list(wanted)
+    found: dict[Step, float] = {}
+    for part, logits in predict(model, [row for row, _ in places], [[position] for _, position in places]):
+        asked = [(b, (*places[i], token)) for b, i in enumerate(part) for token in wanted[places[i]]]
+        line, token = torch.tensor([(b, step[2]) for b, step in asked], device=logits.device).T
+        values = logits.log_softmax(dim=-1)[line, token].tolist()  # the device synchronises here
+        found.update(zip((step for _, step in asked), values, strict=True))
+    return found

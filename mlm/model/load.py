@@ -1,0 +1,276 @@
+"""A masked language model in float32 on the CPU: a checkpoint, or a fresh one."""
+
+import copy
+import difflib
+import hashlib
+import json
+import logging
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForMaskedLM,
+    BertConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as KNOWN
+
+from mlm.data.corpus import CorpusConfig
+from mlm.data.token_store import TokenStoreConfig, limit_threads, store_folder
+from mlm.data.tokenizer import corpus_tokenizer, load_tokenizer
+from mlm.errors import UserError, explain_load_failure, listed, one_line
+from mlm.hub import local_files_only
+from mlm.model.seeded import seeded_cpu_generator
+from mlm.model.vocabulary import enlarge, max_positions, vocab_size
+
+log = logging.getLogger(__name__)
+
+
+DEMO_VOCABULARY = 8192  # tokens
+DEMO_POSITIONS = 128
+
+# What a configuration or weights that are missing, damaged or unsafe, or need another package, raise.
+UNUSABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model to train or measure. With no name and no type it is the demo model."""
+
+    model_name_or_path: str | None = None  # checkpoint, a Hub name or a folder; none: the demo model
+    config_name: str | None = None  # configuration to train from scratch, or to use with the checkpoint
+    model_type: str | None = None  # architecture to train from scratch at its default size (modernbert)
+    tokenizer_name: str | None = None  # tokenizer, where it differs from the model's
+    trust_remote_code: bool = False  # run the Python code that a checkpoint brings along
+    gradient_checkpointing: bool = False  # train in less memory and more time: where one chunk does not fit
+    dropout: float | None = None  # replaces every dropout probability of the model, in this run only
+
+    def __post_init__(self) -> None:
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout {self.dropout} is no dropout probability: give one in [0, 1)")
+
+
+def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """Load the checkpoint that `config` names, or initialise a model from scratch, in float32 on the CPU.
+
+    Whatever has to be initialised (a model from scratch, weights that the checkpoint lacks, embeddings of
+    tokens that it does not know) is drawn from `seed`; the global generators keep their state. Embeddings
+    are enlarged where the tokenizer is larger than them and never made smaller.
+
+    `config.dropout` is a setting of this run: the modules use it, while `model.config`, which
+    `save_pretrained` writes, keeps the probabilities that the model came with.
+
+    Raises:
+        UserError: the checkpoint or configuration cannot be found, reached or read, is of no masked language
+            model, needs `trust_remote_code`, or does not support gradient checkpointing, which is asked for.
+    """
+    arch = _architecture(config, tokenizer)
+    own_dropout = [] if config.dropout is None else list(_dropout_fields(arch))
+    for owner, field, _ in own_dropout:
+        setattr(owner, field, float(config.dropout))
+
+    with seeded_cpu_generator(seed):
+        build = _from_checkpoint if config.model_name_or_path else _from_scratch
+        model = build(config, arch)
+        rows, needed = model.get_input_embeddings().weight.shape[0], vocab_size(tokenizer)
+        if needed > rows:
+            log.warning("the embeddings grow from %d to %d rows: the tokenizer has more tokens", rows, needed)
+            enlarge(model, needed)
+
+    if config.gradient_checkpointing:
+        _checkpoint_activations(model)
+    if own_dropout:
+        # The modules share the configuration that they were built from, and some read it in every forward
+        # pass: a copy, with the probabilities that the model came with, becomes the one that is saved.
+        model.config = copy.deepcopy(model.config)
+        for (owner, field, _), (_, _, value) in zip(_dropout_fields(model.config), own_dropout, strict=True):
+            setattr(owner, field, value)
+    return model
+
+
+def model_config(config: ModelConfig) -> PreTrainedConfig:
+    """The configuration of the name or type that `config` gives, one of them at least, as it is.
+
+    Raises UserError where it cannot be loaded, and where it is of no masked language model.
+    """
+    if source := config.config_name or config.model_name_or_path:
+        try:
+            arch = AutoConfig.from_pretrained(
+                source,
+                trust_remote_code=config.trust_remote_code,
+                local_files_only=local_files_only(source),
+            )
+        except UNUSABLE as error:
+            raise explain_load_failure("model", source, error) from error
+        named_by_remote_code = getattr(arch, "auto_map", None) or ()
+        if arch.model_type not in KNOWN and "AutoModelForMaskedLM" not in named_by_remote_code:
+            raise UserError(f"{source}: a model of type {arch.model_type} is no masked language model")
+        return arch
+    if config.model_type not in KNOWN:
+        near = difflib.get_close_matches(config.model_type, KNOWN, n=5) or sorted(KNOWN)
+        raise UserError(
+            f"--model_type {config.model_type}: transformers has no masked language model of this name; "
+            f"it has {', '.join(near)}"
+        )
+    return CONFIG_MAPPING[config.model_type]()
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Names a model by its architecture and, to six digits of their mean size, its weights.
+
+    Not by their bits, which fresh weights may owe to the kind of processor that drew them.
+    """
+    described = {
+        k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
+    }
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    with torch.no_grad():
+        size = sum(p.abs().sum(dtype=torch.float64).item() for p in model.parameters())
+    count = sum(p.numel() for p in model.parameters())
+    return f"{type(model).__name__} {digest}, {count:,} weights of mean size {size / count:.6g}"
+
+
+def check_embeddings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError where the tokenizer gives ids beyond the embedding table of the named checkpoint.
+
+    To be asked before `load_model`, which enlarges the table for training: a model that is only used knows
+    nothing of the rows it would add.
+    """
+    rows = getattr(model_config(config).get_text_config(), "vocab_size", None)
+    largest = vocab_size(tokenizer) - 1
+    if rows is not None and largest >= rows:
+        raise UserError(
+            f"{config.model_name_or_path}: the tokenizer's ids go up to {largest}, the model's embedding "
+            f"table has {rows} rows; use the tokenizer that the model was trained with"
+        )
+
+
+def position_limit(config: ModelConfig) -> int | None:
+    """`max_positions` of the model that `config` names, or of the demo, without loading the model.
+
+    Of one from scratch, at its own padding id: RoBERTa's limit shifts with the tokenizer's.
+    """
+    if not (config.model_name_or_path or config.config_name or config.model_type):
+        return DEMO_POSITIONS
+    return max_positions(model_config(config))
+
+
+def open_tokenizer(
+    config: ModelConfig, source: CorpusConfig, store: TokenStoreConfig
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that `config` names; for a model from scratch without one, one trained on the corpus.
+
+    To be called before any other work with a tokenizer in this process: it sets the number of threads.
+    """
+    limit_threads(store)
+    if name := config.tokenizer_name or config.model_name_or_path:
+        return load_tokenizer(name, config.trust_remote_code)
+    return corpus_tokenizer(source, vocabulary_size(config), store_folder(store))
+
+
+def vocabulary_size(config: ModelConfig) -> int:
+    """Tokens of the vocabulary to train for a model that starts from nothing: its default, or the demo's."""
+    if config.config_name or config.model_type:
+        return model_config(config).get_text_config().vocab_size
+    return DEMO_VOCABULARY
+
+
+def demo_config(tokenizer: PreTrainedTokenizerBase) -> BertConfig:
+    """The configuration of the demo: a BERT that learns more than frequencies in minutes on two CPU cores.
+
+    The default deviation of fresh weights, 0.02, is for wider models: with 0.05 this one learns sooner.
+    """
+    return BertConfig(
+        vocab_size=vocab_size(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=512,
+        max_position_embeddings=DEMO_POSITIONS,
+        initializer_range=0.05,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The configuration to build from; without a checkpoint, with the tokenizer's size and special ids."""
+    if not (config.model_name_or_path or config.config_name or config.model_type):
+        return demo_config(tokenizer)
+    arch = model_config(config)
+    if not config.model_name_or_path:
+        text = arch.get_text_config()
+        text.vocab_size = vocab_size(tokenizer)
+        for kind in ("pad", "bos", "eos", "cls", "sep", "mask"):
+            if hasattr(text, f"{kind}_token_id"):
+                setattr(text, f"{kind}_token_id", getattr(tokenizer, f"{kind}_token_id"))
+    return arch
+
+
+def _from_checkpoint(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedModel:
+    name = config.model_name_or_path
+    try:
+        model, loading = AutoModelForMaskedLM.from_pretrained(
+            name,
+            config=arch,
+            dtype=torch.float32,  # master weights, whatever the checkpoint stores
+            weights_only=True,  # a pickle may hold tensors, no code
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=local_files_only(name),
+            output_loading_info=True,
+        )
+    except UNUSABLE as error:
+        raise explain_load_failure("model", name, error) from error
+    if missing := sorted(loading["missing_keys"]):
+        log.warning("%s: newly initialised, as the checkpoint lacks them: %s", name, listed(missing))
+    return model
+
+
+def _from_scratch(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        return AutoModelForMaskedLM.from_config(
+            arch, dtype=torch.float32, trust_remote_code=config.trust_remote_code
+        )
+    except UNUSABLE as error:
+        if config.config_name:
+            raise explain_load_failure("model", config.config_name, error) from error
+        raise UserError(f"--model_type {config.model_type}: {one_line(error)}") from error
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """Training keeps each layer's input alone and computes the rest again in backward (Chen et al. 2016)."""
+    # The first is transformers' new name; it warns at the old one, which is all that its older versions have.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable()
+    except ValueError as error:
+        raise UserError(f"--gradient_checkpointing: {one_line(error)}") from error
+
+
+def _dropout_fields(config: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, str, float]]:
+    """(configuration, field, value) of every dropout probability, those of nested configurations included.
+
+    A field that is None (BERT's classifier_dropout) follows another one, and a boolean one (ESM's
+    token_dropout, a rescaling of the embeddings) is no probability.
+    """
+    for field, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _dropout_fields(value)
+        elif "dropout" in field and isinstance(value, int | float) and not isinstance(value, bool):
+            yield config, field, value

@@ -1,0 +1,50 @@
+"""The rows of a model's tables: of its positions, and of its vocabulary, which may have to grow."""
+
+import copy
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from mlm.errors import UserError, one_line
+
+# Architectures whose position ids start after the padding id, as RoBERTa's do: no token reaches the first
+# pad_token_id + 1 rows of the position table.
+POSITIONS_AFTER_PADDING = (
+    *("camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta"),
+    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """The longest sequence, in tokens, that the model's position table takes.
+
+    None where there is no table to run out of: rotary and relative positions.
+    """
+    config = config.get_text_config()
+    rotary = getattr(config, "rope_parameters", None) is not None
+    rotary |= getattr(config, "position_embedding_type", None) == "rotary"  # ESM-2
+    relative = not getattr(config, "position_biased_input", True)  # DeBERTa without absolute positions
+    if rotary or relative:
+        return None
+    rows = getattr(config, "max_position_embeddings", None)
+    if rows is None or config.model_type not in POSITIONS_AFTER_PADDING:
+        return rows
+    padding = 1 if config.model_type == "mpnet" else config.pad_token_id  # MPNet's is written in its code
+    return rows - padding - 1
+
+
+def enlarge(model: PreTrainedModel, rows: int) -> None:
+    model.resize_token_embeddings(rows)
+    try:
+        with torch.no_grad():  # on a copy, as in SparseMaskedLM
+            copy.deepcopy(model).eval()(input_ids=torch.full((1, 8), rows - 1))
+    except RuntimeError as error:  # ESM's head keeps a bias of the old size
+        raise UserError(
+            f"{type(model).__name__}: the embeddings cannot grow to the tokenizer's {rows} rows; "
+            f"use the checkpoint's own tokenizer ({one_line(error)})"
+        ) from error
+
+
+def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that the embedding table needs: the largest id + 1, which gaps put above `len(tokenizer)`."""
+    return max(tokenizer.get_vocab().values()) + 1

@@ -1,0 +1,69 @@
+"""Where a run took place: versions, hardware, commit, memory."""
+
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions, hardware and commit."""
+    device = accelerator.device
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "mixed_precision": accelerator.mixed_precision,
+        "commit": _commit(),
+    }
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory so far: of the device where it has its own, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "linux":  # where ru_maxrss begins at the peak of the process that started this one
+        peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        if peak is not None:  # a sandbox may leave it out
+            return int(peak[1]) / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS gives bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file is part of, with a + where files differ from it."""
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here)]
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True
+        ).stdout.strip()
+        return head + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,160 @@
+"""Sentences of the held-out text with a word masked, and what a run's model writes there before and after."""
+
+import json
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from mlm.errors import UserError, one_line
+from mlm.files import write_json
+from mlm.inference.fill_mask import Filler, fill, load
+from mlm.inference.sentences import MASK, own_mask
+from mlm.model.load import ModelConfig, load_model
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.report.report import Record, results_digest
+
+EXAMPLES = 6
+TOP_K = 5
+FEW = 5  # occurrences with no gain that are added to a word's own
+EDGE = 2  # words that have to stand on either side of a mask
+LETTERS = 3  # of a word, at least, in a script that has capitals; elsewhere one can be a word
+Examples = list[dict[str, Any]]
+Pair = tuple[SparseMaskedLM, SparseMaskedLM, PreTrainedTokenizerBase]
+
+# Blanks that a decoder leaves where it does not know how a text was spaced.
+BLANKS = (
+    (re.compile(r" +(?=[.,!?;:)}])"), ""),
+    (re.compile(r"(?<=[({]) +"), ""),
+    (re.compile(r"(?<=[\w\]]) ' (?=(?:s|t|m|d|re|ve|ll)\b)", re.IGNORECASE), "'"),
+)
+
+
+def with_examples(
+    run: Record, sentences: Sequence[str] | None, trust_remote_code: bool = False
+) -> tuple[Record, str]:
+    """A run with what its model, and the one that it began from, write at the masks of sentences.
+
+    sentences: with masks in them; None: openings of held-out documents (`from_held_out`) of a run that has
+        ended, which are kept in <run>/fill_mask.json, {"results": results_digest, "sentences": Examples},
+        and made anew where the results are others
+
+    Returns the run, and why there are no such examples, in one line, or nothing. Raises UserError where a
+    given sentence has no mask, or is too long.
+    """
+    if sentences is None and (run.examples is not None or not run.comparison):
+        return run, ""
+    why_not = f"{run.folder}: no examples of filled masks, as"
+    try:
+        models = load_both(run, trust_remote_code)
+    except UserError as error:  # the base may be gone, and a report is good without
+        return run, f"{why_not} {error}\n"
+    if sentences is not None:
+        mask = models[2].mask_token or MASK
+        given = [(text.replace(mask, MASK), None) for text in sentences]
+        return replace(run, examples=fill_before_and_after(*models, given)), ""
+    try:
+        examples = fill_before_and_after(*models, from_held_out(run.folder, models[2]))
+    except UserError as error:
+        return run, f"{why_not} {error}\n"
+    with suppress(OSError):  # a run that may only be read
+        kept = {"results": results_digest(run.folder), "sentences": examples}
+        write_json(run.folder / "fill_mask.json", kept)
+    return replace(run, examples=examples), ""
+
+
+def load_both(run: Record, trust_remote_code: bool) -> Pair:
+    """The model that a run began from, the one that it ended with, and their tokenizer.
+
+    Raises UserError where one cannot be loaded.
+    """
+    adapted, tokenizer = load(str(run.folder), trust_remote_code)
+    about = run.about["configuration"]
+    try:
+        config = ModelConfig(**{**about["model"], "trust_remote_code": trust_remote_code})
+        seed = int(about["loop"]["seed"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"run.json has the flags of another version ({one_line(error)})") from None
+    # Of a model from nothing the seed draws the very weights from which training began.
+    base = SparseMaskedLM(load_model(config, tokenizer, seed).to(adapted.model.device))
+    return base, adapted, tokenizer
+
+
+def fill_before_and_after(
+    base: SparseMaskedLM,
+    adapted: SparseMaskedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: Sequence[tuple[str, str | None]],
+) -> Examples:
+    """What both models write at the masks of sentences, each of which comes with the masked word or None.
+
+    Returns [sentence] of {"text", "truth": word or None, "before", "after"}, the last two [mask][rank] of
+    {"token", "probability"}. Raises UserError where a sentence has no mask, or is too long.
+    """
+    if not chosen:
+        return []
+    texts = [text for text, _ in chosen]
+    before, after = (fill(model, tokenizer, texts, TOP_K) for model in (base, adapted))
+    return [
+        {"text": text, "truth": truth, "before": _plain(was), "after": _plain(now)}
+        for (text, truth), was, now in zip(chosen, before, after, strict=True)
+    ]
+
+
+def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> list[tuple[str, str]]:
+    """Openings of held-out documents, in an order drawn by `seed`, each with a word of one token masked.
+
+    Returns sentences and their words, each word and each document once: of the words whose summed gain is the
+    largest, first those that gained most at an occurrence, so that "movie" comes before "the". Raises
+    UserError where documents.parquet cannot be read.
+    """
+    try:
+        compared = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["held_out"]
+        table = pq.read_table(folder / "documents.parquet", columns=["text", "opening"])
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise UserError(f"{folder / 'documents.parquet'} cannot be read: {one_line(error)}") from None
+    openings = [row["opening"].split() for row in table.to_pylist() if row["text"] == "held_out"]
+    openings = [openings[i] for i in np.random.default_rng(seed).permutation(len(openings))]
+    found: list[tuple[str, str]] = []
+    gained = (compared["words"] or compared["tokens"])["gained"]
+    for word in (row["text"] for row in sorted(gained, key=_gain, reverse=True)):
+        ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+        opening = next((words for words in openings if word in words[EDGE:-EDGE]), None)
+        if opening is None or len(ids) != 1 or not _is_word(word):
+            continue
+        openings.remove(opening)
+        place = opening.index(word, EDGE)
+        text = " ".join([*opening[:place], MASK, *opening[place + 1 :]])
+        found.append((readable(text, tokenizer), word))
+    return found[:EXAMPLES]
+
+
+def readable(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A decoded text without blanks before punctuation and in it's, where a model sees the same tokens."""
+    closed = text
+    for blanks, instead in BLANKS:
+        closed = blanks.sub(instead, closed)
+    one, other = (tokenizer(own_mask(tokenizer, t), verbose=False)["input_ids"] for t in (text, closed))
+    return closed if one == other else text
+
+
+def _is_word(text: str) -> bool:
+    return text.isalpha() and (len(text) >= LETTERS or text.upper() == text.lower())
+
+
+def _gain(row: dict[str, Any]) -> float:
+    """Nats at an occurrence, a word of few being held back."""
+    return ((row["nats_before"] or 0) - (row["nats_after"] or 0)) / (row["count"] + FEW)
+
+
+def _plain(masks: list[list[Filler]]) -> list[list[dict[str, Any]]]:
+    return [[filler._asdict() for filler in ranked] for ranked in masks]

@@ -1,0 +1,124 @@
+"""The model card: README.md of a run directory, as a page of the Hub shows it."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from mlm.data import corpus
+from mlm.figures import figure
+
+METRICS = {"perplexity": "Perplexity", "accuracy": "Accuracy", "bits_per_character": "Bits per character"}
+
+
+def short(source: str, parts: int = 1) -> str:
+    """A Hub name as it is; of a local path, which says nothing elsewhere, its last parts."""
+    local = source.startswith(("/", ".", "~")) or source.count("/") > 1 or Path(source).exists()
+    return "/".join(Path(source).parts[-parts:]) if local else source
+
+
+def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
+    """The text of README.md. Its metadata hold the figures as the Hub's model-index has them.
+
+    config: the run's train.Config
+    results: as in all_results.json
+    """
+    base, text = config.model.model_name_or_path, config.corpus
+    held_out, out_of_domain = (
+        corpus.origin(text, "validation"),
+        corpus.out_of_domain(config.out_of_domain, text),
+    )
+    local = base is not None and Path(base).exists()
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="fill-mask",
+        base_model=None if local else base,
+        datasets=None if text.dataset_name is None or Path(text.dataset_name).exists() else text.dataset_name,
+        tags=["masked-language-modeling", "domain-adaptation"],
+        model_name=name,
+        eval_results=[
+            *_eval_results(results, "", held_out, text.dataset_config_name),
+            *(
+                _eval_results(
+                    results,
+                    "general_",
+                    corpus.origin(out_of_domain, "validation"),
+                    out_of_domain.dataset_config_name,
+                )
+                if out_of_domain
+                else ()
+            ),
+        ],
+    )
+    files = [short(source) for source in (text.dataset_name, text.train_file) if source]
+    learnt = files[0] if files else "the prose that every Python installation carries"
+    model = Path(base).name if local else base or f"A {config.model.model_type or 'small BERT'} from scratch"
+    rate, unigram = config.optimizer.learning_rate, figure(results["perplexity_unigram"])
+    return f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+{model}, adapted to {learnt} by masked language modelling.
+
+On {results["eval_masked_tokens"]:,} masked tokens of held-out documents, under fixed masks:
+
+{_table(results, "")}
+{_gain(results, "")}A model that knows token frequencies alone has a perplexity of {unigram} on them.
+{_forgotten(results, out_of_domain)}
+```python
+from transformers import pipeline
+
+fill = pipeline("fill-mask", "{name}")
+```
+
+- {results["steps"]:,} steps of AdamW ({results["epochs"]:.3g} epochs), learning rate {rate:g}
+- {config.masking.mlm_probability:.3g} of the {"words" if config.masking.whole_word_mask else "tokens"} masked
+- training loss {figure(results["train_loss"])} nats, {results["tokens_per_second"]:,.0f} tokens/s
+"""
+
+
+def _eval_results(results: dict[str, Any], prefix: str, source: str, part: str | None) -> list[EvalResult]:
+    """The figures that are numbers: the Hub takes no other. It tells data sets apart by type and config."""
+    name, kind = short(source), "general text" if prefix else None
+    return [
+        EvalResult(
+            task_type="fill-mask",
+            task_name="Masked language modelling",
+            dataset_type=name,
+            dataset_name=f"{name} ({kind})" if kind else name,
+            dataset_config=part or kind,
+            dataset_split="validation",
+            metric_type=metric,
+            metric_name=title,
+            metric_value=results[f"{prefix}{metric}"],
+        )
+        for metric, title in METRICS.items()
+        if results.get(f"{prefix}{metric}") is not None
+    ]
+
+
+def _table(results: dict[str, Any], prefix: str) -> str:
+    rows = ["| | before | after |", "| --- | --- | --- |"]
+    for metric, title in METRICS.items():
+        was, now = f"{prefix}{metric}_before", f"{prefix}{metric}"
+        if now in results:
+            first = figure(results[was]) if was in results else ""
+            rows.append(f"| {title.lower()} | {first} | {figure(results[now])} |")
+    return "\n".join(rows) + "\n"
+
+
+def _gain(results: dict[str, Any], prefix: str) -> str:
+    if results.get(f"{prefix}gain_low") is None:
+        return ""
+    gain, low, high = (figure(results[f"{prefix}{name}"]) for name in ("gain", "gain_low", "gain_high"))
+    return f"Perplexity before / after is {gain} (95% interval {low} to {high}, paired bootstrap).\n"
+
+
+def _forgotten(results: dict[str, Any], out_of_domain: Any) -> str:
+    if out_of_domain is None:
+        return ""
+    source = short(corpus.origin(out_of_domain, "validation"))
+    figures = f"{_table(results, 'general_')}\n{_gain(results, 'general_')}"
+    return f"\nOn text outside the domain, {source}:\n\n{figures}"

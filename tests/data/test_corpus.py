@@ -1,0 +1,539 @@
+"""Claims about the corpus: what is a document, what is held out, what a mistake is told."""
+
+import csv
+import gzip
+import io
+import json
+import logging
+import os
+import random
+import socket
+import subprocess
+import sys
+from hashlib import blake2b
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlm.data import corpus
+from mlm.data.corpus import CorpusConfig, identify, load
+from mlm.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+LINES = [f"document {number}" for number in range(100)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def datasets_cache(tmp_path_factory):
+    """What the datasets library converts goes to a temporary folder, not to the user's cache."""
+    cache = tmp_path_factory.mktemp("datasets_cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        patch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", cache / "downloads")
+        patch.setattr(datasets.config, "EXTRACTED_DATASETS_PATH", cache / "downloads" / "extracted")
+        yield cache
+
+
+def write(path, texts, column="text"):
+    """The texts as a file of the kind that its name says, with a second column where there are columns."""
+    name = path.name.removesuffix(".gz")
+    rows = [{column: text, "label": number} for number, text in enumerate(texts)]
+    plain = path.with_name(f"plain-{name}")
+    if name.endswith(".txt"):
+        plain.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    elif name.endswith(".jsonl"):
+        plain.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif name.endswith(".json"):
+        plain.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    elif name.endswith(".csv"):
+        with plain.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [column, "label"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(plain)
+    data = plain.read_bytes()
+    plain.unlink()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+def documents(config):
+    return {split: list(dataset["text"]) for split, dataset in load(config).splits.items()}
+
+
+def refusal(function, **config):
+    """The message of the UserError that the configuration meets, which is one line."""
+    with pytest.raises(UserError) as caught:
+        function(CorpusConfig(**config))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# What a document is.
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv", "parquet"])
+def test_every_kind_of_file_gives_the_same_documents(tmp_path, kind, packed):
+    texts = ["plain", "naïve “quotes”, 漢字", " kept as it is ", "a, b", "12"]
+    path = write(tmp_path / f"texts.{kind}{packed}", texts)
+    assert documents(CorpusConfig(validation_file=path)) == {"validation": texts}
+
+
+@pytest.mark.parametrize(
+    ("sample_by", "expected"),
+    [
+        ("line", ["one", "two", "three"]),
+        ("paragraph", ["one\ntwo", "three\n"]),
+        ("document", ["one\ntwo\n\nthree\n"]),
+    ],
+)
+def test_sample_by_says_what_a_document_of_a_text_file_is(tmp_path, sample_by, expected):
+    path = tmp_path / "texts.txt"
+    path.write_text("one\ntwo\n\nthree\n")
+    assert documents(CorpusConfig(validation_file=str(path), sample_by=sample_by))["validation"] == expected
+    (tmp_path / "folder").mkdir()
+    path.rename(tmp_path / "folder" / "validation.txt")
+    config = CorpusConfig(dataset_name=str(tmp_path / "folder"), sample_by=sample_by)
+    assert documents(config)["validation"] == expected
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_empty_whitespace_and_null_documents_are_dropped_and_counted(tmp_path, kind):
+    path = write(tmp_path / f"texts.{kind}", ["a", "", "b", " \t\n", None, "\u3000"])
+    read = load(CorpusConfig(train_file=path, validation_file=path))
+    assert [list(read.splits[split]["text"]) for split in ("train", "validation")] == [["a", "b"]] * 2
+    assert read.dropped == {"train": 4, "validation": 4}
+
+
+def test_empty_documents_are_dropped_from_a_split_that_is_made(tmp_path):
+    path = write(tmp_path / "texts.txt", [*LINES, "", " "])
+    read = load(CorpusConfig(train_file=path))
+    assert sorted([*read.splits["train"]["text"], *read.splits["validation"]["text"]]) == sorted(LINES)
+    assert read.dropped == {"train": 2, "validation": 0}
+
+
+def test_only_the_text_column_is_kept_whatever_its_name(tmp_path):
+    path = write(tmp_path / "texts.jsonl", LINES, column="review")
+    read = load(CorpusConfig(train_file=path, text_column="review"))
+    assert read.splits.column_names == {"train": ["text"], "validation": ["text"]}
+
+
+def test_a_text_of_digits_in_a_csv_file_is_a_text(tmp_path):
+    path = write(tmp_path / "texts.csv", ["007", "1.50"])
+    assert documents(CorpusConfig(validation_file=path)) == {"validation": ["007", "1.50"]}
+
+
+def test_a_file_name_is_no_pattern(tmp_path):
+    write(tmp_path / "ab.txt", ["wrong"])
+    path = write(tmp_path / "a[b]*.txt", ["right"])
+    assert documents(CorpusConfig(validation_file=path)) == {"validation": ["right"]}
+
+
+# Folders.
+
+
+def test_a_saved_dataset_and_a_saved_dict_are_read(tmp_path):
+    dataset = datasets.Dataset.from_dict({"text": LINES, "label": range(100)})
+    dataset.save_to_disk(tmp_path / "one")
+    held_out = datasets.Dataset.from_dict({"text": ["held", "out"], "label": [0, 1]})
+    both = datasets.DatasetDict(train=dataset, validation=held_out)
+    both.save_to_disk(tmp_path / "dict")
+    files = sorted(tmp_path.rglob("*"))
+    one = documents(CorpusConfig(dataset_name=str(tmp_path / "one")))
+    assert sorted(one["train"] + one["validation"]) == sorted(LINES)
+    two = documents(CorpusConfig(dataset_name=str(tmp_path / "dict"), validation_split_percentage=0))
+    assert two == {"train": LINES, "validation": ["held", "out"]}
+    assert sorted(tmp_path.rglob("*")) == files  # nothing was written beside the data
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl.gz", "csv", "parquet"])
+def test_a_folder_of_train_and_test_is_split_by_train_alone(tmp_path, kind):
+    write(tmp_path / f"train.{kind}", LINES)
+    write(tmp_path / f"test.{kind}", ["never", "seen"])
+    splits = documents(CorpusConfig(dataset_name=str(tmp_path), validation_split_percentage=20))
+    assert sorted(splits["train"] + splits["validation"]) == sorted(LINES)
+    assert splits["validation"]
+
+
+def test_a_validation_file_wins_over_the_dataset_s_own_split(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "train.jsonl", LINES)
+    write(folder / "validation.jsonl", ["its own"])
+    path = write(tmp_path / "mine.txt", ["mine"])
+    config = CorpusConfig(dataset_name=str(folder), validation_file=path)
+    assert documents(config) == {"train": LINES, "validation": ["mine"]}
+
+
+# What is held out.
+
+
+def sides(texts, percentage=30.0):
+    hashes = corpus._scan(datasets.Dataset.from_dict({"text": texts}))[1]
+    return dict(zip(texts, corpus.held_out(hashes, percentage).tolist(), strict=True))
+
+
+def lowest_share(text, percentage):
+    """The oracle: is the text's hash, as a fraction, under the share?"""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") / 2**64 < percentage / 100
+
+
+# One text on each side of 30%, so that neither side is ever empty.
+ANCHORS = [next(t for t in LINES if lowest_share(t, 30)), next(t for t in LINES if not lowest_share(t, 30))]
+texts = st.lists(st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda t: not t.isspace()))
+
+
+@given(kept=texts, added=texts, seed=st.integers(0, 99))
+def test_no_document_changes_sides_when_others_are_added_or_reordered(kept, added, seed):
+    before = sides([*ANCHORS, *kept])
+    everything = [*added, *kept, *ANCHORS, *kept]
+    random.Random(seed).shuffle(everything)
+    after = sides(everything)
+    assert {text: after[text] for text in before} == before
+
+
+@given(texts, st.floats(1, 99))
+def test_the_held_out_are_those_of_the_lowest_hashes(some, percentage):
+    some = [*LINES, *some]
+    expected = {text: lowest_share(text, percentage) for text in some}
+    assert len(set(expected.values())) == 1 or sides(some, percentage) == expected
+
+
+@pytest.mark.parametrize("percentage", [1e-30, 1e-6, 50, 99.999999, 99.99999999999999])
+def test_neither_side_is_empty_and_equal_texts_share_a_side(tmp_path, percentage):
+    path = write(tmp_path / "texts.txt", ["a", "b", "a", "b", "a"])
+    splits = documents(CorpusConfig(train_file=path, validation_split_percentage=percentage))
+    assert sorted(map(set, splits.values()), key=min) == [{"a"}, {"b"}]
+    assert sorted(splits["train"] + splits["validation"]) == ["a", "a", "a", "b", "b"]
+
+
+def test_about_the_asked_share_is_held_out(tmp_path):
+    path = write(tmp_path / "texts.txt", [f"text {number}" for number in range(10_000)])
+    assert 400 < len(load(CorpusConfig(train_file=path)).splits["validation"]) < 600
+
+
+def test_one_distinct_document_cannot_be_split(tmp_path):
+    path = write(tmp_path / "texts.txt", ["same", "same"])
+    assert "--validation_file" in refusal(load, train_file=path)
+
+
+@pytest.mark.parametrize("percentage", [0, 100, -5, float("nan")])
+@pytest.mark.parametrize("function", [identify, load])
+def test_a_share_that_leaves_a_side_empty_is_refused_where_a_split_is_made(tmp_path, function, percentage):
+    path = write(tmp_path / "train.txt", LINES)
+    message = refusal(function, train_file=path, validation_split_percentage=percentage)
+    assert "--validation_split_percentage" in message
+    given = CorpusConfig(train_file=path, validation_file=path, validation_split_percentage=percentage)
+    function(given)
+    folder = {"dataset_name": str(tmp_path), "validation_split_percentage": percentage}
+    assert "--validation_split_percentage" in refusal(load, **folder)
+
+
+# The built-in corpus.
+
+
+@pytest.fixture(scope="module")
+def built_in():
+    return corpus._built_in_documents()
+
+
+def test_the_built_in_corpus_is_english_prose(built_in):
+    assert len(built_in) == len(set(built_in)) > 5000
+    assert sum(map(len, built_in)) > 1_500_000
+    assert min(map(len, built_in)) >= 40
+    assert sum(" the " in text for text in built_in) > len(built_in) / 3
+    assert any(text.startswith('The "for" statement') for text in built_in)  # a topic of the reference
+    assert any(text.startswith("Simple JSON <") for text in built_in)  # json.JSONDecoder's docstring
+
+
+def test_docstrings_are_found_at_any_depth(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        """
+"module"
+if x:
+    try:
+        pass
+    except E:
+        def f():
+            "in except"
+            class C:
+                "in function"
+    else:
+        async def g():
+            "async"
+match x:
+    case 1:
+        def h():
+            "in case"
+raise SystemExit("imported")
+"""
+    )
+    assert sorted(filter(None, corpus._docstrings(path))) == sorted(
+        ["module", "in except", "in function", "async", "in case"]
+    )
+
+
+def test_nothing_given_is_the_built_in_corpus_the_same_each_time(built_in):
+    splits = documents(CorpusConfig())
+    in_validation = set(splits["validation"])
+    assert splits["train"] == [text for text in built_in if text not in in_validation]
+    assert splits["validation"] == [text for text in built_in if text in in_validation]
+
+
+def test_a_library_module_is_read_and_neither_tests_nor_packages(tmp_path, monkeypatch):
+    for folder in ("json", "test", "json/tests", "site-packages/package"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "module.py").write_text(f'"""{folder} {"has a docstring " * 3}"""')
+    (tmp_path / "template.py").write_text("no {{ python }}")
+    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert [text.split()[0] for text in corpus._built_in_documents()] == ["json"]
+
+
+# Names.
+
+
+def test_identifying_imports_no_dataset_library(tmp_path):
+    path = write(tmp_path / "texts.csv", LINES)
+    code = (
+        "import sys; from mlm.data.corpus import CorpusConfig, identify\n"
+        f"identify(CorpusConfig(train_file={path!r})); identify(CorpusConfig())\n"
+        "sys.exit(str({'datasets', 'pandas', 'pyarrow'} & {*sys.modules} or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.strip() == ""
+
+
+def test_the_name_changes_with_whatever_changes_the_documents(tmp_path):
+    path = tmp_path / "train.txt"
+    write(path, LINES)
+    other = write(tmp_path / "other.txt", LINES)
+    folder = str(tmp_path)
+    configs = [
+        CorpusConfig(),
+        CorpusConfig(validation_split_percentage=6),
+        CorpusConfig(train_file=str(path)),
+        CorpusConfig(train_file=other),
+        CorpusConfig(validation_file=str(path)),
+        CorpusConfig(train_file=str(path), validation_file=other),
+        CorpusConfig(train_file=str(path), sample_by="document"),
+        CorpusConfig(train_file=str(path), validation_split_percentage=6),
+        CorpusConfig(dataset_name=folder),
+        CorpusConfig(dataset_name=folder, text_column="review"),
+        CorpusConfig(dataset_name=folder, validation_file=other),
+    ]
+    names = [json.dumps(identify(config)) for config in configs]
+    assert len(set(names)) == len(configs)
+    assert names == [json.dumps(identify(config)) for config in configs]
+    assert [json.loads(name) for name in names] == [identify(config) for config in configs]
+
+    by_file, by_folder = identify(configs[2]), identify(configs[8])
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # the same size, a new time
+    assert identify(configs[2]) != by_file
+    assert identify(configs[8]) != by_folder
+
+
+def test_the_name_is_the_same_from_any_working_directory(tmp_path, monkeypatch):
+    write(tmp_path / "texts.txt", LINES)
+    absolute = identify(CorpusConfig(train_file=str(tmp_path / "texts.txt")))
+    monkeypatch.chdir(tmp_path)
+    assert identify(CorpusConfig(train_file="texts.txt")) == absolute
+
+
+CHANGING = ["txt", "txt.gz", "jsonl.gz", "json", "csv.gz", "parquet"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "in_folder"),
+    [*((kind, False) for kind in [*CHANGING, "parquet.gz"]), *((kind, True) for kind in CHANGING)],
+)
+def test_a_file_changed_in_place_is_read_again(tmp_path, kind, in_folder):
+    path = tmp_path / f"validation.{kind}"
+    source = {"dataset_name": str(tmp_path)} if in_folder else {"validation_file": str(path)}
+    config = CorpusConfig(**source)
+    write(path, ["old"])
+    os.utime(path, ns=(0, 10**18))
+    assert documents(config) == {"validation": ["old"]}
+    write(path, ["new"])
+    os.utime(path, ns=(0, 10**18 + 10**9))
+    assert documents(config) == {"validation": ["new"]}
+
+
+def test_local_files_are_read_without_network(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address) or [])
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
+    path = write(tmp_path / "train.txt", LINES)
+    documents(CorpusConfig(train_file=path))
+    documents(CorpusConfig(dataset_name=str(tmp_path)))
+    assert asked == []
+
+
+def test_the_library_is_quiet_inside_and_as_it_was_outside(tmp_path, capfd):
+    counts, verbosity = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.utils.logging.get_verbosity()
+    logger, log = logging.getLogger("datasets"), io.StringIO()
+    logger.addHandler(handler := logging.StreamHandler(log))
+    load(CorpusConfig(train_file=write(tmp_path / "texts.jsonl", LINES)))
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": \n')
+    refusal(load, train_file=str(broken))
+    logger.removeHandler(handler)
+    assert log.getvalue() == ""
+    assert capfd.readouterr() == ("", "")
+    assert counts == datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    assert datasets.utils.logging.get_verbosity() == verbosity
+    assert not datasets.utils.are_progress_bars_disabled()
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize("function", [identify, load])
+@pytest.mark.parametrize("flag", ["train_file", "validation_file"])
+def test_a_file_that_cannot_be_meant_is_refused(tmp_path, function, flag):
+    assert (
+        refusal(function, **{flag: str(tmp_path / "no.txt")})
+        == f"--{flag} {tmp_path / 'no.txt'}: no such file"
+    )
+    (tmp_path / "paper.pdf").write_text("text")
+    unknown = refusal(function, **{flag: str(tmp_path / "paper.pdf")})
+    assert all(word in unknown for word in (".txt", ".jsonl", ".json", ".csv", ".parquet", ".gz"))
+    assert "--dataset_name" in refusal(function, **{flag: str(tmp_path)})
+
+
+@pytest.mark.parametrize("function", [identify, load])
+def test_two_sources_of_training_text_are_refused(tmp_path, function):
+    path = write(tmp_path / "train.txt", LINES)
+    message = refusal(function, dataset_name=str(tmp_path), train_file=path)
+    assert "--dataset_name" in message
+    assert "--train_file" in message
+    assert "--train_file" in refusal(function, dataset_name=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.txt", b""),
+        ("a.txt", b" \n\n\t\n"),
+        ("a.txt.gz", gzip.compress(b"", mtime=0)),
+        ("a.jsonl", b""),
+        ("a.jsonl", b"\n"),
+        ("a.jsonl", b'{"text": ""}\n{"text": null}\n'),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
+        ("a.json", b"[]"),
+        ("a.csv", b""),
+        ("a.csv", b"text,label\n"),
+    ],
+)
+def test_a_file_without_a_document_is_refused(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    message = refusal(load, train_file=str(tmp_path / name))
+    assert name in message
+    assert "empty" in message or "no document" in message
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_a_missing_text_column_is_told_with_the_columns_there_are(tmp_path, kind):
+    path = write(tmp_path / f"train.{kind}", LINES, column="review")
+    for source in ({"train_file": path}, {"dataset_name": str(tmp_path)}):
+        message = refusal(load, **source)
+        assert all(word in message for word in (str(tmp_path), "'text'", "review", "label", "--text_column"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_text_column_without_strings_is_refused(tmp_path, kind):
+    message = refusal(load, train_file=write(tmp_path / f"a.{kind}", LINES), text_column="label")
+    assert "int64" in message
+    assert "--text_column" in message
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("train.txt", b"f\xc3\xafne\ncaf\xe9\nfine\n"),
+        ("train.jsonl", b'{"text": "fine"}\n{"text": "caf\xe9"}\n'),
+        ("train.json", b'[{"text": "fine"},\n {"text": "caf\xe9"}]'),
+        ("train.csv", b"text\ncaf\xe9\n"),
+    ],
+)
+def test_bytes_that_are_not_utf8_are_told_with_line_and_offset(tmp_path, name, data, packed):
+    path = tmp_path / (name + ".gz" * packed)
+    path.write_bytes(gzip.compress(data) if packed else data)
+    where = f"{path}: line 2 is not UTF-8 (byte 0xe9 at offset {data.index(0xE9)})"
+    assert where in refusal(load, train_file=str(path))
+    assert where in refusal(load, dataset_name=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (b'{"text": "a"}\n{"text": nope}\n{"text": "b"}\n', 2),
+        (b'{"text": "a"}\n\n{"text": "cut off', 3),
+        (b'{"text": "a"}\n{"text": "b"} {"text": "c"\n', 2),
+        (b'{"text": "a"}\n"no object"\n', 2),
+        (b'[{"text": "a"},\n {"text": "b"},\n {"text": }]', 3),
+    ],
+)
+def test_a_broken_json_line_is_told_with_its_number(tmp_path, data, line):
+    for name in ("a.jsonl", "a.json.gz"):
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+        assert f"{path}: line {line} is" in refusal(load, train_file=str(path))
+
+
+def test_files_that_are_not_what_their_name_says_are_refused(tmp_path):
+    for name in ("a.parquet", "b.txt.gz", "c.parquet.gz"):
+        (tmp_path / name).write_bytes(b"neither parquet nor gzip")
+        assert name in refusal(load, train_file=str(tmp_path / name))
+
+
+def test_a_failure_of_the_library_is_told_in_its_own_words(tmp_path):
+    (tmp_path / "a.csv").write_text('text,label\n"never closed,1\n')
+    message = refusal(load, train_file=str(tmp_path / "a.csv"))
+    assert message.startswith(f"cannot read {tmp_path / 'a.csv'}: ParserError: ")
+
+
+def test_a_folder_without_data_is_refused(tmp_path):
+    (tmp_path / "notes.md").write_text("no data")
+    assert "holds no data files" in refusal(identify, dataset_name=str(tmp_path))
+    (tmp_path / "test.txt").write_text("only a test split\n")
+    assert "neither a train nor a validation split, only test" in refusal(load, dataset_name=str(tmp_path))
+
+
+@pytest.mark.parametrize("function", [identify, load])
+def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(tmp_path, function):
+    assert refusal(function, dataset_name=str(tmp_path / "no")).startswith("no such folder")
+
+
+@pytest.mark.parametrize(
+    "network", [{"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}]
+)
+def test_a_hub_name_without_network_is_the_cached_commit_or_one_line(tmp_path, network):
+    code = (
+        "from mlm.data.corpus import CorpusConfig, identify, load; from mlm.errors import UserError\n"
+        "for function, name in ((identify, 'some/cached'), (identify, 'some/other'), (load, 'some/other')):\n"
+        "    try: print(function(CorpusConfig(dataset_name=name))['dataset'])\n"
+        "    except UserError as error: print(error)\n"
+    )
+    ref = tmp_path / "hub" / "datasets--some--cached" / "refs" / "main"
+    ref.parent.mkdir(parents=True)
+    ref.write_text("c0ffee")
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), **network}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.stderr == ""
+    cached, *refused = done.stdout.splitlines()
+    assert cached == "['some/cached', 'c0ffee']"
+    assert len(refused) == 2
+    assert all("some/other" in line and "no network" in line for line in refused)

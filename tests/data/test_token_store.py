@@ -1,0 +1,670 @@
+"""Claims about the token store: what is in it (laws 6 and 7), and when it is made, found and rebuilt."""
+
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tracemalloc
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers.normalizers import Replace
+from transformers import PreTrainedTokenizerFast
+from transformers.models.esm.tokenization_esm import EsmTokenizer
+
+from mlm.data import corpus
+from mlm.data import token_store as stream
+from mlm.data.corpus import CorpusConfig
+from mlm.data.token_store import (
+    TokenStoreConfig,
+    build,
+    check_words,
+    limit_threads,
+    open_store,
+    prepare,
+    store_folder,
+)
+from mlm.data.tokenizer import load_tokenizer, tokenizer_info
+from mlm.errors import UserError
+from tests.oracles import tokens_of
+from tests.tokenizers_for_tests import byte_level_bpe, unigram, wordpiece
+
+TEXTS = ["the old fox likes grapes, unlikely", "the young owl likes mice!", "don't be unlike a fox"] * 5
+TOKENIZERS = {kind.__name__: kind(TEXTS) for kind in (wordpiece, byte_level_bpe, unigram)}
+few = settings(max_examples=40, deadline=None)  # each builds a store on a disk that others use, too
+kinds = pytest.mark.parametrize("kind", TOKENIZERS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def datasets_cache(tmp_path_factory):
+    """What the datasets library converts goes to a temporary folder, not to the user's cache."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """A folder that the examples of one hypothesis test may write to one after the other."""
+    return tmp_path_factory.mktemp("scratch")
+
+
+def documents_of(store):
+    """[(ids, word_starts)] of the documents in a store, as lists."""
+    spans = pairwise(store.document_offsets)
+    return [(store.ids[a:b].tolist(), store.word_starts[a:b].tolist()) for a, b in spans]
+
+
+def built(texts, tokenizer, folder):
+    return build(texts, tokenizer, tokenizer_info(tokenizer), folder, {"split": "train"})
+
+
+# What is in a store
+
+
+def test_an_example_to_check_by_eye(tmp_path):
+    tokenizer = wordpiece(["owls", "fox"] * 9)
+    store = built(["owls, fox", "\x00", "foxo"], tokenizer, tmp_path)
+    # fmt: off
+    expected = ["[CLS]", "owls", ",", "fox", "[SEP]", "[CLS]", "fox", "##o", "[SEP]"]
+    starts   = [      1,      1,   1,     1,       1,       1,     1,     0,       1]
+    # fmt: on
+    assert tokenizer.convert_ids_to_tokens(store.ids.tolist()) == expected
+    assert store.word_starts.astype(int).tolist() == starts
+    assert store.document_offsets.tolist() == [0, 5, 9]
+    header = {name: store.header[name] for name in ("documents", "tokens", "words", "maskable_tokens")}
+    assert header == {"documents": 2, "tokens": 9, "words": 4, "maskable_tokens": 5}
+    assert store.mean_word == 5 / 4
+
+
+sentences = st.lists(
+    st.sampled_from([*" .,'!\n\t", "fox", "unlikely", "Grapes", "don't", "中", "é", "ＡＢ"])
+).map("".join)
+texts = st.lists(st.one_of(sentences, st.text(max_size=20)), max_size=6)
+
+
+@kinds
+@few
+@given(texts=texts)
+def test_tokens_and_words_are_those_of_the_tokenizer_called_on_each_document(kind, texts, scratch):
+    tokenizer = TOKENIZERS[kind]
+    store = built(texts, tokenizer, scratch)
+    inner = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    expected = [tokens_of(tokenizer, text) for text, ids in zip(texts, inner, strict=True) if ids]
+    assert documents_of(store) == expected
+    for ids, starts in documents_of(store):
+        assert starts[0], "the special token before the text"
+        assert starts[1], "no word runs on from the document before"
+        assert starts[-1], "the special token after the text"
+        assert len(ids) > 2
+
+
+@few
+@given(texts=texts)
+def test_decoding_the_store_gives_the_documents_back(texts, scratch):
+    tokenizer = TOKENIZERS["byte_level_bpe"]
+    store = built(texts, tokenizer, scratch)
+    decoded = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in documents_of(store)]
+    assert decoded == [text for text in texts if text]
+
+
+LITERALS = ["[MASK]", "[SEP]", "[CLS]", "[PAD]", "[UNK]", "<s>", "</s>", "<mask>", "<pad>", "<unk>"]
+# NFKC maps these to the literals.
+FULLWIDTH = [text.translate({code: code + 0xFEE0 for code in range(33, 127)}) for text in LITERALS]
+hostile = st.lists(st.sampled_from([*LITERALS, *FULLWIDTH, *"<s>[] /", "mask", "fox"])).map("".join)
+
+
+@kinds
+@few
+@given(texts=st.lists(hostile, max_size=4))
+@example(texts=["fox [MASK] owl[SEP]</s> <s> <mask> <pad>"])
+@example(texts=["＜s＞", "a＜mask＞b ＜/s＞<s><s>", "<<s>s>"])
+def test_a_literal_special_token_in_a_document_is_text(kind, texts, scratch):
+    tokenizer = TOKENIZERS[kind]
+    info = tokenizer_info(tokenizer)
+    for ids, starts in documents_of(built(texts, tokenizer, scratch)):
+        assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        assert not {token for token in ids[1:-1] if info.special[token]} - {info.unknown_id}
+        assert starts[1]
+
+
+@kinds
+def test_the_letters_of_a_literal_special_token_are_kept(kind, tmp_path):
+    tokenizer = TOKENIZERS[kind]
+    for number, literal in enumerate(["[MASK]", "</s>", "<mask>"]):
+        ((ids, _),) = documents_of(built([f"fox {literal} owl"], tokenizer, tmp_path / str(number)))
+        text = tokenizer.decode(ids[1:-1])
+        if kind == "byte_level_bpe":  # the others lose case or spaces
+            assert text == f"fox {literal} owl"
+        assert text.replace(" ", "").lower() == f"fox{literal}owl".lower()
+
+
+def test_a_special_token_that_is_a_single_character_never_comes_out_of_text(tmp_path):
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "#": 1, "a": 2, "b": 3}, unk_token="[UNK]"))
+    backend.normalizer = Replace(Regex(r"\s"), "")
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", mask_token="#")
+    assert built(["ab#ba", "#"], tokenizer, tmp_path).ids.tolist() == [2, 3, 3, 2]
+
+
+def test_a_slow_tokenizer_takes_literal_special_tokens_as_text(tmp_path):
+    tokenizer = slow_tokenizer(tmp_path)
+    store = built(["LAG <mask> L", "GAL<eos>"], tokenizer, tmp_path / "store")
+    info = tokenizer_info(tokenizer)
+    for ids, _ in documents_of(store):
+        assert not {token for token in ids[1:-1] if info.special[token]} - {info.unknown_id}
+
+
+def slow_tokenizer(folder):
+    tokens = ["<cls>", "<pad>", "<eos>", "<unk>", "L", "A", "G", "<mask>"]
+    (folder / "vocab.txt").write_text("\n".join(tokens))
+    return EsmTokenizer(str(folder / "vocab.txt"))
+
+
+def test_a_slow_tokenizer_works_and_has_no_words(tmp_path):
+    tokenizer = slow_tokenizer(tmp_path)
+    store = built(["L A G", "GAL"], tokenizer, tmp_path / "store")
+    assert documents_of(store) == [([0, 4, 5, 6, 2], [True] * 5), ([0, 6, 5, 4, 2], [True] * 5)]
+    assert store.header["words"] is None
+    with pytest.raises(UserError, match=r"--whole_word_mask.*slow.*--tokenizer_name"):
+        check_words(store)
+
+
+CHINESE = ["这家酒店的房间很干净服务也很好下次还会再来住", "早餐的种类不多而且味道一般但是位置非常方便"] * 9
+THAI = ["โรงแรมนี้สะอาดและบริการดีมากครั้งหน้าจะมาอีกแน่นอน", "อาหารเช้ามีให้เลือกไม่มากแต่ทำเลสะดวกมาก"] * 9
+
+
+@pytest.mark.parametrize("texts", [CHINESE, THAI], ids=["Chinese", "Thai"])
+def test_unsegmented_text_under_sentencepiece_has_no_words_to_mask(texts, tmp_path):
+    letters = sorted({letter for text in texts for letter in text})
+    tokenizer = unigram(letters, 300)
+    store = built(texts, tokenizer, tmp_path)
+    tokens = sum(len(tokens_of(tokenizer, text)[0]) - 2 for text in texts)
+    mean = tokens / len(texts)  # a document is one word
+    with pytest.raises(
+        UserError, match=rf"--whole_word_mask.*words of {mean:.0f} tokens on average.*at most 10"
+    ):
+        check_words(store)
+
+
+def test_chinese_under_berts_pre_tokenizer_has_words(tmp_path):
+    store = built(CHINESE, wordpiece(CHINESE, 300), tmp_path)
+    assert store.mean_word == 1
+    check_words(store)
+
+
+@kinds
+def test_english_has_words(kind, tmp_path):
+    check_words(built(TEXTS, TOKENIZERS[kind], tmp_path))
+
+
+@pytest.mark.parametrize("splits", [["train"], ["validation"], ["train", "validation"]], ids="+".join)
+def test_preparing_says_once_that_the_tokenizer_sees_no_words(splits, world, caplog):
+    for split in splits:
+        getattr(world, f"{split}_file").write_text("\n".join(CHINESE))
+    letters = sorted({letter for text in CHINESE for letter in text})
+    world.tokenizer = unigram(letters, 300)
+    mean = np.mean([len(tokens_of(world.tokenizer, text)[0]) - 2 for text in CHINESE])
+    for _ in ("built", "found"):
+        caplog.clear()
+        world.prepare()
+        ((logger, level, message),) = caplog.record_tuples
+        assert (logger, level) == ("mlm.data.token_store", logging.WARNING)
+        assert f"words of {mean:.0f} tokens on average" in message
+        assert "whole words cannot" in message
+
+
+@kinds
+def test_preparing_english_says_nothing(kind, world, caplog):
+    for _ in ("built", "found"):
+        world.prepare(TOKENIZERS[kind])
+    assert caplog.text == ""
+
+
+def test_preparing_with_a_slow_tokenizer_or_with_unknown_letters_says_nothing(world, tmp_path, caplog):
+    world.train_file.write_text("ж ж\n")
+    world.prepare()
+    world.prepare(slow_tokenizer(tmp_path))
+    assert caplog.text == ""
+
+
+def test_text_of_unknown_tokens_alone_has_no_words(tmp_path):
+    store = built(["ж ж"], TOKENIZERS["wordpiece"], tmp_path)
+    assert (store.header["unknown_tokens"], store.header["words"]) == (2, 0)
+    with pytest.raises(UserError, match="--whole_word_mask"):
+        check_words(store)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(200, "uint8"), (256, "uint8"), (257, "uint16"), (65_536, "uint16"), (65_537, "uint32")],
+)
+def test_ids_take_the_smallest_unsigned_type(size, dtype, tmp_path):
+    vocabulary = {"[UNK]": 0, "[MASK]": 1, **{f"w{token_id}": token_id for token_id in range(2, size)}}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", mask_token="[MASK]")
+    store = built([f"w2 w{size - 1} x"], tokenizer, tmp_path)
+    assert store.ids.dtype == dtype
+    assert store.ids.tolist() == [2, size - 1, 0]
+
+
+def test_several_special_tokens_around_a_document(tmp_path):
+    tokenizer = wordpiece(TEXTS)
+    specials = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("[CLS]", "[PAD]", "[SEP]")]
+    for number, template in enumerate(["[CLS] [PAD] $A", "$A [SEP] [PAD] [SEP]", "$A"]):
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=specials
+        )
+        store = built(["the old", "unlike foxes"], tokenizer, tmp_path / str(number))
+        assert documents_of(store) == [tokens_of(tokenizer, text) for text in ("the old", "unlike foxes")]
+
+
+@kinds
+def test_long_documents_are_whole_and_nobody_is_warned(kind, tmp_path, recwarn, caplog, capfd):
+    tokenizer = TOKENIZERS[kind]
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer", model_max_length=8)
+    info = tokenizer_info(tokenizer)
+    tokenizer(TEXTS[0], truncation=True)  # leaves its backend set to truncate
+    capfd.readouterr()
+    text = " ".join(TEXTS)
+    store = build([text], tokenizer, info, tmp_path / "store", {"split": "train"})
+    whole = len(TOKENIZERS[kind](text)["input_ids"])
+    assert len(store.ids) == whole > 100
+    assert (len(recwarn), caplog.text, capfd.readouterr()) == (0, "", ("", ""))
+
+
+def test_batches_of_documents_leave_no_trace(tmp_path, monkeypatch):
+    texts = [f"{TEXTS[number % 3]} {number}" for number in range(50)]
+    whole = built(texts, TOKENIZERS["wordpiece"], tmp_path / "whole")
+    for name, size in (("BATCH_DOCUMENTS", 7), ("BATCH_CHARACTERS", 100)):
+        monkeypatch.setattr(stream, name, size)
+        parts = built(iter(texts), TOKENIZERS["wordpiece"], tmp_path / name)
+        for array in stream.ARRAYS:
+            assert np.array_equal(getattr(parts, array), getattr(whole, array))
+        timeless = {"seconds": 0}
+        assert parts.header | timeless == whole.header | timeless
+
+
+def test_the_corpus_fingerprint_knows_where_documents_end(tmp_path):
+    cuts = [["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"]]
+    stores = [built(cut, TOKENIZERS["wordpiece"], tmp_path / str(n)) for n, cut in enumerate(cuts)]
+    assert len({store.header["corpus"] for store in stores}) == len(cuts)
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    def peak(documents):
+        tracemalloc.start()
+        built((f"{TEXTS[0]} {number}" for number in range(documents)), TOKENIZERS["wordpiece"], tmp_path)
+        try:
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(12_000) < 1.2 * peak(4_000)
+
+
+# When a store is made, found and rebuilt
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A corpus of two files, a tokenizer and a place for stores; `prepare(…)` with them."""
+    return World(tmp_path)
+
+
+class World:
+    def __init__(self, folder: Path, repeat: int = 1) -> None:
+        self.train_file, self.validation_file = folder / "train.txt", folder / "validation.txt"
+        self.train_file.write_text("".join(f"{text}\n\n" for text in TEXTS * repeat))
+        self.validation_file.write_text("the fox likes mice ж\n")
+        self.tokenizer, self.folder = TOKENIZERS["wordpiece"], folder / "stores"
+        self.source = CorpusConfig(train_file=str(self.train_file), validation_file=str(self.validation_file))
+
+    def prepare(self, tokenizer=None, **options):
+        tokenizer = tokenizer or self.tokenizer
+        config = TokenStoreConfig(token_store=str(self.folder), **options)
+        return prepare(self.source, tokenizer, tokenizer_info(tokenizer), config)
+
+    def stores(self):
+        """The folders where stores are kept; beside each lies its lock file."""
+        return [path for path in self.folder.iterdir() if path.suffix != ".lock"]
+
+    def files(self):
+        """{path: modification time} of all that is in them."""
+        files = [path for store in self.stores() for path in store.rglob("*") if path.is_file()]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    def python(self, code):
+        """Starts a Python in which `again()` is `prepare` with the same files and the tokenizer from disk."""
+        self.tokenizer.save_pretrained(self.folder.parent / "tokenizer")
+        code = (
+            "import sys\nfrom mlm.data.corpus import CorpusConfig\nfrom mlm.data.token_store import TokenStoreConfig, prepare\n"
+            "from mlm.data.tokenizer import load_tokenizer, tokenizer_info\n"
+            "def again():\n"
+            f"    tokenizer = load_tokenizer({str(self.folder.parent / 'tokenizer')!r})\n"
+            f"    config = StreamConfig(token_store={str(self.folder)!r})\n"
+            f"    return prepare({self.source!r}, tokenizer, token_facts(tokenizer), config)\n{code}"
+        )
+        environment = {**os.environ, "HF_HOME": str(self.folder.parent / "hf")}
+        return subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parents[1],
+            env=environment,
+            stdout=subprocess.PIPE,
+        )
+
+
+def test_the_header_counts_what_is_in_the_split(world):
+    stores = world.prepare()
+    assert list(stores) == ["train", "validation"]
+    header = stores["train"].header
+    tokens = [tokens_of(world.tokenizer, text) for text in TEXTS]
+    assert header["version"] == stream.FORMAT_VERSION
+    assert header["tokenizer"] == tokenizer_info(world.tokenizer).fingerprint
+    assert (header["documents"], header["empty_documents"]) == (len(TEXTS), len(TEXTS))
+    assert header["tokens"] == sum(len(ids) for ids, _ in tokens) == len(stores["train"].ids)
+    assert header["maskable_tokens"] == header["tokens"] - 2 * len(TEXTS)
+    assert header["words"] == sum(sum(starts) for _, starts in tokens) - 2 * len(TEXTS)
+    assert header["unknown_tokens"] == 0
+    flags = "".join(str(int(start)) for _, starts in tokens for start in starts)  # 1101000…
+    assert header["longest_word"] == 1 + max(map(len, flags.split("1")))
+    assert stores["validation"].header["unknown_tokens"] == 1
+    assert documents_of(stores["train"]) == tokens
+
+
+def test_a_second_run_finds_its_store(world):
+    first = world.prepare()
+    files = world.files()
+    second = world.prepare()
+    assert world.files() == files
+    for split in ("train", "validation"):
+        assert second[split].header == first[split].header
+        assert documents_of(second[split]) == documents_of(first[split])
+    run = world.python("again(); print('datasets' in sys.modules)")
+    assert run.communicate()[0].split() == [b"False"], "what is prepared needs no dataset library"
+    assert world.files() == files
+
+
+def test_overwrite_cache_builds_anew(world):
+    world.prepare()
+    files = world.files()
+    world.prepare(overwrite_cache=True)
+    rebuilt = world.files()
+    assert rebuilt.keys() == files.keys()
+    assert all(rebuilt[path] > files[path] for path in files)
+
+
+def damage_truncate(store):
+    data = (store / "train" / "ids.npy").read_bytes()
+    (store / "train" / "ids.npy").write_bytes(data[:-1])
+
+
+def damage_shorten(store):
+    np.save(store / "train" / "ids.npy", np.load(store / "train" / "ids.npy")[:-1])
+
+
+def damage_no_header(store):
+    (store / "train" / "header.json").unlink()
+
+
+def damage_half_a_header(store):
+    text = (store / "train" / "header.json").read_text()
+    (store / "train" / "header.json").write_text(text[: len(text) // 2])
+
+
+def damage_empty_header(store):
+    (store / "validation" / "header.json").write_text("")
+
+
+def damage_header_of_nothing(store):
+    (store / "train" / "header.json").write_text("[]")
+
+
+def damage_no_array(store):
+    (store / "validation" / "word_starts.npy").unlink()
+
+
+def damage_no_validation(store):
+    for path in (store / "validation").iterdir():
+        path.unlink()
+    (store / "validation").rmdir()
+
+
+def damage_version(store):
+    change_header(store, version=0)
+
+
+def damage_tokenizer(store):
+    change_header(store, tokenizer="another")
+
+
+def damage_corpus(store):
+    change_header(store, identity={"train_file": "another"})
+
+
+def damage_an_older_header(store):
+    path = store / "train" / "header.json"
+    header = json.loads(path.read_text())
+    del header["splits"]
+    path.write_text(json.dumps(header))
+
+
+def change_header(store, **changes):
+    path = store / "train" / "header.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+DAMAGES = [value for name, value in globals().items() if name.startswith("damage_")]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__.removeprefix("damage_"))
+def test_a_damaged_store_is_rebuilt_not_used(damage, world):
+    expected = {split: documents_of(store) for split, store in world.prepare().items()}
+    (store,) = world.stores()
+    for path in store.rglob("ids.npy"):  # tells a store that is used from one that is rebuilt
+        ids = np.load(path)
+        np.save(path, np.zeros_like(ids))
+    assert not world.prepare()["train"].ids.any(), "a store of the right sizes is used"
+
+    damage(store)
+    rebuilt = world.prepare()
+    assert {split: documents_of(store) for split, store in rebuilt.items()} == expected
+    beside = {store, store.with_name(f"{store.name}.lock")}
+    assert set(world.folder.iterdir()) == beside, "in the same place, beside it its lock file alone"
+
+
+def test_another_tokenizer_has_a_store_of_its_own(world):
+    first = world.prepare()
+    assert documents_of(first["train"]) == [tokens_of(world.tokenizer, text) for text in TEXTS]
+    other = TOKENIZERS["byte_level_bpe"]
+    assert documents_of(world.prepare(other)["train"]) == [tokens_of(other, text) for text in TEXTS]
+    first, second = world.stores()
+    for folder in (first, second):
+        stores = [
+            open_store(folder / "train", tokenizer_info(tokenizer).fingerprint)
+            for tokenizer in (world.tokenizer, other)
+        ]
+        assert sorted(store is None for store in stores) == [False, True], "each opens for its own tokenizer"
+
+
+def test_a_tokenizer_saved_under_another_name_shares_the_store(world, tmp_path):
+    world.prepare()
+    files = world.files()
+    world.tokenizer.save_pretrained(tmp_path / "renamed")
+    world.prepare(load_tokenizer(str(tmp_path / "renamed")))
+    assert world.files() == files
+
+
+@pytest.mark.parametrize("change", ["appended", "replaced by as many bytes", "touched"])
+def test_a_changed_corpus_is_read_again(change, world):
+    world.prepare()
+    text = world.train_file.read_text()
+    if change == "appended":
+        text += "the new fox\n"
+    elif change == "replaced by as many bytes":
+        text = text.replace("fox", "owl")
+    world.train_file.write_text(text)
+    documents = [line for line in text.splitlines() if line]
+    expected = [tokens_of(world.tokenizer, document) for document in documents]
+    assert documents_of(world.prepare()["train"]) == expected
+    assert len(world.stores()) == 2
+
+
+def test_a_build_that_is_killed_leaves_nothing_that_is_taken_for_a_store(tmp_path):
+    world = World(tmp_path, repeat=1000)
+    run = world.python("again()")
+    try:
+        deadline = time.monotonic() + 120
+        while not any(path.stat().st_size > 10_000 for path in world.folder.glob("*/store/train/ids.npy")):
+            assert run.poll() is None, "it has to be killed before it ends"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        run.kill()
+        run.communicate()
+    assert run.returncode == -signal.SIGKILL
+    assert list(world.folder.glob("*.building.*/store/train/ids.npy")), "half a store is left"
+    assert not list(world.folder.glob("*/header.json")) + list(world.folder.glob("*/train"))
+    assert world.prepare()["train"].header["documents"] == 1000 * len(TEXTS)
+
+
+MACHINE = socket.gethostname()
+
+
+def leave_behind(world, days, built_by=""):
+    """A build of the world's store that was killed and last wrote so many days ago; its folder."""
+    (store,) = world.folder.glob("*/train")
+    leftover = world.folder / f"{store.parent.name}.building{built_by}.x1y2"
+    shutil.copytree(store, leftover / "store" / "train")
+    for path in (leftover, *leftover.rglob("*")):
+        os.utime(path, (time.time() - days * 24 * 3600,) * 2)
+    return leftover
+
+
+@pytest.mark.parametrize("built_by", ["", f".{MACHINE}", ".elsewhere", f".{MACHINE}.elsewhere"])
+def test_a_build_removes_what_killed_ones_of_its_store_left(built_by, world):
+    world.prepare()
+    old, other = (
+        leave_behind(world, 1.1, built_by),
+        world.folder / f"0123456789abcdef.building{built_by}.x1y2",
+    )
+    shutil.copytree(old, other)
+    world.prepare()
+    assert old.exists(), "a store that is found is no time to tidy up"
+    world.prepare(overwrite_cache=True)
+    assert not old.exists()
+    assert other.exists(), "another store's build is another's affair"
+
+
+@pytest.mark.parametrize("built_by", ["", ".elsewhere", f".{MACHINE}.elsewhere"])
+@pytest.mark.parametrize("file", [".", "store/train/ids.npy"])
+def test_a_build_that_may_be_alive_is_left_alone(file, built_by, world):
+    world.prepare()
+    alive = leave_behind(world, 1.1, built_by)
+    os.utime(alive / file, (time.time() - 0.9 * 24 * 3600,) * 2)
+    world.prepare(overwrite_cache=True)
+    assert (alive / "store" / "train" / "ids.npy").exists()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_build_that_held_the_lock_here_is_dead_when_another_run_holds_it(alone, world):
+    world.prepare()
+    young = leave_behind(world, 0, f".{MACHINE}")
+    if not alone:
+        (lock,) = world.folder.glob("*.lock")
+        lock.unlink()
+        lock.mkdir()  # no lock to be had
+    world.prepare(overwrite_cache=True)
+    assert young.exists() != alone
+
+
+def test_a_store_that_is_removed_behind_ones_back_is_one_line(world, monkeypatch):
+    def rename(built, folder):
+        shutil.rmtree(built)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(UserError, match=r"--token_store .*: removed .* run again"):
+        world.prepare()
+
+
+@pytest.mark.parametrize("same_place", [True, False])
+def test_a_disk_that_is_full_is_one_line_and_harms_nothing(same_place, world):
+    world.prepare()
+    files = world.files()
+    tokenizer = world.tokenizer if same_place else TOKENIZERS["unigram"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))  # bytes a file, as good as a full disk
+    try:
+        with pytest.raises(UserError, match=r"--token_store .*: cannot write there \(File too large\)"):
+            world.prepare(tokenizer, overwrite_cache=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert world.files() == files
+    assert len(world.stores()) == 1, "what was half-built is gone"
+
+
+def test_a_run_that_comes_second_uses_the_store_of_the_quicker_one(world, monkeypatch):
+    kept = {}
+
+    def load(source):  # while this run reads the corpus, another one begins and ends
+        monkeypatch.undo()
+        documents = corpus.load(source)
+        world.prepare()
+        kept.update(world.files())
+        return documents
+
+    monkeypatch.setattr(corpus, "load", load)
+    stores = world.prepare()
+    assert world.files() == kept
+    assert documents_of(stores["train"]) == [tokens_of(world.tokenizer, text) for text in TEXTS]
+
+
+def test_colleagues_can_read_a_store(world):
+    world.folder.mkdir()
+    world.prepare()
+    assert {path.stat().st_mode for path in world.stores()} == {world.folder.stat().st_mode}
+
+
+def test_a_place_that_cannot_be_written_is_one_line(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    world.folder = tmp_path / "file" / "stores"
+    with pytest.raises(UserError, match=r"--token_store .*file/stores: cannot write there"):
+        world.prepare()
+
+
+def test_stores_lie_in_the_users_cache_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert store_folder(TokenStoreConfig()) == tmp_path / "mlm"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert store_folder(TokenStoreConfig()) == tmp_path / ".cache" / "mlm"
+    assert store_folder(TokenStoreConfig(token_store="~/stores")) == tmp_path / "stores"
+
+
+def test_threads_are_limited_where_a_number_is_given(monkeypatch):
+    monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
+    limit_threads(TokenStoreConfig())
+    assert "RAYON_NUM_THREADS" not in os.environ
+    monkeypatch.setenv("RAYON_NUM_THREADS", "7")
+    limit_threads(TokenStoreConfig(preprocessing_num_workers=2))
+    assert os.environ["RAYON_NUM_THREADS"] == "2"
+
+
+def test_no_thread_is_too_few():
+    with pytest.raises(UserError, match="--preprocessing_num_workers 0"):
+        TokenStoreConfig(preprocessing_num_workers=0)

@@ -1,0 +1,436 @@
+"""Before against after: sums that add up, intervals that cover, words that gained, and runs that keep it."""
+
+import dataclasses
+import json
+import random
+from collections import Counter, defaultdict
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import scipy.stats
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlm.data.chunks import ChunkConfig
+from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
+from mlm.data.masking import make_recipe
+from mlm.data.token_store import TokenStoreConfig, build
+from mlm.data.tokenizer import tokenizer_info
+from mlm.engine.checkpoint import CheckpointConfig
+from mlm.errors import UserError
+from mlm.evaluation.breakdown import by_token, by_word, frequency_tenths
+from mlm.evaluation.compare import bootstrap, compare, documents
+from mlm.evaluation.evaluate import EvaluateConfig, evaluate, make_eval_set, token_counts
+from mlm.model.load import ModelConfig
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.report.run_directory import RunConfig
+from mlm.train import train
+from tests.test_pipeline import script
+from tests.tokenizers_for_tests import wordpiece
+
+# Long words that the vocabulary has in pieces, some of them twice in a document.
+WORDS = ["the", "old", "fox", "unbelievably", "likes", "sour", "grapes", "whenever", "owl", "undrinkable"]
+
+
+class World:
+    """A text of thirty documents, two models, and their evaluations under two seeds of three folds each."""
+
+    def __init__(self, toy, folder, **chunking):
+        rng = random.Random(1)
+        self.documents = [" ".join(rng.choices(WORDS, k=rng.randint(1, 40))) for _ in range(30)]
+        self.tokenizer = wordpiece(["the old fox likes the young owl"] * 9, 120)
+        info = tokenizer_info(self.tokenizer)
+        store = build(self.documents, self.tokenizer, info, folder, {"split": "validation"})
+        config = EvaluateConfig(eval_mask_folds=3, eval_mask_seeds=2)
+        recipe = make_recipe(info)
+        self.text = make_eval_set("text", store, ChunkConfig(**chunking), 16, recipe, info, config)
+        self.counts = token_counts(store, info.size)
+        base, adapted = (toy.new_model(self.tokenizer) for _ in range(2))
+        adapted.cls.predictions.bias.data[:60] += 0.5
+        self.before, self.after = (
+            evaluate(SparseMaskedLM(model), self.text, Accelerator(cpu=True)) for model in (base, adapted)
+        )
+
+    def compare(self, after=None):
+        return compare(self.text, self.before, after or self.after, self.tokenizer, self.counts)
+
+
+@pytest.fixture(
+    scope="module", params=[{"remainder": "pad"}, {"line_by_line": True}], ids=["concat", "lines"]
+)
+def world(toy, tmp_path_factory, request):
+    return World(toy, tmp_path_factory.mktemp("world"), **request.param)
+
+
+def test_breakdowns_add_up_to_the_overall_nats_and_counts_exactly(world):
+    found = world.compare()["breakdowns"]
+    assert set(found) == {"frequency", "word", "position"}
+    for rows in found.values():
+        assert sum(row["count"] for row in rows) == world.before.masked
+        assert sum(row["nats_before"] for row in rows) == world.before.nats.sum()
+        assert sum(row["nats_after"] for row in rows) == world.after.nats.sum()
+    assert sum(row["count"] > 0 for row in found["position"]) >= 9  # a line's last token is a special one
+    assert all(row["count"] > 0 for row in found["word"])
+    table = documents("held_out", world.text, world.before, world.after, world.tokenizer)
+    assert sum(table["masked_tokens"].to_pylist()) == world.before.masked
+    assert sum(table["nats_after"].to_pylist()) == world.after.nats.sum()
+
+
+def test_an_untouched_model_gains_exactly_nothing(world):
+    found = world.compare(after=world.before)
+    assert found["gain"] == {"value": 1.0, "interval": [1.0, 1.0]}
+    assert found["difference"] == {"value": 0.0, "interval": [0.0, 0.0]}
+    assert found["tokens"] == found["words"] == {"gained": [], "lost": []}
+
+
+def test_the_gain_is_the_ratio_of_perplexities_inside_its_interval(world):
+    found = world.compare()
+    low, high = found["gain"]["interval"]
+    assert found["gain"]["value"] == pytest.approx(world.before.perplexity / world.after.perplexity)
+    assert low < found["gain"]["value"] < high
+    assert found["difference"]["value"] == pytest.approx(world.after.loss - world.before.loss)
+    assert found["bootstrap"] == {
+        **{"confidence": 0.95, "resamples": 2000, "unit": "documents", "seed": 0},
+        "units": found["masks"]["documents"],
+    }
+    assert world.compare() == found, "the interval is drawn from a seed"
+
+
+def slow_sums(world, key):
+    """{key(document, token's place): [occurrences, nats before, nats after]}, prediction by prediction."""
+    sums, seen = defaultdict(lambda: [0, 0.0, 0.0]), set()
+    for i in range(world.before.masked):
+        chunk, column = int(world.before.chunk[i]), int(world.before.column[i])
+        first = world.text.chunks.first
+        place = column + (chunk * 16 if first is None else int(first[chunk]))
+        name, occurrence = key(place)
+        occurrence = (int(world.before.mask_pass[i]) // 3, occurrence)  # three folds of a seed are one look
+        sums[name][0] += occurrence not in seen
+        seen.add(occurrence)
+        sums[name][1] += float(world.before.nats[i])
+        sums[name][2] += float(world.after.nats[i])
+    return sums
+
+
+def listed(found):
+    rows = [*found["gained"], *found["lost"]]
+    return {row["text"]: [row["count"], row["nats_before"], row["nats_after"]] for row in rows}
+
+
+def assert_sorted(found):
+    for name, sign in (("gained", 1), ("lost", -1)):
+        moved = [sign * (row["nats_before"] - row["nats_after"]) for row in found[name]]
+        assert moved == sorted(moved, reverse=True)
+        assert all(move > 0 for move in moved)
+
+
+def test_tokens_that_gained_and_lost_are_those_of_a_slow_count(world):
+    ids = world.text.store.ids
+    expected = slow_sums(world, lambda place: (world.tokenizer.decode([ids[place]]), place))
+    found = by_token(world.tokenizer, world.before, world.after)
+    assert_sorted(found)
+    assert len(listed(found)) > 20
+    assert listed(found) == {text: expected[text] for text in listed(found)}
+
+
+def test_words_that_gained_and_lost_are_those_of_a_slow_count(world):
+    """A word of the text is found by splitting it at its blanks; each is one to ten tokens here."""
+    word_at = {}
+    for number, document in enumerate(world.documents):
+        place = int(world.text.store.document_offsets[number]) + 1
+        for k, word in enumerate(document.split()):
+            for _ in world.tokenizer(word, add_special_tokens=False)["input_ids"]:
+                word_at[place] = (word, (number, k))
+                place += 1
+    found = by_word(world.text, world.tokenizer, world.before, world.after)
+    assert_sorted(found)
+    assert listed(found) == slow_sums(world, word_at.__getitem__)
+    assert set(listed(found)) == set(WORDS)
+
+
+def test_nats_belong_to_the_document_of_their_token(world):
+    """Chunks of concatenated text hold several documents."""
+    offsets = world.text.store.document_offsets
+    table = documents("held_out", world.text, world.before, world.after, world.tokenizer).to_pylist()
+    found = {row["document"]: [row["masked_tokens"], row["nats_before"], row["nats_after"]] for row in table}
+    assert found == slow_sums(world, lambda p: (next(d for d in range(30) if p < offsets[d + 1]), p))
+    for row in table:
+        assert world.documents[row["document"]].startswith(row["opening"].split(" ")[0])
+        assert row["text"] == "held_out"
+
+
+@pytest.mark.parametrize("header", [{"words": None}, {"words": 3}], ids=["slow tokenizer", "no spaces"])
+def test_where_the_tokenizer_sees_no_words_none_are_told_of(world, header):
+    store = dataclasses.replace(world.text.store, header={**world.text.store.header, **header})
+    text = dataclasses.replace(world.text, store=store)
+    found = compare(text, world.before, world.after, world.tokenizer, counts=None)
+    assert found["words"] is None
+    assert set(found["breakdowns"]) == {"position"}, "nor of frequencies in a corpus that is not known"
+    assert found["tokens"] == world.compare()["tokens"]
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.data())
+def test_frequency_tenths_are_those_of_a_slow_count(counts, data):
+    maskable = np.array(data.draw(st.lists(st.booleans(), min_size=len(counts), max_size=len(counts))))
+    found = frequency_tenths(np.array(counts), maskable)
+    ranked = sorted((i for i in range(len(counts)) if maskable[i]), key=lambda i: (-counts[i], i))
+    total, above = sum(counts[i] for i in ranked), 0
+    for i in ranked:
+        assert found[i] == (min(10 * above // total, 9) if total else 0)
+        above += counts[i]
+
+
+def slow_interval(difference, count, resamples, rng):
+    losses = []
+    for _ in range(resamples):
+        drawn = [rng.randrange(len(count)) for _ in count]
+        losses.append(sum(difference[i] for i in drawn) / sum(count[i] for i in drawn))
+    losses.sort()
+    return losses[round(0.025 * resamples)], losses[round(0.975 * resamples) - 1]
+
+
+def documents_drawn(rng, units, mean):
+    """Documents that differ in length and, as documents do, in how much they gain."""
+    count = rng.integers(1, 60, units)
+    own = rng.normal(mean, 0.3, units)
+    return count, count * own + rng.normal(0, np.sqrt(count))
+
+
+def test_the_interval_is_that_of_a_slow_bootstrap():
+    count, difference = documents_drawn(np.random.default_rng(0), 40, -0.2)
+    slow = slow_interval(difference.tolist(), count.tolist(), 4000, random.Random(0))
+    width = slow[1] - slow[0]
+    assert bootstrap(difference, count, resamples=4000) == pytest.approx(slow, abs=0.06 * width)
+
+
+def test_the_interval_is_scipys():
+    count, difference = documents_drawn(np.random.default_rng(1), 60, -0.2)
+    found = scipy.stats.bootstrap(
+        (difference, count),
+        lambda d, c, axis: d.sum(axis=axis) / c.sum(axis=axis),
+        **{"paired": True, "n_resamples": 20_000, "method": "percentile", "rng": np.random.default_rng(0)},
+    ).confidence_interval
+    width = found.high - found.low
+    assert bootstrap(difference, count, 20_000) == pytest.approx((found.low, found.high), abs=0.03 * width)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    rng, covered = np.random.default_rng(2), 0
+    for _ in range(300):
+        count, difference = documents_drawn(rng, 60, -0.2)
+        low, high = bootstrap(difference, count, resamples=400)
+        covered += low <= -0.2 <= high
+    assert 0.90 <= covered / 300 <= 0.99
+
+
+def test_documents_are_resampled_not_tokens():
+    """The same nats, in documents that differ and in documents that are all alike: the first know less."""
+    count = np.full(40, 50)
+    differing = np.where(np.arange(40) % 2, 30.0, -50.0)
+    alike = np.full(40, differing.mean())
+    (low, high), narrow = bootstrap(differing, count), bootstrap(alike, count)
+    assert narrow == pytest.approx((-0.2, -0.2))
+    assert high - low > 0.4
+
+
+def test_memory_for_resampling_does_not_grow_with_the_documents(monkeypatch):
+    count, difference = documents_drawn(np.random.default_rng(3), 50, -0.2)
+    whole = bootstrap(difference, count, resamples=1000)
+    monkeypatch.setattr(
+        "mlm.evaluation.compare.AT_A_TIME", 175
+    )  # three resamples at a time, one in the last slice
+    assert bootstrap(difference, count, resamples=1000) == whole
+
+
+def test_one_document_is_resampled_by_its_chunks(toy, tmp_path):
+    world = World(toy, tmp_path, remainder="pad")
+    book = dataclasses.replace(world.text.store, document_offsets=np.array([0, len(world.text.store.ids)]))
+    world.text = dataclasses.replace(world.text, store=book)
+    found = world.compare()
+    assert (found["bootstrap"]["unit"], found["masks"]["documents"]) == ("chunks", 1)
+    assert found["bootstrap"]["units"] == len(world.text.chunks)
+    assert found["gain"]["interval"][0] < found["gain"]["value"] < found["gain"]["interval"][1]
+
+
+# In a run
+
+
+def comparison(folder):
+    return json.loads((folder / "comparison.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def out_of_domain_file(tmp_path_factory):
+    """Text outside the toy's domain: its words in an order that teaches nothing."""
+    rng, path = random.Random(5), tmp_path_factory.mktemp("general") / "general.txt"
+    words = ["the", "old", "young", "cat", "dog", "cow", "likes", "milk", "bones", "grass", "every", "day"]
+    path.write_text("".join(f"{' '.join(rng.choices(words, k=9))}\n" for _ in range(40)))
+    return path
+
+
+def with_general(toy, out_of_domain_file, folder, **loop):
+    modules = {
+        "out_of_domain": OutOfDomainConfig(out_of_domain_file=str(out_of_domain_file)),
+        "evaluate": EvaluateConfig(eval_mask_folds=3, eval_mask_seeds=2),
+    }
+    return toy.config(folder, modules=modules, **loop)
+
+
+def test_a_run_says_what_it_gained_and_what_it_forgot(toy, out_of_domain_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    found = train(with_general(toy, out_of_domain_file, folder, max_train_steps=100, eval_steps=40)).results
+    told = comparison(folder)
+    for name, prefix in (("held_out", ""), ("general", "general_")):
+        row = told[name]
+        assert [found[f"{prefix}gain{end}"] for end in ("", "_low", "_high")] == [
+            row["gain"]["value"],
+            *row["gain"]["interval"],
+        ]
+        assert row["after"]["perplexity"] == found[f"{prefix}perplexity"]
+        assert row["before"]["perplexity"] == found[f"{prefix}perplexity_before"]
+        assert row["gain"]["value"] == pytest.approx(
+            found[f"{prefix}perplexity_before"] / found[f"{prefix}perplexity"]
+        )
+        assert row["masks"]["seeds"] == [0, 1] and row["masks"]["folds"] == 3
+    assert found["gain_low"] > 1
+    assert found["general_gain"] < found["gain"]
+    by_seed = told["held_out"]["after"]["perplexity_by_seed"]
+    assert found["perplexity_spread"] == max(by_seed) - min(by_seed) > 0
+    assert {
+        "bits_per_character",
+        "bits_per_word",
+        "general_eval_loss",
+        "general_eval_loss_before",
+    } <= found.keys()
+
+    table = pq.read_table(folder / "documents.parquet").to_pylist()
+    masked = Counter()
+    for row in table:
+        masked[row["text"]] += row["masked_tokens"]
+    assert masked == {name: told[name]["masks"]["masked_tokens"] for name in ("held_out", "general")}
+    printed = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("held-out text:") and "95% interval" in line for line in printed) == 1
+    assert sum(line.startswith("general text:") and "95% interval" in line for line in printed) == 1
+
+
+def test_evaluations_during_training_are_of_the_first_pass(toy, out_of_domain_file, tmp_path):
+    train(with_general(toy, out_of_domain_file, tmp_path / "run", eval_steps=5))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    seen = [(line["step"], line["eval_masked_tokens"]) for line in lines if line["event"] == "eval"]
+    assert [step for step, _ in seen] == [0, 5, 10, 12]
+    assert len({masked for _, masked in seen}) == 1
+    assert seen[0][1] < comparison(tmp_path / "run")["held_out"]["masks"]["masked_tokens"] / 4
+    tokens = [line["tokens"] for line in lines if line["event"] in ("train", "eval")]
+    assert tokens == sorted(tokens)
+    assert (tokens[0], tokens[-1]) == (0, 12 * 8 * 16)
+
+
+def test_a_general_text_is_measured_as_it_is_on_its_own(toy, out_of_domain_file, tmp_path):
+    found = train(with_general(toy, out_of_domain_file, tmp_path / "run", max_train_steps=3)).results
+    modules = {
+        "model": ModelConfig(model_name_or_path=str(tmp_path / "run")),
+        "corpus": CorpusConfig(train_file=str(toy.train_file), validation_file=str(out_of_domain_file)),
+        "evaluate": EvaluateConfig(eval_mask_folds=3, eval_mask_seeds=2),
+    }
+    config = toy.config(tmp_path / "alone", modules=modules, max_train_steps=None, num_train_epochs=0)
+    alone = train(config).results
+    assert alone["perplexity"] == found["general_perplexity"]
+    assert alone["eval_loss"] == found["general_eval_loss"]
+
+
+def test_a_run_without_an_evaluation_before_compares_nothing(toy, tmp_path):
+    found = train(toy.config(tmp_path / "run", eval_on_start=False)).results
+    assert not {"gain", "perplexity_before"} & found.keys()
+    assert not list((tmp_path / "run").glob("comparison*")) + list((tmp_path / "run").glob("documents*"))
+
+
+def test_no_step_is_no_gain(toy, tmp_path):
+    found = train(toy.config(tmp_path / "run", max_train_steps=None, num_train_epochs=0)).results
+    assert (found["gain"], found["gain_low"], found["gain_high"]) == (1.0, 1.0, 1.0)
+
+
+def test_the_best_weights_are_those_that_are_compared(toy, out_of_domain_file, tmp_path):
+    """A learning rate that ruins the model: the best weights are the untouched ones, on every text."""
+    loop = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "eval_steps": 1, "max_train_steps": 3}
+    config = with_general(toy, out_of_domain_file, tmp_path / "run", load_best_model_at_end=True, **loop)
+    found = train(config).results
+    assert (found["gain"], found["general_gain"]) == (1.0, 1.0)
+
+
+def test_a_resumed_run_compares_with_what_was_before_the_first_step(toy, out_of_domain_file, tmp_path):
+    folder = tmp_path / "run"
+    config = with_general(toy, out_of_domain_file, folder)
+    train(dataclasses.replace(config, checkpoint=CheckpointConfig(checkpointing_steps=6)))
+    first = comparison(folder)
+    for file in ("comparison.json", "documents.parquet", "all_results.json"):
+        (folder / file).unlink()
+    goes_on = CheckpointConfig(resume_from_checkpoint=str(folder / "checkpoints" / "step_6"))
+    found = train(dataclasses.replace(config, checkpoint=goes_on)).results
+    assert comparison(folder) == first
+    assert found["gain"] == first["held_out"]["gain"]["value"]
+
+
+def test_a_general_text_that_cannot_be_is_refused_in_words(toy, tmp_path):
+    with pytest.raises(
+        UserError, match="--out_of_domain_file and --out_of_domain_dataset_name: give one of the two"
+    ):
+        OutOfDomainConfig(out_of_domain_file="a.txt", out_of_domain_dataset_name="b")
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match=r"^--out_of_domain_file .*empty\.txt is empty"):
+        train(with_general(toy, tmp_path / "empty.txt", tmp_path / "run"))
+    (tmp_path / "short.txt").write_text("the cat\n")
+    with pytest.raises(UserError, match=r"short\.txt: .*less than one chunk"):
+        train(with_general(toy, tmp_path / "short.txt", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_a_general_data_set_the_held_out_part_alone_is_tokenised(toy, out_of_domain_file, tmp_path):
+    """A folder with a training split as well, which may be all of Wikipedia."""
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "data" / f"{split}.txt").write_text(out_of_domain_file.read_text())
+    modules = {
+        "out_of_domain": OutOfDomainConfig(out_of_domain_dataset_name=str(tmp_path / "data")),
+        "token_store": TokenStoreConfig(token_store=str(tmp_path / "stores")),
+    }
+    config = toy.config(tmp_path / "run", modules=modules, max_train_steps=1)
+    by_file = dataclasses.replace(
+        config, out_of_domain=OutOfDomainConfig(out_of_domain_file=str(out_of_domain_file))
+    )
+    found = train(config).results
+    assert sorted(path.name for path in (tmp_path / "stores").glob("*/train")) == ["train"], "the domain's"
+    by_file = dataclasses.replace(by_file, run=RunConfig(output_dir=str(tmp_path / "by_file")))
+    assert train(by_file).results["general_eval_loss"] == found["general_eval_loss"]
+
+
+# On the command line
+
+
+@pytest.mark.slow
+def test_two_checkpoints_are_compared_on_the_command_line(toy, out_of_domain_file, tmp_path):
+    train(toy.config(tmp_path / "adapted", max_train_steps=100))
+    flags = [
+        *("--train_file", toy.train_file, "--validation_file", toy.validation_file, "--max_seq_length", 16),
+        *("--token_store", toy.checkpoint.parent / "stores", "--out_of_domain_file", out_of_domain_file),
+        *("--compare", toy.checkpoint, "--output", tmp_path / "found.json"),
+    ]
+    found, printed = script("evaluate", "--model_name_or_path", tmp_path / "adapted", *flags)
+    run = json.loads((tmp_path / "adapted" / "all_results.json").read_text())
+    assert {name: found[name] for name in ("gain", "gain_low", "gain_high")} == {
+        name: run[name] for name in ("gain", "gain_low", "gain_high")
+    }
+    written = json.loads((tmp_path / "found.json").read_text())
+    assert written["held_out"] == comparison(tmp_path / "adapted")["held_out"]
+    assert written["general"]["gain"]["value"] != 1
+    assert "95% interval" in printed
+
+    tokenizer = wordpiece(["the old cat likes milk every day ."] * 3, 150)
+    tokenizer.save_pretrained(tmp_path / "other")
+    toy.new_model(tokenizer).save_pretrained(tmp_path / "other")
+    other, printed = script("evaluate", "--model_name_or_path", tmp_path / "other", *flags)
+    assert "gain" not in other
+    assert "bits per character and per word are" in printed
+    assert other["bits_per_character"] != other["bits_per_character_before"]
+    assert other["bits_per_character_before"] == pytest.approx(run["bits_per_character_before"])

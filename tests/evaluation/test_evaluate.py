@@ -1,0 +1,280 @@
+"""Exact evaluation (law 3): no figure depends on how the pass was cut."""
+
+import copy
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForMaskedLM
+
+from mlm.data.batches import mask_chunks
+from mlm.data.chunks import ChunkConfig
+from mlm.data.masking import Recipe, corrupt, draw, make_recipe, select_fold
+from mlm.data.token_store import prepare
+from mlm.data.tokenizer import load_tokenizer, tokenizer_info
+from mlm.errors import UserError
+from mlm.evaluation.evaluate import EvaluateConfig, Evaluation, evaluate, make_eval_set
+from mlm.evaluation.evaluate import measure as of_text
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.train import train
+from tests.runs import TORCHRUN, run
+
+RECIPE = Recipe(select=0, replace=0, randomise=0, mask_id=4, maskable_ids=np.arange(5, 9), whole_word=False)
+
+
+@pytest.fixture(scope="module")
+def held_out(toy):
+    config = toy.config()
+    tokenizer = load_tokenizer(str(toy.checkpoint))
+    info = tokenizer_info(tokenizer)
+    store = prepare(config.corpus, tokenizer, info, config.token_store)["validation"]
+    recipe = make_recipe(info)
+    text = make_eval_set("toy", store, ChunkConfig(remainder="pad"), 16, recipe, info, EvaluateConfig())
+    return AutoModelForMaskedLM.from_pretrained(toy.checkpoint), text
+
+
+def measure(held_out, chunk_ids=None, complete=True, recipe=None, **config) -> Evaluation:
+    model, text = held_out
+    text = dataclasses.replace(
+        text,
+        chunk_ids=text.chunk_ids if chunk_ids is None else chunk_ids,
+        recipe=recipe or text.recipe,
+        config=EvaluateConfig(**config),
+    )
+    return evaluate(SparseMaskedLM(model), text, Accelerator(cpu=True), complete)
+
+
+def slow_evaluation(held_out, mask_seed):
+    """One chunk at a time through the stock dense model; a sum over single tokens, in Python."""
+    model, text = held_out
+    chunks, recipe, info = text.chunks, text.recipe, text.info
+    nats, count, hits = 0.0, 0, 0
+    for chunk in range(len(chunks)):
+        rows = chunks.take(np.array([chunk]))
+        draws = draw(mask_seed, 0, np.array([chunk]), rows.ids.shape[1])
+        seen = corrupt(rows.ids, info.maskable[rows.ids], draws, recipe, rows.word_starts)
+        with torch.no_grad():
+            logits = model.eval()(torch.from_numpy(seen.ids)).logits[0]
+        for position, target in zip(seen.positions, seen.targets, strict=True):
+            nats += -F.log_softmax(logits[position].double(), -1)[target].item()
+            hits += int(logits[position].argmax() == target)
+            count += 1
+    return nats, count, hits
+
+
+def test_evaluation_equals_the_slow_one(held_out):
+    found = measure(held_out, eval_mask_seed=5)
+    nats, count, hits = slow_evaluation(held_out, 5)
+    assert (found.masked, found.hit.sum()) == (count, hits)
+    assert found.loss == pytest.approx(nats / count, rel=1e-6)
+    assert found.perplexity == pytest.approx(math.exp(nats / count), rel=1e-5)
+    assert found.accuracy == hits / count
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_perplexity_does_not_depend_on_the_batch_size(held_out, batch_size):
+    reference = measure(held_out, per_device_eval_batch_size=4)
+    other = measure(held_out, per_device_eval_batch_size=batch_size)
+    assert other.perplexity == pytest.approx(reference.perplexity, rel=1e-6)
+    assert other.same_masks(reference)
+    np.testing.assert_allclose(other.nats, reference.nats, rtol=1e-5)
+
+
+def test_each_chunk_is_counted_once_wherever_it_stands(held_out):
+    every = measure(held_out)
+    some = measure(held_out, chunk_ids=np.array([9, 2, 5]))
+    expected = np.concatenate([every.nats[every.chunk == chunk] for chunk in (9, 2, 5)])
+    np.testing.assert_allclose(some.nats, expected, rtol=1e-5)
+
+
+def test_the_mask_seed_names_the_masks(held_out):
+    one, again, other = (measure(held_out, eval_mask_seed=seed) for seed in (1, 1, 2))
+    assert one.nats.tolist() == again.nats.tolist()
+    assert not one.same_masks(other)
+
+
+def test_evaluation_leaves_the_training_mode_and_the_generator_alone(held_out):
+    model, text = held_out
+    sparse = SparseMaskedLM(model).train()
+    before = torch.get_rng_state()
+    evaluate(sparse, dataclasses.replace(text, chunk_ids=np.arange(3)), Accelerator(cpu=True))
+    assert sparse.training
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_nothing_masked_is_no_figure(held_out):
+    """Not a perplexity of 1, which would be a perfect model's."""
+    found = measure(held_out, recipe=dataclasses.replace(held_out[1].recipe, select=0))
+    assert found.masked == 0
+    assert all(math.isnan(value) for value in (found.loss, found.perplexity, found.accuracy))
+
+
+@given(
+    seed=st.integers(0, 2**40), folds=st.integers(2, 9), whole_word=st.booleans(), data=st.data(),
+    shape=st.tuples(st.integers(1, 6), st.integers(1, 30)),
+)  # fmt: skip
+def test_folds_predict_each_token_once_and_keep_words_together(seed, folds, whole_word, data, shape):
+    rows, length = shape
+    flags = st.lists(st.booleans(), min_size=rows * length, max_size=rows * length)
+    maskable, starts = (np.array(data.draw(flags)).reshape(shape) for _ in range(2))
+    recipe = dataclasses.replace(RECIPE, whole_word=whole_word)
+    draws = draw(seed, 0, np.arange(rows), length)
+    chosen = np.stack([select_fold(maskable, draws, recipe, starts, k, folds) for k in range(folds)])
+    assert (chosen.sum(axis=0) == maskable).all(), "each maskable token in one fold, no other in any"
+
+    for row in range(rows):
+        begins = [t for t in range(length) if t == 0 or starts[row, t] or not whole_word]
+        units = [range(a, b) for a, b in zip(begins, [*begins[1:], length], strict=True)]
+        fold_of = [{int(chosen[:, row, t].argmax()) for t in unit if maskable[row, t]} for unit in units]
+        assert all(len(found) <= 1 for found in fold_of), "a word stays together"
+        sizes = np.bincount([f for found in fold_of for f in found], minlength=folds)
+        assert sizes.max() - sizes.min() <= 1, "folds are as even as they can be"
+
+
+def test_a_fold_depends_on_seed_chunk_and_place_alone():
+    """Not on the chunks beside it, nor on the padding of its row."""
+    maskable = np.ones((4, 12), bool)
+    together = select_fold(maskable, draw(3, 0, np.arange(4), 12), RECIPE, None, 1, 3)
+    for chunk in range(4):
+        padded = np.pad(maskable[:1], [(0, 0), (0, 5)])
+        alone = select_fold(padded, draw(3, 0, np.array([chunk]), 17), RECIPE, None, 1, 3)
+        assert (alone[0, :12] == together[chunk]).all()
+    other = select_fold(maskable, draw(4, 0, np.arange(4), 12), RECIPE, None, 1, 3)
+    assert (other != together).any()
+
+
+@pytest.mark.parametrize("whole_word", [False, True])
+def test_an_evaluation_in_folds_predicts_every_token_of_the_text_once(held_out, whole_word):
+    text = held_out[1]
+    recipe = dataclasses.replace(text.recipe, whole_word=whole_word)
+    found = measure(held_out, recipe=recipe, eval_mask_folds=5)
+    rows = text.chunks.take(text.chunk_ids)
+    row, column = np.nonzero(text.info.maskable[rows.ids])
+    order = np.lexsort((found.column, found.chunk))
+    assert (found.chunk[order].tolist(), found.column[order].tolist()) == (row.tolist(), column.tolist())
+    assert (found.target == rows.ids[found.chunk, found.column]).all()
+    shares = np.bincount(found.mask_pass, minlength=5) / found.masked
+    assert (abs(shares - 1 / 5) < 0.03).all(), "a fifth of the tokens in each pass"
+
+
+def test_folds_are_corrupted_as_the_recipe_says(held_out):
+    text = held_out[1]
+    seen = {"mask": 0, "kept": 0, "all": 0}
+    for seed, fold in EvaluateConfig(eval_mask_folds=7, eval_mask_seeds=4).passes:
+        ids, epochs = text.chunk_ids, np.zeros(len(text.chunk_ids), np.int64)
+        batch = mask_chunks(text.chunks, ids, epochs, seed, text.recipe, text.info.maskable, fold)
+        shown = batch.input_ids.reshape(-1)[batch.positions]
+        seen["mask"] += int((shown == text.info.mask_id).sum())
+        seen["kept"] += int((shown == batch.targets).sum())
+        seen["all"] += len(shown)
+    assert seen["mask"] / seen["all"] == pytest.approx(0.8, abs=0.03)
+    assert seen["kept"] / seen["all"] == pytest.approx(0.1, abs=0.03)
+
+
+@pytest.mark.parametrize("config", [{"eval_mask_seeds": 2}, {"eval_mask_folds": 3, "eval_mask_seeds": 2}])
+@pytest.mark.parametrize("batch_size", [1, 5, 1000])
+def test_neither_masks_nor_nats_depend_on_the_batch_size(held_out, config, batch_size):
+    reference = measure(held_out, per_device_eval_batch_size=4, **config)
+    other = measure(held_out, per_device_eval_batch_size=batch_size, **config)
+    assert other.same_masks(reference)
+    np.testing.assert_allclose(other.nats, reference.nats, rtol=1e-4, atol=1e-5)
+    assert other.perplexity == pytest.approx(reference.perplexity, rel=1e-6)
+
+
+def test_sums_are_the_same_to_the_bit_in_any_order(held_out):
+    """Also of a model that is sure of a token: float32 has nats near 0 that no sum of large ones keeps."""
+    sure = copy.deepcopy(held_out[0])
+    sure.cls.predictions.bias.data[np.bincount(measure(held_out).target).argmax()] += 20
+    found = measure((sure, held_out[1]), eval_mask_folds=3)
+    assert 0 < (found.nats < 1e-2).sum() < found.masked
+    assert (found.nats * 2**24 % 1 == 0).all()
+    total = found.nats.sum()
+    assert total == found.nats[::-1].sum() == math.fsum(found.nats)
+    by_chunk = np.bincount(found.chunk, found.nats)
+    assert by_chunk.sum() == by_chunk[::-1].sum() == total
+
+
+def test_seeds_are_measured_one_by_one_and_together(held_out):
+    both = measure(held_out, eval_mask_seed=3, eval_mask_seeds=2, eval_mask_folds=2)
+    config = EvaluateConfig(eval_mask_seed=3, eval_mask_seeds=2, eval_mask_folds=2)
+    parts = both.seeds(config)
+    assert [part.masked for part in parts] == [both.masked // 2] * 2
+    for seed, part in zip((3, 4), parts, strict=True):
+        alone = measure(held_out, eval_mask_seed=seed, eval_mask_folds=2)
+        assert part.nats.tolist() == alone.nats.tolist()
+
+
+def test_a_short_evaluation_is_the_first_pass_of_a_complete_one(held_out):
+    """So that the curve of a run is of one and the same set of masked tokens."""
+    config = {"eval_mask_seeds": 2, "eval_mask_folds": 3}
+    short, whole = (measure(held_out, complete=complete, **config) for complete in (False, True))
+    first = whole.first_pass
+    assert short.same_masks(first)
+    assert short.nats.tolist() == first.nats.tolist()
+    assert 0 < first.masked < whole.masked / 4
+
+
+def test_bits_per_character_are_counted_over_the_text_itself(toy, held_out):
+    found = measure(held_out)
+    figures = of_text(found, held_out[1])
+    lines = toy.validation_file.read_text().splitlines()
+    tokenizer = load_tokenizer(str(toy.checkpoint))
+    tokens = sum(len(tokenizer(line, add_special_tokens=False)["input_ids"]) for line in lines)
+    bits = found.loss / math.log(2) * tokens
+    assert figures["bits_per_character"] == pytest.approx(bits / sum(map(len, lines)))
+    assert figures["bits_per_word"] == pytest.approx(bits / sum(len(line.split()) for line in lines))
+
+
+def test_a_script_without_spaces_has_no_bits_per_word(held_out):
+    text = held_out[1]
+    header = {**text.store.header, "characters": 1000, "spaced_words": 40}
+    unspaced = dataclasses.replace(text, store=dataclasses.replace(text.store, header=header))
+    figures = of_text(measure(held_out), unspaced)
+    assert figures["bits_per_word"] is None
+    assert figures["bits_per_character"] > 0
+
+
+def test_more_folds_than_a_chunk_has_tokens_are_refused(toy, tmp_path):
+    modules = {"evaluate": EvaluateConfig(eval_mask_folds=17)}
+    with pytest.raises(UserError, match="--eval_mask_folds 17: a chunk has 16 tokens only"):
+        train(toy.config(tmp_path / "run", modules=modules))
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(toy, held_out, tmp_path):
+    """Prediction by prediction, in its order: three passes, chunks that do not halve."""
+    program = f"""
+from dataclasses import replace
+import numpy as np
+from accelerate import Accelerator
+from mlm.evaluation.evaluate import evaluate
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.model.load import load_model
+from mlm.evaluation.eval_set import open_corpus, open_texts
+from mlm.config import Config
+from mlm import cli
+flags = {[*toy.flags(tmp_path), "--eval_mask_folds=3"]!r}
+config = cli.parse_config(Config, flags)
+accelerator = Accelerator(cpu=True)
+tokenizer, facts, stores = open_corpus(config, accelerator)
+text = open_texts(config, tokenizer, facts, stores["validation"], 16, accelerator)["held_out"]
+text = replace(text, chunk_ids=text.chunk_ids[:11])
+found = evaluate(SparseMaskedLM(load_model(config.model, tokenizer, 0)), text, accelerator)
+np.savez(f"{tmp_path}/{{accelerator.process_index}}.npz", *found)
+"""
+    (tmp_path / "program.py").write_text(program)
+    status, _, errors = run(TORCHRUN, [], str(tmp_path / "program.py"))
+    assert status == 0, errors
+    one = measure(held_out, held_out[1].chunk_ids[:11], eval_mask_folds=3)
+    two = [Evaluation(*np.load(tmp_path / f"{rank}.npz").values()) for rank in (0, 1)]
+    for other in two:
+        assert other.same_masks(one)
+        np.testing.assert_allclose(other.nats, one.nats, rtol=1e-4, atol=1e-5)
+        assert other.perplexity == pytest.approx(one.perplexity, rel=1e-6)

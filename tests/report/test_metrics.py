@@ -1,0 +1,115 @@
+"""While a run goes on: a bar on a terminal, lines elsewhere, the same events in TensorBoard."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import termios
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mlm.report.run_directory import RunConfig
+from mlm.train import train
+from tests.conftest import REPOSITORY
+from tests.runs import CPU, PYTHON, SCRIPT, metrics, run
+
+EVALUATION = re.compile(r"step (\d+): held-out loss \d+\.\d{4}, perplexity [\d.]+")
+LINE = re.compile(r"step (\d+)/12: loss [\d.]+, perplexity [\d.]+, lr [\d.]+e[+-]\d+, [\d,]+ tokens/s")
+BAR = re.compile(
+    r"(\d+)/12 .* \d\d:\d\d left, loss [\d.]+, perplexity [\d.]+, lr [\d.]+e[+-]\d+, [\d,]+ tokens/s"
+)
+
+
+def on_a_terminal(command: list[str], columns: int) -> tuple[int, str]:
+    """Exit status, and all that a process writes to a terminal of so many columns."""
+    mine, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {**os.environ, **CPU, "TERM": "xterm"}
+    process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, cwd=REPOSITORY, env=environment)
+    os.close(its)
+    written = b""
+    while True:
+        try:
+            part = os.read(mine, 1 << 16)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        written += part
+    os.close(mine)
+    return process.wait(), written.decode()
+
+
+def screen(written: str) -> list[str]:
+    """The lines that stand on a terminal in the end: a carriage return goes back, what follows overwrites."""
+    lines = []
+    for line in written.replace("\r\n", "\n").split("\n"):
+        shown: list[str] = []
+        for part in line.split("\r"):
+            shown[: len(part)] = part
+        lines.append("".join(shown).rstrip())
+    return lines
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_one_bar_and_whole_lines_above_it(toy, tmp_path):
+    flags = toy.flags(tmp_path / "run", eval_steps=4, logging_steps=2)
+    status, written = on_a_terminal([*PYTHON, SCRIPT, *flags], columns=120)
+    assert status == 0, written
+    lines = screen(written)
+    assert "\x1b[A" not in written, "no second bar above the first"
+    assert [int(m[1]) for m in map(EVALUATION.fullmatch, lines) if m] == [0, 4, 8, 12]
+    assert not [line for line in lines if LINE.search(line)], "the bar says it"
+    bars = [line for line in lines if "left" in line and "/12" in line]
+    assert [int(BAR.fullmatch(bar)[1]) for bar in bars] == [12]
+    drawn = [int(m[1]) for m in map(BAR.match, re.split(r"[\r\n]", written)) if m]
+    assert drawn == sorted(drawn)
+    assert set(drawn) >= {2, 4, 6, 8, 10, 12}
+    assert max(len(line) for line in re.split(r"[\r\n]", written) if "left" in line) <= 120
+    assert json.loads(lines[-2])["steps"] == 12
+
+
+@pytest.mark.slow
+def test_a_file_gets_a_line_every_logging_steps_and_no_bar(toy, tmp_path):
+    status, output, errors = run(PYTHON, toy.flags(tmp_path / "run", eval_steps=6, logging_steps=5))
+    assert status == 0, errors
+    assert "\r" not in output + errors
+    assert "left" not in errors
+    lines = output.splitlines()
+    assert [int(m[1]) for m in map(LINE.fullmatch, lines) if m] == [5, 6, 10, 12]  # an evaluation ends a line
+    assert [int(m[1]) for m in map(EVALUATION.fullmatch, lines) if m] == [0, 6, 12]
+
+
+def test_events_count_the_tokens_seen(toy, tmp_path):
+    modules = {"run": RunConfig(output_dir=str(tmp_path / "run"), logging_steps=5)}
+    train(toy.config(modules=modules, eval_steps=4))
+    step = 8 * 16  # chunks of 16 tokens, none of them padding
+    for event, steps in (("train", [4, 5, 8, 10, 12]), ("eval", [0, 4, 8, 12])):
+        told = [(line["step"], line["tokens"]) for line in metrics(tmp_path / "run", event)]
+        assert told == [(s, s * step) for s in steps]
+
+
+def test_tensorboard_reads_back_what_the_run_measured(toy, tmp_path):
+    record = RunConfig(
+        output_dir=str(tmp_path / "run"), logging_steps=5, with_tracking=True, report_to="tensorboard"
+    )
+    results = train(toy.config(modules={"record": record}, eval_steps=4)).results
+    [folder] = {
+        path.parent for path in (tmp_path / "run").rglob("events.out.tfevents.*") if path.parent.name == "mlm"
+    }
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    told = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for event, names in (
+        ("train", ("loss", "learning_rate", "tokens_per_second", "tokens")),
+        ("eval", ("perplexity", "eval_loss", "accuracy")),
+    ):
+        for name in names:
+            expected = [(line["step"], line[name]) for line in metrics(tmp_path / "run", event)]
+            assert told[f"{event}/{name}"] == [(s, pytest.approx(v, rel=1e-6)) for s, v in expected], name
+    for name in ("perplexity", "perplexity_before", "gain", "gain_low", "gain_high", "train_loss"):
+        assert told[f"end/{name}"] == [(12, pytest.approx(results[name], rel=1e-6))]

@@ -1,0 +1,79 @@
+"""The model card: what the Hub reads in it are the figures of the run."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+
+from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
+from mlm.data.masking import MaskingConfig
+from mlm.report.model_card import model_card
+from mlm.train import train
+
+
+@pytest.fixture(scope="module")
+def run(toy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    out_of_domain = folder.parent / toy.validation_file.name  # of the same name as the domain's
+    out_of_domain.write_text("a young owl and a small fox like every old day .\n" * 20)
+    train(
+        toy.config(
+            folder, modules={"out_of_domain": OutOfDomainConfig(out_of_domain_file=str(out_of_domain))}
+        )
+    )
+    return folder
+
+
+def test_the_hub_reads_the_figures_of_the_run_in_the_card(run):
+    results = json.loads((run / "all_results.json").read_text())
+    card = ModelCard.load(run / "README.md")
+    assert card.data.model_name == "toy"
+    assert card.data.pipeline_tag == "fill-mask"
+    found = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert found == {
+        ("validation.txt", "perplexity"): results["perplexity"],
+        ("validation.txt", "accuracy"): results["accuracy"],
+        ("validation.txt", "bits_per_character"): results["bits_per_character"],
+        **{
+            ("validation.txt (general text)", metric): results[f"general_{metric}"]
+            for metric in ("perplexity", "accuracy", "bits_per_character")
+        },
+    }
+    assert {(r.task_type, r.dataset_split) for r in card.data.eval_results} == {("fill-mask", "validation")}
+    assert "/" not in str([r.dataset_type for r in card.data.eval_results]), "a path says nothing elsewhere"
+
+
+def test_the_card_tells_people_the_gain_and_what_was_forgotten(run):
+    results = json.loads((run / "all_results.json").read_text())
+    domain, out_of_domain = ModelCard.load(run / "README.md").text.split(
+        "On text outside the domain, validation.txt:"
+    )
+    for text, prefix in ((domain, ""), (out_of_domain, "general_")):
+        gain, low, high = (f"{results[prefix + name]:.4g}" for name in ("gain", "gain_low", "gain_high"))
+        assert (
+            f"Perplexity before / after is {gain} (95% interval {low} to {high}, paired bootstrap)." in text
+        )
+        for name in ("perplexity", "accuracy", "bits_per_character"):
+            before, after = (f"{results[f'{prefix}{name}{when}']:.4g}" for when in ("_before", ""))
+            assert f"| {name.replace('_', ' ')} | {before} | {after} |" in text
+
+
+def test_figures_that_do_not_exist_are_left_out_of_the_metadata(toy, tmp_path):
+    """The Hub's model-index takes no null: a run in which nothing was masked has a card without it."""
+    train(
+        toy.config(
+            tmp_path / "run", modules={"masking": MaskingConfig(mlm_probability=0.0)}, max_train_steps=1
+        )
+    )
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert not card.data.eval_results
+    assert "undefined" in card.text
+
+
+def test_a_dataset_of_the_hub_keeps_its_name(toy, run):
+    results = json.loads((run / "all_results.json").read_text())
+    corpus = CorpusConfig(dataset_name="stanfordnlp/imdb", dataset_config_name="plain_text")
+    card = ModelCard(model_card("toy", toy.config(modules={"corpus": corpus}), results))
+    assert card.data.datasets == "stanfordnlp/imdb"
+    [dataset] = {(r.dataset_type, r.dataset_config) for r in card.data.eval_results}
+    assert dataset == ("stanfordnlp/imdb", "plain_text")
