@@ -33,7 +33,7 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 from mlm.engine.distributed import lost_a_process
-from mlm.engine.micro_batch import out_of_memory
+from mlm.engine.update import out_of_memory
 from mlm.engine.signals import Stopped
 from mlm.errors import UserError, one_line
 
