@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import release_memory
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -202,7 +203,8 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         for batch in share:
             input_ids, positions, targets, attention_mask = batch.to(device)
             with accelerator.autocast():
-                losses, _ = model(input_ids, positions, targets, attention_mask)  # [M] float32
+                logits = model(input_ids, positions, attention_mask)  # [M, V]
+                losses = F.cross_entropy(logits.float(), targets, reduction="none")  # [M] float32
             accelerator.backward(losses.sum() / max(masked, 1))
             nats += losses.detach().sum()
         if accelerator.scaler is not None and not share:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
@@ -46,7 +47,8 @@ def find_nonfinite(
     for row in range(len(chunk_ids)):
         batch = batches.mask(step, chunk_ids[row : row + 1], epochs[row : row + 1]).to(accelerator.device)
         with accelerator.autocast():
-            nats, _ = model(batch.input_ids, batch.positions, batch.targets, batch.attention_mask)
+            logits = model(batch.input_ids, batch.positions, batch.attention_mask)
+            nats = F.cross_entropy(logits.float(), batch.targets, reduction="none")
         model.zero_grad()
         nats.sum().backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]

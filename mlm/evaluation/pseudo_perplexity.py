@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
@@ -112,8 +113,8 @@ def score(
             targets = batch.view(-1)[positions]
             batch.view(-1)[positions] = info.mask_id
             with accelerator.autocast():
-                said, _ = model(*(tensor.to(accelerator.device) for tensor in (batch, positions, targets)))
-            nats.append(said)
+                logits = model(batch.to(accelerator.device), positions.to(accelerator.device)).float()
+                nats.append(F.cross_entropy(logits, targets.to(accelerator.device), reduction="none"))
             whose.append(numbers[sentence[part]])
     model.train(was_training)
 

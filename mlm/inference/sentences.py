@@ -102,6 +102,6 @@ def predict(
                 batch = torch.tensor([rows[i] for i in part])  # [B, T]
                 flat = torch.tensor([b * length + p for b, i in enumerate(part) for p in positions[i]])  # [M]
                 device = model.model.device
-                yield part, model.logits(batch.to(device), flat.to(device)).float()
+                yield part, model(batch.to(device), flat.to(device)).float()
     finally:
         model.train(was_training)

@@ -9,7 +9,6 @@ import copy
 import logging
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 class SparseMaskedLM(nn.Module):
     """A masked language model whose head runs on chosen positions only.
 
-    While `forward` or `logits` runs, a hook on the model's encoder replaces its last hidden state `[B, T, H]`
+    While `forward` runs, a hook on the model's encoder replaces its last hidden state `[B, T, H]`
     by the rows of the positions, `[1, M, H]`, so that the model's own head, whatever it is, works on M rows
     instead of B·T. Called on its own, `model` is what it was.
 
@@ -48,37 +47,26 @@ class SparseMaskedLM(nn.Module):
 
         twin, batch = copy.deepcopy(self).eval(), _probe_batch(model)
         with seeded_cpu_generator(0):  # Reformer's hashing draws in evaluation too
-            if misfit := _misfit(twin, *batch[:2]):
+            if misfit := _misfit(twin, *batch):
                 self.sparse = twin.sparse = False
                 hook.remove()
                 log.warning("%s: the head runs on all positions, as %s", type(model).__name__, misfit)
             _freeze(model, _without_gradient(twin, *batch))
         del twin.model  # the hook leads back to its owner: only the collector would find the two, some time
 
-    def forward(
-        self, input_ids: Tensor, positions: Tensor, targets: Tensor, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The loss at each masked position.
+    def forward(self, input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The logits at the given positions.
 
         Args:
             input_ids: int64 `[B, T]`, the corrupted chunks, B ≥ 1.
-            positions: int64 `[M]`, the masked positions in the flattened batch, in [0, B·T); M may be 0.
-            targets: int64 `[M]`, the tokens that stood there.
+            positions: int64 `[M]`, positions in the flattened batch, in [0, B·T); M may be 0.
             attention_mask: int64 or bool `[B, T]`, zero at padding; None where there is no padding.
 
         Returns:
-            nats: float32 `[M]`, the cross entropy at each position, in float32 under autocast too. For
-                M = 0 its sum is a zero that can be differentiated.
-            hits: bool `[M]`, whether the largest logit is the target's; None in training mode.
+            `[M, V]`, in the dtype of the model's head: bfloat16 under bf16 autocast, in which a cross entropy
+            loses whole nats, so widen first: `F.cross_entropy(logits.float(), targets, reduction="none")`.
+            For M = 0 the sum is a zero that can be differentiated.
         """
-        logits = self.logits(input_ids, positions, attention_mask)
-        logits = logits.float()  # bf16's argmax is slower on a CPU than widening and float32's
-        nats = F.cross_entropy(logits, targets, reduction="none")  # [M, V], [M] -> [M]
-        hits = None if self.training else logits.argmax(dim=-1) == targets
-        return nats, hits
-
-    def logits(self, input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The logits `[M, V]` at the positions, in the head's own dtype. Arguments as in `forward`."""
         padding = {} if attention_mask is None else {"attention_mask": attention_mask}
         self._positions = positions if self.sparse else None
         try:
@@ -102,16 +90,14 @@ def _rows(states: Tensor, positions: Tensor) -> Tensor:
     return states.flatten(0, 1).index_select(0, positions)  # [B, T, X], [M] -> [M, X]
 
 
-def _probe_batch(model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor]:
-    """Input ids [2, 8], five positions and their targets: a fixed batch of ordinary tokens."""
+def _probe_batch(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Input ids [2, 8] and positions [5]: a fixed batch without special tokens."""
     config = model.config.get_text_config()
     kinds = ("pad", "bos", "eos", "cls", "sep", "mask", "unk")
     special = {getattr(config, f"{kind}_token_id", None) for kind in kinds}
     maskable = torch.tensor([i for i in range(config.vocab_size) if i not in special])
     drawn = torch.randint(len(maskable), (2, 8), generator=torch.Generator().manual_seed(0))
-    input_ids = maskable[drawn].to(model.device)
-    positions = torch.tensor([1, 4, 6, 10, 15], device=model.device)
-    return input_ids, positions, input_ids.flatten()[positions]
+    return maskable[drawn].to(model.device), torch.tensor([1, 4, 6, 10, 15], device=model.device)
 
 
 @torch.no_grad()
@@ -120,8 +106,8 @@ def _misfit(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor) -> str |
     if twin.model.base_model is twin.model:
         return "it has no encoder apart from its head"
     try:
-        sparse = twin.logits(input_ids, positions)
-        twin.logits(input_ids, positions[:0])
+        sparse = twin(input_ids, positions)
+        twin(input_ids, positions[:0])
         dense = _rows(twin.model(input_ids=input_ids).logits, positions)
     except Exception as error:  # whatever a model raises on a hidden state of another shape, it does not fit
         return f"the sparse head fails with {type(error).__name__}: {one_line(error)}"
@@ -134,12 +120,11 @@ def _misfit(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor) -> str |
     return None
 
 
-def _without_gradient(twin: SparseMaskedLM, *batch: Tensor) -> list[str]:
-    """Names of the trainable parameters of the model that the loss does not reach."""
+def _without_gradient(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor) -> list[str]:
+    """Names of the trainable parameters of the model that a loss of the logits does not reach."""
     try:
         with torch.enable_grad():
-            nats, _ = twin(*batch)
-            nats.sum().backward()
+            twin(input_ids, positions).float().sum().backward()
     except Exception as error:  # Reformer takes gradients at one sequence length only
         reason = one_line(f"{type(error).__name__}: {error}")
         log.warning("no parameter is frozen, as the trial step fails with %s", reason)
