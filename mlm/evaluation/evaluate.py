@@ -87,6 +87,25 @@ class Evaluation(NamedTuple):
         }
 
 
+class Evaluations(dict[str, Evaluation]):
+    """Evaluations by the name of their eval set, in a form that a checkpoint can hold."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """{"held_out.nats": [M], ...}: each column of each evaluation, on the CPU, sharing its memory."""
+        return {
+            f"{name}.{column}": torch.from_numpy(values)
+            for name, evaluation in self.items()
+            for column, values in evaluation._asdict().items()
+        }
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Replaces what is here by what `state_dict` gave, to the bit."""
+        self.clear()
+        for name in dict.fromkeys(key.rpartition(".")[0] for key in state):
+            columns = (state[f"{name}.{column}"].cpu().numpy() for column in Evaluation._fields)
+            self[name] = Evaluation(*columns)
+
+
 @torch.no_grad()  # not inference_mode: a buffer that a model makes on first use has to serve training too
 def evaluate(
     model: SparseMaskedLM,
@@ -157,15 +176,15 @@ def evaluate_all(
     accelerator: Accelerator,
     complete: bool = True,
     stopped: Callable[[], int] = lambda: 0,
-) -> dict[str, Evaluation] | None:
-    """`evaluate` on each of the eval_sets; None as soon as one is given up."""
-    found: dict[str, Evaluation] = {}
-    for name, text in eval_sets.items():
-        evaluation = evaluate(model, text, accelerator, complete, stopped)
+) -> Evaluations | None:
+    """`evaluate` on each of `eval_sets`; None as soon as one is given up."""
+    evaluations = Evaluations()
+    for name, eval_set in eval_sets.items():
+        evaluation = evaluate(model, eval_set, accelerator, complete, stopped)
         if evaluation is None:
             return None
-        found[name] = evaluation
-    return found
+        evaluations[name] = evaluation
+    return evaluations
 
 
 def measure(evaluation: Evaluation, eval_set: EvalSet) -> dict[str, Any]:
