@@ -33,8 +33,8 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 from mlm.engine.distributed import lost_a_process
-from mlm.engine.update import out_of_memory
 from mlm.engine.signals import Stopped
+from mlm.engine.update import out_of_memory
 from mlm.errors import UserError, one_line
 
 

@@ -1,5 +1,6 @@
 """The settings of a run: one frozen dataclass a module. The command line is made of them (cli.py)."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
@@ -32,6 +33,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "max_train_steps", "max_train_samples", "eval_steps")
         at_least(self, 0, "num_train_epochs")
+
+    def steps(self, chunks: int, global_batch: int) -> int:
+        """Optimizer steps of the run, over so many chunks: the last one reaches into the next epoch."""
+        chunks = min(self.max_train_samples or chunks, chunks)
+        return self.max_train_steps or math.ceil(round(self.num_train_epochs * chunks / global_batch, 6))
 
 
 @dataclass(frozen=True)

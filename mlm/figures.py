@@ -11,8 +11,7 @@ def exp_or_inf(nats: float) -> float:
 
 
 def figure(value: float | None) -> str:
-    """A figure in a sentence, to four significant digits; "undefined" for None (nothing was masked, or the run
-    has diverged)."""
+    """A figure in a sentence, to four digits; "undefined" for None: nothing was masked, or it diverged."""
     return "undefined" if value is None else f"{value:.4g}"
 
 

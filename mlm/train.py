@@ -1,59 +1,70 @@
-"""Adapts a masked language model to a domain: the rooms in order, then the loop. This is the file to fork.
+"""Adapts a masked language model to a domain. This is the file to fork: copy it, change it, launch the copy.
 
-accelerate launch scripts/train.py --model_name_or_path MODEL --dataset_name DATASET --output_dir FOLDER
+    accelerate launch mlm/train.py --model_name_or_path MODEL --dataset_name DATASET --output_dir FOLDER
+
+The first three functions are what most forks change: the loss, how many tokens a step masks, and which.
 """
 
-import math
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import release_memory
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mlm import cli
 from mlm.config import Config
-from mlm.data.batches import Batches
+from mlm.data.batches import Batch, Batches
 from mlm.data.chunks import chunk_length, cut_into_chunks
-from mlm.data.masking import DROPOUT, MaskingConfig, make_recipe, select_tokens, select_words, stream_key
-from mlm.data.token_store import prepare
-from mlm.data.tokenizer import tokenizer_info
-from mlm.engine import checkpoint
-from mlm.engine import update as passes
-from mlm.engine.checkpoint import Progress, State, Writer, not_written
+from mlm.data.masking import MaskingConfig, make_recipe, select_tokens, select_words
+from mlm.data.token_store import TokenStore
+from mlm.data.tokenizer import TokenizerInfo
 from mlm.engine.device import make_accelerator
-from mlm.engine.distributed import agree, host_group, local_main_process_first, sum_gradients
-from mlm.engine.nonfinite import check_scale, find_nonfinite
+from mlm.engine.distributed import local_main_process_first
 from mlm.engine.optimizer import make_optimizer, make_scheduler
-from mlm.engine.signals import Stopped, StopSignals
+from mlm.engine.update import Update
 from mlm.errors import UserError
-from mlm.evaluation.compare import conclude
 from mlm.evaluation.eval_set import open_eval_sets
-from mlm.evaluation.evaluate import Evaluation, evaluate_all, token_counts
-from mlm.figures import finite
-from mlm.model.load import fingerprint, load_model, open_tokenizer
+from mlm.evaluation.evaluate import Evaluations
+from mlm.model.load import load_model, open_corpus
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import max_positions
-from mlm.report.environment import peak_memory_mib
-from mlm.report.metrics import Meter
-from mlm.report.run_directory import Run, plan
+from mlm.report.metrics import Progress
+from mlm.report.run import Run
+from mlm.report.summary import conclude_run, describe, plan
+
+
+def objective(
+    model: SparseMaskedLM, batch: Batch
+) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of a micro-batch: a sum over its masked tokens, [] float32.
+
+    With a dict of further sums behind it, `return loss, {"agreement": …}`, these are logged beside the loss.
+    """
+    logits = model(batch.input_ids, batch.positions, batch.attention_mask)  # [M, V]: the masked tokens alone
+    return F.cross_entropy(logits.float(), batch.targets, reduction="none").sum()
 
 
 def mask_rate(step: int, last_step: int, masking: MaskingConfig) -> float:
-    """The share of the tokens that is predicted in a step."""
+    """The share of tokens that optimizer step `step`, in 0 … last_step - 1, predicts."""
     return masking.mlm_probability
 
 
 def select(
-    maskable: np.ndarray, draws: np.ndarray, rate: float, word_starts: np.ndarray, whole_words: bool
+    maskable: np.ndarray, draws: np.ndarray, rate: float, word_starts: np.ndarray, masking: MaskingConfig
 ) -> np.ndarray:
-    """Which tokens a step predicts: [B, T] bool. The other arguments are those of `select_words`."""
-    if whole_words:
+    """Which tokens of B chunks are predicted: [B, T] bool, 1: predicted.
+
+    maskable:    [B, T] bool, 1: no special or unused token
+    draws:       [B, T] uint64, 64 random bits for each token: a function of (seed, epoch, chunk, position)
+    word_starts: [B, T] bool, 1: a word begins here
+    """
+    if masking.whole_word_mask:
         return select_words(maskable, draws, rate, word_starts)
     return select_tokens(maskable, draws, rate)
 
@@ -67,250 +78,100 @@ class Result:
 
 
 def train(config: Config, accelerator: Accelerator | None = None) -> Result:
-    """Runs `config`.
+    """Runs `config`, as often as it is called.
 
     Raises:
         UserError: it cannot be done, or the loss is not finite any more.
         Stopped: a signal asked for it, and a checkpoint has been written.
     """
-    loop = config.train
-    trackers = config.run.report_to if config.run.with_tracking else None
-    accelerator = accelerator or make_accelerator(
-        config.device.mixed_precision, config.device.deterministic, trackers
-    )
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    group = host_group(accelerator)
-    run = Run(config.run, accelerator, config.checkpoint.resume_from_checkpoint)
-    stop = StopSignals()
+    accelerator = accelerator or make_accelerator(**asdict(config.device), report_to=config.run.trackers)
+    run = Run(config, accelerator)
 
-    # The rooms, in order.
-    with local_main_process_first(accelerator):  # one process a machine tokenises, the others find its store
-        tokenizer = open_tokenizer(config.model, config.corpus, config.token_store)
-        info = tokenizer_info(tokenizer)
-        stores = prepare(config.corpus, tokenizer, info, config.token_store, config.masking.whole_word_mask)
+    # Data and model. One process of a machine tokenises the corpus, once; the others find its token store.
+    with local_main_process_first(accelerator, config) as own:
+        tokenizer, info, stores = open_corpus(own)
+        net = load_model(own.model, tokenizer, config.train.seed)
+        length = chunk_length(config.chunks, max_positions(net.config))
+        eval_sets = open_eval_sets(own, tokenizer, info, stores["validation"], length)
+    model = SparseMaskedLM(net).to(accelerator.device)
+    batches, last_step = make_batches(config, info, stores, length, accelerator)
+
+    # Update: any optimizers, each with its schedule.
+    optimizer = make_optimizer(model, config.optimizer)
+    scheduler = make_scheduler(optimizer, config.optimizer, last_step)
+    update = Update(model, objective, batches, [optimizer], [scheduler], accelerator, config.update)
+
+    # Resume: what a fork adds is in checkpoints once it is named here, if it has state_dict and load_state_dict.
+    progress, before, extra_state = Progress(), Evaluations(), {}
+    experiment = describe(config, net, update, eval_sets, stores["train"], last_step)
+    run.keeps(net, {"update": update, "progress": progress, "before": before, **extra_state}, experiment)
+    if results := run.finished():
+        own = replace(config.model, model_name_or_path=str(run.folder))
+        return Result(load_model(own, tokenizer, config.train.seed), tokenizer, results, run.folder)
+    with run:
+        run.resume(plan(config, update, eval_sets, last_step))
+        if progress.step == 0 and config.train.eval_on_start:
+            before.update(run.measure(model, eval_sets, complete=True))
+        elif (
+            progress.step < last_step
+            and not progress.evaluated
+            and batches.due(config.train.eval_steps, progress.step)
+        ):
+            run.measure(model, eval_sets, complete=False)
+
+        # The loop.
+        model.train()
+        progress.restart()
+        while progress.step < last_step:
+            applied = update(progress.step, run.requests())
+            progress.add(applied, batches.tokens(progress.step))
+            evaluates, saves, logs = run.due(progress.step, last_step)
+            if not (evaluates or saves or logs or any(applied.requests)):
+                continue
+            run.report(stores["train"], tokenizer)  # the host waits for the device here, not in each step
+            run.obey(applied.requests)
+            if evaluates:
+                run.measure(model, eval_sets, complete=False)
+            if saves:
+                run.save()
+            progress.restart()
+
+        # Save the model, then measure it and report: from here on nothing can cost what was trained.
+        run.save_model(tokenizer)
+        with run.analysis():
+            after = before if progress.step == 0 and before else run.measure(model, eval_sets, complete=True)
+            results = conclude_run(run, eval_sets, before, after, tokenizer, stores["train"])
+        run.finish(results)
+    return Result(net, tokenizer, results, run.folder)
+
+
+def make_batches(
+    config: Config, info: TokenizerInfo, stores: dict[str, TokenStore], length: int, accelerator: Accelerator
+) -> tuple[Batches, int]:
+    """The training batches of this process, a pure function of (seed, step), and the number of steps."""
     if "train" not in stores:
         raise UserError("--validation_file alone leaves nothing to train on; give --train_file too")
-    net = load_model(config.model, tokenizer, loop.seed)
-    length = chunk_length(config.chunks, max_positions(net.config))
     chunks = cut_into_chunks(stores["train"], config.chunks, length, info)
-    recipe = make_recipe(info, config.masking.mask_replace_prob, config.masking.random_replace_prob)
-    with local_main_process_first(accelerator):
-        eval_sets = open_eval_sets(config, tokenizer, info, stores["validation"], length)
-    G = passes.global_batch(
-        config.update.train_batch_size,
-        config.update.per_device_train_batch_size,
-        config.update.gradient_accumulation_steps,
-        world,
-    )
-    batches = Batches(
-        chunks,
-        recipe,
-        info.maskable,
-        partial(select, whole_words=config.masking.whole_word_mask),
-        lambda step: mask_rate(step, last_step, config.masking),
-        loop.seed,
-        G,
-        rank,
-        world,
-        loop.max_train_samples,
-    )
-    n = batches.num_chunks
-    last_step = loop.max_train_steps or math.ceil(round(loop.num_train_epochs * n / G, 6))
+    global_batch = config.update.global_batch(accelerator.num_processes)
+    last_step = config.train.steps(len(chunks), global_batch)
+    return Batches(
+        chunks=chunks,
+        recipe=make_recipe(info, config.masking.mask_replace_prob, config.masking.random_replace_prob),
+        maskable=info.maskable,
+        select=partial(select, masking=config.masking),
+        rate=partial(mask_rate, last_step=last_step, masking=config.masking),
+        seed=config.train.seed,
+        global_batch=global_batch,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        samples=config.train.max_train_samples,
+    ), last_step
 
-    # What the result depends on: a checkpoint of another experiment is not gone on with.
-    experiment = {
-        "train corpus": stores["train"].header["corpus"],
-        **{f"{name} corpus": text.store.header["corpus"] for name, text in eval_sets.items()},
-        **config.evaluate.identity,
-        "seed": loop.seed,
-        "max_grad_norm": config.update.max_grad_norm,
-        **asdict(config.optimizer),
-        "mlm_probability": config.masking.mlm_probability,
-        "whole_word_mask": config.masking.whole_word_mask,
-        "model": fingerprint(net),
-        "tokenizer": info.fingerprint,
-        "masks": recipe.digest,
-        "dropout": config.model.dropout,
-        "mixed_precision": str(accelerator.mixed_precision),
-        "max_seq_length": length,
-        "line_by_line": config.chunks.line_by_line,
-        "train_batch_size": G,
-        "chunks": n,
-        "steps": last_step,
-    }
-    model = SparseMaskedLM(net).to(device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    smallest = min(parameters, key=torch.numel)
-    adamw = make_optimizer(
-        model, config.optimizer.learning_rate, config.optimizer.weight_decay, fused=accelerator.scaler is None
-    )
-    scheduler = make_scheduler(
-        adamw, config.optimizer.lr_scheduler_type, config.optimizer.num_warmup_steps, last_step
-    )
-    optimizer = accelerator.prepare(adamw)  # steps through fp16's scaler, where there is one
-    state = State(net, optimizer, scheduler, accelerator.scaler)
 
-    progress, before = Progress(), {}
-    checkpoints = run.folder / "checkpoints"
-    writer, meter = Writer(checkpoints, config.checkpoint.save_total_limit), Meter()
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    result = train(cli.parse_config(Config, argv, __doc__))
+    return {"output_dir": str(result.output_dir), **result.results}
 
-    def due(every: int | str | None) -> bool:
-        """Whether what is done every so many steps, or after each epoch, comes after the step just taken."""
-        if every == "epoch":
-            return progress.step * G // n > (progress.step - 1) * G // n
-        return every is not None and progress.step % every == 0
 
-    def measure(complete: bool) -> dict[str, Evaluation]:
-        """Of each text under all masks, or of the held-out text under those of the first pass."""
-        measured = eval_sets if complete else {"held_out": eval_sets["held_out"]}
-        evaluations = evaluate_all(model, measured, accelerator, complete, stop.asked)
-        if evaluations is None:  # given up: it is made up for when the run goes on
-            save_and_stop()
-        found = evaluations["held_out"].first_pass.summary()
-        run.log("eval", progress.step, tokens=progress.tokens, **found)
-        loss, perplexity = found["eval_loss"], found["perplexity"]
-        part = "" if len(config.evaluate.passes) == 1 else f" (pass 1 of {len(config.evaluate.passes)})"
-        run.say(f"step {progress.step}: held-out loss {loss:.4f}, perplexity {perplexity:.4g}{part}")
-        if loop.load_best_model_at_end and run.is_main:
-            writer.save_best(progress.step, net, found)
-        progress.evaluated = True
-        return evaluations
-
-    def save() -> None:
-        started = time.perf_counter()
-        if run.is_main:
-            writer.save(
-                progress.step, lambda: checkpoint.snapshot(state, experiment, asdict(progress), before)
-            )
-        stood_still = time.perf_counter() - started
-        progress.saving += stood_still
-        run.log("checkpoint", progress.step, seconds_stood_still=stood_still)
-
-    def save_and_stop() -> NoReturn:
-        save()
-        failure = writer.wait()
-        number, failed = agree([stop.asked(), failure is not None], group)
-        if failed:
-            raise not_written(failure)
-        raise Stopped(number, run.how_to_go_on(number, progress.step))
-
-    def forward_backward() -> tuple[torch.Tensor, int]:
-        """Adds to each .grad this process's part of the gradient of the mean loss over all masked tokens of
-        the global batch, however it is cut. Returns the nats [] of its part, and how many tokens in all."""
-        share, masked = batches.load(progress.step, micro_batch)
-        torch.manual_seed(stream_key(loop.seed, progress.step, DROPOUT + rank))
-        nats = torch.zeros((), device=device)
-        for batch in share:
-            input_ids, positions, targets, attention_mask = batch.to(device)
-            with accelerator.autocast():
-                logits = model(input_ids, positions, attention_mask)  # [M, V]
-                losses = F.cross_entropy(logits.float(), targets, reduction="none")  # [M] float32
-            accelerator.backward(losses.sum() / max(masked, 1))
-            nats += losses.detach().sum()
-        if accelerator.scaler is not None and not share:
-            accelerator.scaler.scale(nats)  # its first use, which `backward` would have been, sets it up
-        return nats, masked
-
-    with run, stop, writer:
-        resumed, notes = checkpoint.find(config.checkpoint.resume_from_checkpoint, checkpoints, accelerator)
-        run.say("\n".join(notes))
-        if resumed:
-            progress = checkpoint.load(resumed, state, experiment)
-            before = checkpoint.load_before(resumed)
-        found, share = progress.micro_batch.get(str(world)), -(-G // world)
-        micro_batch = passes.first(config.update.per_device_train_batch_size, found, share, length, device)
-        run.begin(config, experiment, progress.step if resumed else None)
-        run.say(plan(config, model, batches, micro_batch, eval_sets, last_step, accelerator))
-        run.log("start", progress.step, steps=last_step, train_batch_size=G, chunks=n)
-        if resumed and run.is_main and loop.load_best_model_at_end:
-            writer.remember_best(resumed.parent)
-
-        if progress.step == 0 and loop.eval_on_start:
-            before = measure(complete=True)
-        elif 0 < progress.step < last_step and due(loop.eval_steps) and not progress.evaluated:
-            measure(complete=False)
-        broken = torch.zeros((), device=device)  # 1 from the first step on that was not finite
-        meter.restart()
-        model.train()
-        while progress.step < last_step:
-            ran_out = False
-            try:
-                nats, masked = forward_backward()
-            except (RuntimeError, MemoryError) as error:
-                if not passes.out_of_memory(error):
-                    raise
-                ran_out = True
-            # No process enters the reduction of gradients unless all have them.
-            failure = writer.take_failure()
-            ran_out, asked, failed = agree([ran_out, stop.asked(), failure is not None], group)
-            if failed and config.checkpoint.on_save_error == "stop":
-                raise not_written(failure)
-            run.say(failure or "")
-            if ran_out:  # the same batch again, in smaller passes
-                micro_batch = passes.smaller(micro_batch, config.update.per_device_train_batch_size, length)
-                progress.micro_batch[str(world)] = micro_batch
-                run.say(f"step {progress.step}: out of memory; from here on {micro_batch} chunks in a pass")
-                optimizer.zero_grad()
-                release_memory()
-                continue
-            sum_gradients(parameters, nats, world)
-            smallest.grad += nats * 0  # so that a loss that is not finite has no finite gradient
-            norm = accelerator.clip_grad_norm_(parameters, config.update.max_grad_norm or math.inf)
-            if accelerator.scaler is None:
-                # Decided on the device, and read later: from here on the optimizer leaves the weights alone.
-                broken = torch.maximum(broken, (~norm.isfinite()).float())
-                adamw.found_inf = broken
-            optimizer.step()
-            optimizer.zero_grad()
-            if optimizer.step_was_skipped:  # fp16 overflowed: the same batch again, at the lower scale
-                progress.skipped += 1
-                check_scale(accelerator.scaler.get_scale(), progress.step)
-                continue
-            scheduler.step()
-            meter.add(nats, broken, masked, batches.tokens(progress.step))
-            progress.step += 1
-            run.advance(progress.step, last_step)
-
-            evaluates, saves = due(loop.eval_steps), due(config.checkpoint.checkpointing_steps)
-            reports = due(config.run.logging_steps) or progress.step == last_step
-            if not (evaluates or saves or reports or asked):
-                continue
-            # The host waits for the device here, not in each step (where, under fp16, the scaler does).
-            window, lost = meter.read()
-            if lost:
-                step = progress.step - lost
-                trouble = find_nonfinite(model, batches, step, stores["train"], accelerator)
-                run.log("end", step, **trouble._asdict())
-                raise UserError(trouble.words(step, stores["train"], tokenizer))
-            for name, value in window._asdict().items():
-                setattr(progress, name, getattr(progress, name) + value)
-            rate = scheduler.get_last_lr()[0]
-            run.report(progress.step, window, rate, progress.tokens)
-            progress.evaluated = False
-            if asked:
-                save_and_stop()
-            if evaluates and progress.step < last_step:
-                measure(complete=False)
-            if saves:
-                save()
-            meter.restart()
-
-        after = before if before and progress.step == 0 else measure(complete=True)
-        run.say(writer.wait() or "")
-        if loop.load_best_model_at_end and checkpoint.load_best(checkpoints, net, accelerator):
-            after = evaluate_all(model, eval_sets, accelerator)  # to its end: what a checkpoint needs is gone
-        told = conclude(eval_sets, before, after, tokenizer, token_counts(stores["train"], info.size))
-        results = finite({
-            **told.results,
-            "train_loss": progress.nats / max(progress.masked, 1),
-            "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
-            "train_seconds": progress.seconds,
-            "checkpoint_seconds": progress.saving,
-            "steps": progress.step,
-            "epochs": progress.step * G / n,
-            "skipped_steps": progress.skipped,
-            "peak_memory_mib": peak_memory_mib(device),
-        })  # fmt: skip
-        run.say(told.lines)
-        run.finish(net, tokenizer, config, results, told.comparison, told.documents)
-    return Result(net, tokenizer, results, run.folder)
+if __name__ == "__main__":
+    cli.run(main)

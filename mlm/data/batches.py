@@ -7,7 +7,7 @@ global batch of 4  | 3 0 4 1 | 2 1 4 2 | 0 3 …                      step s tak
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -92,6 +92,15 @@ class Batches:
             return self.global_batch * self.chunks.chunk_size
         return int(self.chunks.lengths[self.places(step)[0]].sum())
 
+    def due(self, every: int | Literal["epoch"] | None, step: int) -> bool:
+        """Whether what is done every so many steps, or after each epoch, comes after `step` steps."""
+        if every == "epoch":
+            return (
+                step * self.global_batch // self.num_chunks
+                > (step - 1) * self.global_batch // self.num_chunks
+            )
+        return every is not None and step % every == 0
+
     def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Step s's global batch: its chunk ids [G] and the epoch of each [G], int64."""
         epochs, index = np.divmod(step * self.global_batch + np.arange(self.global_batch), self.num_chunks)
@@ -110,7 +119,7 @@ class Batches:
         for itself, none has to ask.
         """
         chunk_ids, epochs = self.places(step)
-        start, end = (self.global_batch * r // self.world for r in (self.rank, self.rank + 1))
+        start, end = (-(-self.global_batch * r // self.world) for r in (self.rank, self.rank + 1))
         share = [
             self.mask(step, chunk_ids[i : min(i + micro_batch, end)], epochs[i : min(i + micro_batch, end)])
             for i in range(start, end, micro_batch)

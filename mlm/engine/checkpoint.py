@@ -1,11 +1,10 @@
 """Checkpoints from which a run goes on as if it had never stopped.
 
     <output_dir>/checkpoints/step_N/model.safetensors      parameters and buffers
-                                    optimizer.safetensors  its moments
-                                    state.json             the rest of it, the schedule, fp16's scaler
+                                    state.safetensors      tensors of all else: optimizers, progress, evaluations
+                                                           before the first step, what a fork adds
+                                    state.json             the rest of it
                                     experiment.json        the settings that the result depends on
-                                    before.safetensors     the predictions of before the first step, if any
-                                    progress.json          the step, sums of the records
                                     manifest.json          size and SHA-256 of each of these files
                               best_N/                      weights of the lowest evaluation loss, if asked for
 
@@ -17,30 +16,28 @@ thread writes it beside its place, syncs it and renames it, so that a folder nam
 happens. What happens to it later, its manifest tells.
 """
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
+from mlm.engine.distributed import from_main
+from mlm.engine.experiment import differences
 from mlm.errors import UserError, at_least, one_line
-from mlm.evaluation.evaluate import Evaluation
 from mlm.files import sync
 
 Files = dict[str, Any]  # name of a file: its tensors by name for .safetensors, a JSON value for .json
@@ -60,28 +57,14 @@ class CheckpointConfig:
         at_least(self, 1, "checkpointing_steps", "save_total_limit")
 
 
-class State(NamedTuple):
-    """What changes with each step, besides the step itself."""
+class Stateful(Protocol):
+    """What a checkpoint can hold beside the weights: an optimizer, an average of weights, a generator, …"""
 
-    model: torch.nn.Module
-    optimizer: Optimizer
-    scheduler: LRScheduler
-    scaler: torch.amp.GradScaler | None
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and JSON values, nested in dicts, lists and tuples."""
 
-
-@dataclass
-class Progress:
-    """Where a run stands: what a checkpoint holds besides weights and optimizer."""
-
-    step: int = 0  # updates that were applied
-    nats: float = 0.0  # training loss, summed over the masked tokens of all steps
-    masked: int = 0  # ... and their number
-    tokens: int = 0  # that went through the model, padding not counted
-    seconds: float = 0.0  # spent in training steps
-    saving: float = 0.0  # seconds in which the loop stood still for checkpoints
-    skipped: int = 0  # steps that fp16's scaler made us take again
-    micro_batch: dict[str, int] = field(default_factory=dict)  # what `auto` has found, by number of processes
-    evaluated: bool = False  # whether the current weights have been evaluated
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Puts back what `state_dict` gave."""
 
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -89,80 +72,77 @@ def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def snapshot(
-    state: State,
-    experiment: dict[str, Any],
-    progress: dict[str, Any],
-    before: dict[str, Evaluation] | None = None,
-) -> Files:
+def snapshot(model: torch.nn.Module, states: dict[str, Stateful], experiment: dict[str, Any]) -> Files:
     """A copy in host memory of all that a checkpoint holds. The device synchronises here.
 
-    experiment: every setting that the result depends on, as `load` compares it. It and progress are JSON.
-    before: the evaluations before the first step, by text, which a resumed run compares its own with
+    experiment: every setting that the result depends on, as `load` compares it: a JSON value
+
+    Raises UserError where a state is neither tensors nor JSON.
     """
-    optimizer = state.optimizer.state_dict()
-    moments, rest = {}, {}
-    for index, values in optimizer["state"].items():
-        for name, value in values.items():
-            (moments if isinstance(value, torch.Tensor) else rest)[f"{index}.{name}"] = value
-    predictions = {
-        f"{text}.{column}": torch.from_numpy(values)
-        for text, evaluation in (before or {}).items()
-        for column, values in evaluation._asdict().items()
-    }
+    found: dict[str, torch.Tensor] = {}
+    packed = {name: _pack(state.state_dict(), name, found) for name, state in states.items()}
     return {
-        **({"before.safetensors": predictions} if predictions else {}),
-        "model.safetensors": _on_host(tensors(state.model)),
-        "optimizer.safetensors": _on_host(moments),
-        "state.json": {
-            "optimizer": {"state": rest, "param_groups": optimizer["param_groups"]},
-            "scheduler": state.scheduler.state_dict(),
-            "scaler": state.scaler and state.scaler.state_dict(),
-        },
+        "model.safetensors": _on_host(tensors(model)),
+        "state.safetensors": _on_host(found),
+        "state.json": packed,
         "experiment.json": experiment,
-        "progress.json": progress,
     }
 
 
-def load(folder: Path, state: State, experiment: dict[str, Any]) -> Progress:
-    """Puts everything back in place as `snapshot` took it; returns the progress.
+def load(
+    folder: Path, model: torch.nn.Module, states: dict[str, Stateful], experiment: dict[str, Any]
+) -> None:
+    """Puts everything back in place as `snapshot` took it.
 
     Raises UserError where the checkpoint is another experiment's, with the list of differences.
     """
     with _readable(folder):
         saved = _read_json(folder / "experiment.json")
-        differences = [
-            f"{name} {experiment.get(name)} (the checkpoint: {saved.get(name)})"
-            for name in sorted(saved.keys() | experiment.keys())
-            if saved.get(name) != experiment.get(name)
-        ]
-        if differences:
+        if changed := differences(saved, json.loads(json.dumps(experiment))):
             raise UserError(
-                f"--resume_from_checkpoint {folder}: another experiment, with {', '.join(differences)}; give "
+                f"--resume_from_checkpoint {folder}: another experiment, with {', '.join(changed)}; give "
                 "it its settings back, or another --output_dir"
             )
-        load_weights(folder, state.model)
-        described = _read_json(folder / "state.json")
-        optimizer: dict[str, Any] = {**described["optimizer"], "state": {}}
-        moments = load_file(folder / "optimizer.safetensors")
-        for key, value in {**moments, **described["optimizer"]["state"]}.items():
-            index, name = key.split(".", 1)
-            optimizer["state"].setdefault(int(index), {})[name] = value
-        state.optimizer.load_state_dict(optimizer)
-        state.scheduler.load_state_dict(described["scheduler"])
-        if state.scaler is not None and described["scaler"] is not None:
-            state.scaler.load_state_dict(described["scaler"])
-        return Progress(**_read_json(folder / "progress.json"))
+        packed = _read_json(folder / "state.json")
+        if packed.keys() != states.keys():
+            raise UserError(
+                f"--resume_from_checkpoint {folder}: it holds the state of {', '.join(sorted(packed))}, this "
+                f"run has {', '.join(sorted(states))}; give another --output_dir"
+            )
+        load_weights(folder, model)
+        found = load_file(folder / "state.safetensors")
+        for name, state in states.items():
+            state.load_state_dict(_unpack(packed[name], found))
 
 
-def load_before(folder: Path) -> dict[str, Evaluation]:
-    """The evaluations before the first step, by text, that `snapshot` was given."""
-    if not (folder / "before.safetensors").exists():
-        return {}
-    with _readable(folder):
-        saved = {name: tensor.numpy() for name, tensor in load_file(folder / "before.safetensors").items()}
-        texts = {name.rpartition(".")[0] for name in saved}
-        return {t: Evaluation(*(saved[f"{t}.{column}"] for column in Evaluation._fields)) for t in texts}
+def _pack(value: Any, name: str, found: dict[str, torch.Tensor]) -> Any:
+    """`value` as JSON, its tensors moved to `found` under dotted names; `_unpack` is the way back.
+
+    {"step": 3, 0: (tensor, 0.9)} -> {"dict": [["step", 3], [0, {"tuple": [{"tensor": "name.0.0"}, 0.9]}]]}
+    """
+    if isinstance(value, torch.Tensor):
+        found[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _pack(item, f"{name}.{key}", found)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_pack(item, f"{name}.{i}", found) for i, item in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UserError(f"{name} cannot be in a checkpoint: {type(value).__name__} is neither a tensor nor JSON")
+
+
+def _unpack(packed: Any, found: dict[str, torch.Tensor]) -> Any:
+    if not isinstance(packed, dict):
+        return packed
+    [(kind, value)] = packed.items()
+    if kind == "tensor":
+        return found[value]
+    if kind == "dict":
+        return {key: _unpack(item, found) for key, item in value}
+    items = [_unpack(item, found) for item in value]
+    return items if kind == "list" else tuple(items)
 
 
 def find(wanted: str | None, checkpoints: Path, accelerator: Accelerator) -> tuple[Path | None, list[str]]:
@@ -180,9 +160,7 @@ def find(wanted: str | None, checkpoints: Path, accelerator: Accelerator) -> tup
             found = _find(wanted, checkpoints)
         except UserError as error:
             found = [None, [], str(error)]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(found)
-    folder, passed_over, mistake = found
+    folder, passed_over, mistake = from_main(found, accelerator)
     if mistake:
         raise UserError(f"--resume_from_checkpoint {wanted}: {mistake}")
     return folder, passed_over
@@ -330,13 +308,9 @@ class Writer:
             numbered = steps(self.folder)
             _remove(*(numbered[step] for step in sorted(numbered)[: -self.keep]))
 
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._thread.shutdown()  # a checkpoint that has been begun is finished, whatever ends the run
+    def close(self) -> None:
+        """Returns when a checkpoint that has been begun is finished, whatever ends the run."""
+        self._thread.shutdown()
 
 
 def not_written(failure: str | None) -> UserError:
@@ -360,7 +334,10 @@ def write(place: Path, files: Files) -> None:
         manifest = {}
         for name, content in files.items():
             path = partial / name
-            save_file(content, path) if path.suffix == ".safetensors" else _write_json(path, content)
+            if path.suffix == ".safetensors":
+                save_file(content, path, metadata={"format": "pt"})  # as save_pretrained does
+            else:
+                _write_json(path, content)
             manifest[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
         _write_json(partial / "manifest.json", manifest)
         for path in [*partial.iterdir(), partial]:
@@ -371,6 +348,18 @@ def write(place: Path, files: Files) -> None:
     _remove(place)
     partial.rename(place)
     sync(place.parent)
+
+
+def share_weights(folder: Path, model: Path) -> None:
+    """Where a checkpoint in `folder` holds the same weights as a saved model, to the byte, makes them one file.
+
+    Nothing here writes into a file under its name, so that neither can change through the other.
+    """
+    mine, saved = folder / "model.safetensors", model / "model.safetensors"
+    with contextlib.suppress(OSError):  # no such checkpoint; a file system without hard links
+        if mine.stat().st_size == saved.stat().st_size and _digest(mine) == _digest(saved):
+            saved.unlink()
+            os.link(mine, saved)
 
 
 def clear(checkpoints: Path, after: int = -1) -> None:
@@ -393,18 +382,18 @@ def find_best(checkpoints: Path) -> tuple[Path, dict[str, float]] | None:
 
 def load_best(checkpoints: Path, model: torch.nn.Module, accelerator: Accelerator) -> dict[str, float] | None:
     """Gives every process the kept weights, which the main one reads; returns their evaluation, if any."""
-    found: list[Any] = [None]
+    evaluation = None
     if accelerator.is_main_process and (best := find_best(checkpoints)):
         load_weights(best[0], model)
-        found = [best[1]]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(found)
-        for tensor in tensors(model).values() if found[0] else ():
+        evaluation = best[1]
+    evaluation = from_main(evaluation, accelerator)
+    if accelerator.num_processes > 1 and evaluation:
+        for tensor in tensors(model).values():
             torch.distributed.broadcast(tensor, 0)
-    return found[0]
+    return evaluation
 
 
-@contextmanager
+@contextlib.contextmanager
 def _readable(folder: Path) -> Iterator[None]:
     """What the libraries raise on files that fit their manifest and no run: those of another version, say."""
     try:

@@ -5,13 +5,17 @@ tell each other, in host memory, whether all of them have a gradient: one that r
 again alone would leave the others waiting.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 # The others wait while one process tokenises the corpus; what takes longer is for scripts/prepare.py. They do
 # so in the host's group alone: a device's reduction that waits so long has lost a process.
@@ -22,55 +26,81 @@ LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", 
 
 def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
     """All processes, for messages in host memory, so that no device is waited for; None for one alone."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE) if accelerator.num_processes > 1 else None
+    return _gloo(dist.group.WORLD) if accelerator.num_processes > 1 else None
+
+
+@lru_cache(maxsize=1)
+def _gloo(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 @contextmanager
-def local_main_process_first(accelerator: Accelerator) -> Iterator[None]:
-    """A context that one process of each machine goes through before the others, who wait for PATIENCE."""
+def local_main_process_first(accelerator: Accelerator, config: Any) -> Iterator[Any]:
+    """A context that one process of each machine goes through before the others, who wait for PATIENCE.
+
+    Gives `config` (a mlm.config.Config) as this process has to take it: only the first one builds a token
+    store anew, and the others find what it built.
+    """
     group = host_group(accelerator)
-    if group is not None and not accelerator.is_local_main_process:
+    if accelerator.is_local_main_process:
+        yield config
+        if group is not None:
+            dist.barrier(group)
+    else:
         dist.barrier(group)
-    yield
-    if group is not None and accelerator.is_local_main_process:
-        dist.barrier(group)
+        yield replace(config, token_store=replace(config.token_store, overwrite_cache=False))
 
 
-def agree(values: list[int], group: dist.ProcessGroup | None) -> list[int]:
+def agree(values: Sequence[int], group: dist.ProcessGroup | None) -> list[int]:
     """The largest of each value over all processes, the same on each of them."""
     if group is None:
-        return values
-    largest = torch.tensor(values)
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     return largest.tolist()
 
 
-def sum_gradients(
-    parameters: list[torch.nn.Parameter], nats: torch.Tensor, processes: int, piece: int = 2**24
-) -> None:
-    """Adds up the gradients, and `nats` [] float32, over all processes, in place.
+def from_main(value: Any, accelerator: Accelerator) -> Any:
+    """The main process's `value`, on every process; it has to be one that can be pickled."""
+    box = [value]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(box)
+    return box[0]
 
-    In flat pieces of about `piece` elements: one explicit reduction a step, in place of
-    DistributedDataParallel's during backward, as a process may have had several passes through the model, or
-    none. It costs the overlap of the two.
+
+class GradientSum:
+    """Adds up gradients over all processes, in place, in flat pieces of about `piece` elements.
+
+    One explicit reduction a step, in place of DistributedDataParallel's during backward, as a process may have
+    had several micro-batches, or none. It costs the overlap of the two. The buffer is made once, so that no
+    process can run out of memory for it while the others are in the reduction.
     """
-    if processes == 1:
-        return
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    summands = [nats, *(p.grad for p in parameters)]
-    start = 0
-    while start < len(summands):
-        end, elements = start, 0
-        while end < len(summands) and (end == start or elements + summands[end].numel() <= piece):
-            elements += summands[end].numel()
-            end += 1
-        parts = summands[start:end]
-        flat = torch.cat([part.reshape(-1) for part in parts])
-        dist.all_reduce(flat)
-        for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-            part.copy_(total.view_as(part))
-        start = end
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], processes: int, piece: int = 2**24) -> None:
+        self.pieces: list[list[torch.nn.Parameter]] = []
+        if processes == 1:
+            return
+        elements = piece
+        for p in parameters:
+            if elements + p.numel() > piece:
+                self.pieces.append([])
+                elements = 0
+            self.pieces[-1].append(p)
+            elements += p.numel()
+        largest = max(sum(p.numel() for p in part) for part in self.pieces)
+        self.buffer = torch.empty(largest, dtype=parameters[0].dtype, device=parameters[0].device)
+
+    def __call__(self, sums: torch.Tensor) -> None:
+        """Adds up each parameter's .grad, which all have, and `sums` [K] float32."""
+        if self.pieces:
+            dist.all_reduce(sums)
+        for parameters in self.pieces:
+            sizes = [p.numel() for p in parameters]
+            flat = self.buffer[: sum(sizes)]
+            torch.cat([p.grad.reshape(-1) for p in parameters], out=flat)
+            dist.all_reduce(flat)
+            for p, total in zip(parameters, flat.split(sizes), strict=True):
+                p.grad.copy_(total.view_as(p.grad))
 
 
 def lost_a_process(error: BaseException) -> bool:

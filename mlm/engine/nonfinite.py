@@ -1,16 +1,15 @@
 """Losses and gradients that are not finite: which step, which chunks, and the documents they came from."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from mlm.data.batches import Batches
 from mlm.data.token_store import TokenStore
 from mlm.errors import UserError, one_line
-from mlm.model.sparse_head import SparseMaskedLM
+
+if TYPE_CHECKING:
+    from mlm.engine.update import Update
 
 NAMED = 8  # chunks, or documents, that a message names; metrics.jsonl has them all
 OPENING = 30  # tokens of the first document that it quotes
@@ -21,7 +20,7 @@ class NonFinite(NamedTuple):
     documents: list[int]  # those that the chunks came from, by their number in the token store
     alone: bool  # whether each of them shows it alone, or only the whole batch together, with dropout's draws
 
-    def words(self, step: int, store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> str:
+    def message(self, step: int, store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> str:
         start, end = store.document_offsets[self.documents[0] : self.documents[0] + 2]
         ids = store.ids[start : min(end, start + OPENING)]
         which = "chunk" if self.alone else "no chunk shows it alone: all of"
@@ -33,26 +32,25 @@ class NonFinite(NamedTuple):
         )
 
 
-def find_nonfinite(
-    model: SparseMaskedLM, batches: Batches, step: int, store: TokenStore, accelerator: Accelerator
-) -> NonFinite:
+def find_nonfinite(update: "Update", step: int, store: TokenStore) -> NonFinite:
     """The chunks of a step's global batch whose loss or gradient is not finite, one by one under its masks.
 
     All of the batch where it takes dropout's draws, or all of them together, to get there. Every process
     looks at the whole batch, so that none has to ask.
     """
+    model, batches, accelerator = update.model, update.batches, update.accelerator
     model.eval()
     chunk_ids, epochs = batches.places(step)
     broken = []
     for row in range(len(chunk_ids)):
         batch = batches.mask(step, chunk_ids[row : row + 1], epochs[row : row + 1]).to(accelerator.device)
         with accelerator.autocast():
-            logits = model(batch.input_ids, batch.positions, batch.attention_mask)
-            nats = F.cross_entropy(logits.float(), batch.targets, reduction="none")
+            returned = update.objective(model, batch)
+        loss = returned[0] if isinstance(returned, tuple) else returned
         model.zero_grad()
-        nats.sum().backward()
+        loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        broken.append(not (nats.sum() + torch.nn.utils.get_total_norm(gradients)).isfinite())
+        broken.append(not (loss + torch.nn.utils.get_total_norm(gradients)).isfinite())
     chunk_ids = chunk_ids[broken] if any(broken) else chunk_ids
     documents = batches.chunks.documents(chunk_ids, store.document_offsets)
     return NonFinite(chunk_ids.tolist(), documents.tolist(), any(broken))

@@ -33,25 +33,23 @@ class OptimizerConfig:
         at_least(self, 0, "learning_rate", "weight_decay", "num_warmup_steps")
 
 
-def make_optimizer(
-    model: torch.nn.Module, learning_rate: float, weight_decay: float, fused: bool
-) -> torch.optim.AdamW:
+def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW without decay on biases and norms: what is named a bias, or has one dimension.
 
-    fused: one kernel for all parameters, which leaves them alone where its `found_inf` is 1; not under fp16,
-    where a scaler would use the same switch without saying so.
+    Fused: one kernel for all parameters, which update.py can tell to leave the weights alone from the device.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = {name for name, p in trained if p.ndim < 2 or name.endswith("bias")}
     groups = [
-        {"params": [p for name, p in trained if name not in plain], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained if name not in plain], "weight_decay": config.weight_decay},
         {"params": [p for name, p in trained if name in plain], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, name: str, warmup: int, steps: int) -> LRScheduler:
+def make_scheduler(optimizer: torch.optim.Optimizer, config: OptimizerConfig, steps: int) -> LRScheduler:
     """The learning rate over `steps` updates. Raises UserError for a schedule that cannot be."""
+    warmup, name = config.num_warmup_steps, config.lr_scheduler_type
     if warmup >= max(steps, 1):
         raise UserError(f"--num_warmup_steps {warmup}: the run has {steps} steps only")
     try:

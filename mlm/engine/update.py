@@ -1,18 +1,39 @@
-"""How a global batch is cut into passes through the model: a matter of memory, not of the result.
+"""One exact optimizer step, on any number of processes.
 
-    passes of a process = ceil(ceil(global batch / processes) / micro-batch)
+    micro-batches     forward and backward, in the pieces that memory takes
+    agreement         all processes learn whether one of them ran out of memory: then all halve, and try again
+    reduction         gradients are summed over the processes
+    clipping, guard   gradients that are not finite move no weight
+    optimizers        each followed by its schedule; under fp16, an overflow is tried again at a lower scale
 
-accelerate's `find_executable_batch_size` halves and tries again in one process alone, while the others wait
-for it in a reduction. Here the loop tries, all processes agree on how it went, and `smaller` halves for all.
+The gradient is that of the mean loss over all masked tokens of the global batch, however it is cut. Where
+nothing goes wrong, the host waits for the device only under fp16 and with optimizers that are not fused.
 """
 
+import logging
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate import Accelerator
+from accelerate.utils import release_memory
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from mlm.data.batches import Batch, Batches
+from mlm.data.masking import DROPOUT, stream_key
+from mlm.engine.distributed import GradientSum, agree, host_group
+from mlm.engine.memory import first_micro_batch, out_of_memory, smaller
+from mlm.engine.nonfinite import check_scale
 from mlm.errors import UserError, at_least
+from mlm.model.sparse_head import SparseMaskedLM
+
+log = logging.getLogger(__name__)
+
+Objective = Callable[[SparseMaskedLM, Batch], Any]
+"""A micro-batch's loss [], a sum over its masked tokens; or that and {name: such a sum []} to be logged."""
 
 
 @dataclass(frozen=True)
@@ -28,53 +49,174 @@ class UpdateConfig:
         at_least(self, 1, "train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
         at_least(self, 0, "max_grad_norm")
 
-
-AUTO_ON_CPU = 2048  # tokens; larger passes leave the caches: at 8,192 a small BERT was 1.4 times as slow
-
-
-def global_batch(
-    train_batch_size: int | None, per_device: int | str, accumulation: int, processes: int
-) -> int:
-    """Chunks a step: what the experiment says, or what the old flags come to on this many processes."""
-    if train_batch_size:
-        return train_batch_size
-    if per_device == "auto":
-        raise UserError("--per_device_train_batch_size auto: give the batch itself with --train_batch_size")
-    return per_device * accumulation * processes
+    def global_batch(self, processes: int) -> int:
+        """Chunks a step: what the experiment says, or what run_mlm's flags come to on this many processes."""
+        if self.train_batch_size:
+            return self.train_batch_size
+        if self.per_device_train_batch_size == "auto":
+            raise UserError(
+                "--per_device_train_batch_size auto: give the batch itself with --train_batch_size"
+            )
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
 
 
-def first(
-    per_device: int | Literal["auto"], found: int | None, share: int, length: int, device: torch.device
-) -> int:
-    """The micro-batch to begin with, in chunks of `length` tokens.
+class Step(NamedTuple):
+    """An optimizer step that was applied, over all processes."""
 
-    per_device: what the flag says; `auto`: `found`, what an earlier part of the run has come to, else all of
-        the process's share. On a CPU, whose memory ends in a kill and not in an error, AUTO_ON_CPU tokens.
+    sums: (
+        torch.Tensor
+    )  # [1 + S] float32, on the device: the loss and the named scalars, over the masked tokens
+    nonfinite: torch.Tensor  # [] float32, on the device; 1: this step, or one before it, moved no weight
+    masked: int  # masked tokens
+    overflows: int  # times that fp16's scale was lowered and the step taken again
+    requests: list[int]  # the largest of each request over all processes
+
+
+class Update:
+    """Takes optimizer steps: `update(step)` is all of them, `state_dict()` what a checkpoint has to hold.
+
+    optimizers: any, which between them hold each parameter at most once; schedulers: as many, one for each
     """
-    if per_device != "auto":
-        return per_device
-    return found or (min(share, max(AUTO_ON_CPU // length, 1)) if device.type == "cpu" else share)
 
-
-def smaller(micro_batch: int, per_device: int | Literal["auto"], length: int) -> int:
-    """The micro-batch to try after this one, of chunks of `length` tokens, did not fit into memory.
-
-    Raises UserError where it cannot be made smaller, or is not to be.
-    """
-    if micro_batch == 1:
-        raise UserError(
-            f"out of memory with one chunk of {length} tokens; use --gradient_checkpointing true or a "
-            "shorter --max_seq_length"
+    def __init__(
+        self,
+        model: SparseMaskedLM,
+        objective: Objective,
+        batches: Batches,
+        optimizers: Sequence[Optimizer],
+        schedulers: Sequence[LRScheduler],
+        accelerator: Accelerator,
+        config: UpdateConfig,
+    ) -> None:
+        self.model, self.objective, self.batches = model, objective, batches
+        self.optimizers, self.schedulers = optimizers, schedulers
+        self.accelerator, self.scaler, self.config = accelerator, accelerator.scaler, config
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.smallest = min(self.parameters, key=torch.numel)
+        self.reduce = GradientSum(self.parameters, batches.world)
+        self.group = host_group(accelerator)
+        # Fused kernels read a flag on the device, and leave the weights alone where it is set.
+        self.fused = all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
+        self.nonfinite = torch.zeros((), device=accelerator.device)
+        self.scalars: tuple[str, ...] = ()  # names of what the objective returns beside its loss
+        self.micro_batch = first_micro_batch(
+            config.per_device_train_batch_size,
+            -(-batches.global_batch // batches.world),
+            batches.chunks.chunk_size,
+            accelerator.device,
         )
-    if per_device != "auto":
-        raise UserError(
-            f"out of memory with --per_device_train_batch_size {per_device}; `auto` finds what fits "
-            "and, with --train_batch_size, the result stays the same"
-        )
-    return micro_batch // 2
 
+    def __call__(self, step: int, requests: Sequence[int] = ()) -> Step:
+        """Applies optimizer step `step`, counted from 0.
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether the device, or the host, had no memory left, in the words of any of torch's backends."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or should_reduce_batch_size(error)
+        requests: numbers of this process that all processes are to know, as a signal that has arrived
+
+        Raises UserError where not even one chunk fits into memory, or the optimizer's own state does not, and
+        where the loss overflows at any fp16 scale.
+        """
+        overflows = 0
+        while True:
+            try:
+                sums, masked = self._forward_backward(step)
+                ran_out = False
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                ran_out = True
+            # No process enters the reduction unless all have their gradients.
+            ran_out, S, *agreed = agree([ran_out, len(self.scalars), *requests], self.group)
+            if ran_out:
+                self._take_smaller_micro_batches(step)
+                continue
+            sums = torch.nn.functional.pad(sums, (0, 1 + S - len(sums)))  # of an empty share, zeros
+            self.reduce(sums)
+            applied = self._apply(sums)
+            self.model.zero_grad()
+            if applied:
+                for scheduler in self.schedulers:
+                    scheduler.step()
+                return Step(sums, self.nonfinite, masked, overflows, agreed)
+            overflows += 1
+            check_scale(self.scaler.get_scale(), step)
+
+    def _forward_backward(self, step: int) -> tuple[torch.Tensor, int]:
+        """Adds this process's part to each .grad. Gives its sums [1 + S], and the masked tokens of all."""
+        share, masked = self.batches.load(step, self.micro_batch)
+        torch.manual_seed(stream_key(self.batches.seed, step, DROPOUT + self.batches.rank))
+        sums = torch.zeros(1, device=self.accelerator.device)
+        for batch in share:
+            with self.accelerator.autocast():
+                returned = self.objective(self.model, batch.to(self.accelerator.device))
+            loss, scalars = returned if isinstance(returned, tuple) else (returned, {})
+            self.scalars = tuple(scalars)
+            mean = loss / max(masked, 1)
+            (mean if self.scaler is None else self.scaler.scale(mean)).backward()
+            found = torch.stack([loss.detach(), *(value.detach() for value in scalars.values())]).float()
+            sums = sums + found  # [1] + [1 + S], the first time
+        if self.scaler is not None and not share:
+            self.scaler.scale(sums)  # its first use, which `backward` would have been, sets it up
+        for p in self.parameters:  # of an empty share, or a parameter that this batch does not reach
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        return sums, masked
+
+    def _take_smaller_micro_batches(self, step: int) -> None:
+        per_device, length = self.config.per_device_train_batch_size, self.batches.chunks.chunk_size
+        self.micro_batch = smaller(self.micro_batch, per_device, length)
+        self.model.zero_grad()
+        release_memory()
+        log.warning("step %d: out of memory; from here on micro-batches of %d chunks", step, self.micro_batch)
+
+    def _apply(self, sums: torch.Tensor) -> bool:
+        """Steps the optimizers, where the gradient is finite. False: fp16 overflowed, take the step again."""
+        self.smallest.grad += sums[0] * 0  # so that a loss that is not finite has no finite gradient
+        for optimizer in self.optimizers if self.scaler is not None else ():
+            self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
+        if self.scaler is not None:
+            finite = bool(norm.isfinite())  # the host waits for the device here
+            if finite:
+                self._step_optimizers()
+            self.scaler.update()
+            return finite
+        self.nonfinite = torch.maximum(self.nonfinite, (~norm.isfinite()).float())
+        if self.fused:  # decided on the device, and read with the next line of the log
+            for optimizer in self.optimizers:
+                optimizer.found_inf = self.nonfinite
+            self._step_optimizers()
+        elif not self.nonfinite:  # the host waits for the device here
+            self._step_optimizers()
+        return True
+
+    def _step_optimizers(self) -> None:
+        try:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            kinds = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
+            raise UserError(
+                f"out of memory for the state of {kinds}, which smaller micro-batches do not shrink; "
+                "use a smaller model, or a device with more memory"
+            ) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes from step to step, besides the weights."""
+        return {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "scaler": self.scaler and self.scaler.state_dict(),
+            "micro_batch": [self.batches.world, self.micro_batch],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(saved)
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        world, micro_batch = state["micro_batch"]
+        if self.config.per_device_train_batch_size == "auto" and world == self.batches.world:
+            self.micro_batch = micro_batch

@@ -8,6 +8,7 @@ import logging
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,9 +23,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as KNOWN
 
-from mlm.data.corpus import CorpusConfig
-from mlm.data.token_store import TokenStoreConfig, limit_threads, store_folder
-from mlm.data.tokenizer import corpus_tokenizer, load_tokenizer
+from mlm.data.token_store import TokenStore, limit_threads, prepare, store_folder
+from mlm.data.tokenizer import TokenizerInfo, corpus_tokenizer, load_tokenizer, tokenizer_info
 from mlm.errors import UserError, explain_load_failure, listed, one_line
 from mlm.hub import local_files_only
 from mlm.model.seeded import seeded_cpu_generator
@@ -170,17 +170,24 @@ def position_limit(config: ModelConfig) -> int | None:
     return max_positions(model_config(config))
 
 
-def open_tokenizer(
-    config: ModelConfig, source: CorpusConfig, store: TokenStoreConfig
-) -> PreTrainedTokenizerBase:
-    """The tokenizer that `config` names; for a model from scratch without one, one trained on the corpus.
+def open_corpus(config: Any) -> tuple[PreTrainedTokenizerBase, TokenizerInfo, dict[str, TokenStore]]:
+    """The tokenizer, what the other modules have to know of it, and the token store of each split.
+
+    The tokenizer is the one that is named; for a model from scratch without one, it is trained on the corpus.
+
+    config: a mlm.config.Config, of which the parts model, corpus, token_store and masking are read
 
     To be called before any other work with a tokenizer in this process: it sets the number of threads.
     """
-    limit_threads(store)
-    if name := config.tokenizer_name or config.model_name_or_path:
-        return load_tokenizer(name, config.trust_remote_code)
-    return corpus_tokenizer(source, vocabulary_size(config), store_folder(store))
+    limit_threads(config.token_store)
+    if name := config.model.tokenizer_name or config.model.model_name_or_path:
+        tokenizer = load_tokenizer(name, config.model.trust_remote_code)
+    else:
+        size, folder = vocabulary_size(config.model), store_folder(config.token_store)
+        tokenizer = corpus_tokenizer(config.corpus, size, folder)
+    info = tokenizer_info(tokenizer)
+    stores = prepare(config.corpus, tokenizer, info, config.token_store, config.masking.whole_word_mask)
+    return tokenizer, info, stores
 
 
 def vocabulary_size(config: ModelConfig) -> int:

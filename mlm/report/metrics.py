@@ -1,42 +1,168 @@
-"""What training measures between two lines of the log."""
+"""What training measures: kept on the device, read for a line of the log, logged, and shown."""
 
+import errno
+import json
+import os
+import sys
 import time
-from typing import NamedTuple
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from mlm.engine.update import Step
+from mlm.figures import finite
 
 
 class Window(NamedTuple):
-    """The training between two readings, over all processes."""
+    """The training between two lines of the log, over all processes."""
 
-    nats: float  # summed over the masked tokens
-    masked: int
-    tokens: int
+    means: dict[str, float]  # a masked token: the loss, then the objective's named scalars
+    tokens: int  # that went through the model, padding not counted
     seconds: float
-
-    @property
-    def loss(self) -> float:
-        return self.nats / max(self.masked, 1)
+    nonfinite: int  # steps, the last ones, that moved no weight
 
 
-class Meter:
-    """Keeps what a step measures on the device, so that no step has to wait until it is read."""
+class Progress:
+    """Where a run stands: the steps taken and the sums over them. A checkpoint holds it."""
 
     def __init__(self) -> None:
+        self.step = 0  # updates that were applied
+        self.sums: dict[
+            str, float
+        ] = {}  # the loss and the named scalars, over the masked tokens of all steps
+        self.masked = 0  # ... and their number
+        self.tokens = 0  # that went through the model, padding not counted
+        self.seconds = 0.0  # spent in training steps
+        self.blocked = 0.0  # seconds in which the loop waited for checkpoints
+        self.overflows = 0  # steps that fp16's scaler made us take again
+        self.evaluated = False  # whether the current weights have been evaluated
         self.restart()
 
     def restart(self) -> None:
-        self.measured: list[torch.Tensor] = []
-        self.masked, self.tokens, self.started = 0, 0, time.perf_counter()
+        """Begins a window: the clock starts."""
+        self._measured: list[torch.Tensor] = []
+        self._masked, self._tokens, self._started = 0, 0, time.perf_counter()
 
-    def add(self, nats: torch.Tensor, broken: torch.Tensor, masked: int, tokens: int) -> None:
-        """What a step of all processes gave: nats [] and whether it, or one before it, was not finite []."""
-        self.measured.append(torch.stack([nats, broken]))
-        self.masked += masked
-        self.tokens += tokens
+    def add(self, applied: Step, tokens: int) -> None:
+        """An optimizer step of so many tokens. Nothing waits for the device."""
+        self._measured.append(torch.cat([applied.sums, applied.nonfinite[None]]))
+        self._masked += applied.masked
+        self._tokens += tokens
+        self.overflows += applied.overflows
+        self.step += 1
+        self.evaluated = False
 
-    def read(self) -> tuple[Window, int]:
-        """The window, and how many of its steps, the last ones, were not finite. Here the host waits for the
-        device."""
-        nats, broken = torch.stack(self.measured).cpu().double().sum(dim=0).tolist()
-        return Window(nats, self.masked, self.tokens, time.perf_counter() - self.started), int(broken)
+    def read(self, scalars: tuple[str, ...]) -> Window:
+        """Ends the window and adds it to the sums. The host waits for the device here."""
+        *sums, nonfinite = torch.stack(self._measured).cpu().double().sum(dim=0).tolist()
+        seconds = time.perf_counter() - self._started
+        names = ("loss", *scalars)
+        for name, value in zip(names, sums, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.masked += self._masked
+        self.tokens += self._tokens
+        self.seconds += seconds
+        means = {name: value / max(self._masked, 1) for name, value in zip(names, sums, strict=True)}
+        return Window(means, self._tokens, seconds, int(nonfinite))
+
+    def results(self) -> dict[str, Any]:
+        """The figures of training, under the names that all_results.json gives them."""
+        means = {f"train_{name}": value / max(self.masked, 1) for name, value in self.sums.items()}
+        return {
+            **{"train_loss": 0.0, **means},
+            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
+            "train_seconds": self.seconds,
+            "checkpoint_seconds": self.blocked,
+            "steps": self.step,
+            "skipped_steps": self.overflows,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class Log:
+    """metrics.jsonl, the trackers, the bar on a terminal, and lines elsewhere. Only the main process writes."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, tracks: bool) -> None:
+        self.folder, self.accelerator, self.tracks = folder, accelerator, tracks
+        self.is_main = accelerator.is_main_process
+        self.started = time.perf_counter()
+        self.bar: tqdm | None = None
+
+    def print(self, text: str) -> None:
+        """A line on standard output, above the bar where there is one."""
+        if self.is_main and text:
+            with tqdm.external_write_mode():
+                print(text, flush=True)
+
+    def event(self, event: str, step: int, **values: Any) -> None:
+        """Appends a line to metrics.jsonl, and sends its numbers to the trackers."""
+        if not self.is_main:
+            return
+        seconds = round(time.perf_counter() - self.started, 3)
+        line = {"event": event, "step": step, "seconds": seconds, **finite(values)}
+        try:
+            _append(self.folder / "metrics.jsonl", json.dumps(line) + "\n")
+        except OSError as error:
+            self.print(f"metrics.jsonl lacks a line, {event} of step {step}: {error.strerror}")
+        if self.tracks:
+            numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+            self.accelerator.log(numbers, step=step)
+
+    def advance(self, step: int, last_step: int) -> None:
+        """Moves the bar, which is there on a terminal only."""
+        if self.bar is None:
+            self.bar = tqdm(
+                total=last_step,
+                initial=step - 1,
+                unit=" steps",
+                dynamic_ncols=True,
+                bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}",
+                disable=None if self.is_main else True,
+            )
+            self._first = (step - 1, time.perf_counter())
+        self.bar.update()
+
+    def training(self, step: int, window: Window, learning_rate: float, tokens: int) -> None:
+        """A line of training metrics, shown on the bar, and printed where standard output is no terminal.
+
+        tokens: seen in training so far, padding not counted
+        """
+        speed = window.tokens / window.seconds
+        self.event(
+            "train",
+            step,
+            tokens=tokens,
+            **window.means,
+            learning_rate=learning_rate,
+            tokens_per_second=speed,
+        )
+        shown = [f"{name} {value:.3f}" for name, value in window.means.items()]
+        text = ", ".join([*shown, f"lr {learning_rate:.1e}", f"{speed:,.0f} tokens/s"])
+        self.bar.set_postfix_str(text)
+        if self.bar.disable or not sys.stdout.isatty():
+            first, since = self._first
+            left = (self.bar.total - step) * (time.perf_counter() - since) / (step - first)
+            clock, left = time.strftime("%H:%M:%S"), timedelta(seconds=round(left))
+            self.print(f"{clock} step {step}/{self.bar.total}: {text}, {left} left")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _append(path: Path, line: str) -> None:
+    """Adds a line, whole or not at all: the next one must not go on from half of one on a full disk."""
+    with path.open("ab", buffering=0) as file:
+        end, data = file.tell(), line.encode()
+        if file.write(data) < len(data):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,0 +1,60 @@
+"""What the result of a run depends on: a checkpoint of another experiment is not resumed."""
+
+import ast
+import functools
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+SIMPLE = (int, float, str, bool, tuple, type(None))
+
+
+def identity(function: Callable[..., Any]) -> str:
+    """A function by its name and a fingerprint of its code, without comments and docstrings.
+
+    The functions of the same module that it calls count, and the module's constants that it names; of a
+    functools.partial, the arguments that are numbers or words.
+    """
+    if isinstance(function, functools.partial):
+        arguments = {name: value for name, value in function.keywords.items() if isinstance(value, SIMPLE)}
+        return f"{identity(function.func)} {arguments}" if arguments else identity(function.func)
+    digest = hashlib.sha256("\n".join(_parts(function, set())).encode()).hexdigest()[:12]
+    return f"{getattr(function, '__name__', type(function).__name__)} {digest}"
+
+
+def _parts(function: Any, seen: set[Any]) -> list[str]:
+    if not isinstance(function, FunctionType) or function in seen:
+        return [repr(type(function))]
+    seen.add(function)
+    parts = [_code(function)]
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        if isinstance(value, FunctionType) and value.__module__ == function.__module__:
+            parts += _parts(value, seen)
+        elif isinstance(value, SIMPLE) and name in function.__globals__:
+            parts.append(f"{name} = {value!r}")
+    return parts
+
+
+def _code(function: FunctionType) -> str:
+    try:
+        [definition] = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, SyntaxError, ValueError):  # typed at a prompt, or a lambda amid a line
+        code = function.__code__
+        return f"{code.co_code!r} {code.co_consts!r}"
+    for node in ast.walk(definition):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(definition)
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Each setting in which a saved experiment is not this one."""
+    return [
+        f"{name} {now.get(name)} (the checkpoint: {saved.get(name)})"
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name) != now.get(name)
+    ]

@@ -1,0 +1,264 @@
+"""A run while it goes on: its directory, its log, its checkpoints, and the signals that ask it to stop."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, NoReturn
+
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mlm.data.token_store import TokenStore
+from mlm.engine import checkpoint
+from mlm.engine.checkpoint import Stateful, Writer, not_written
+from mlm.engine.distributed import agree, from_main, host_group, lost_a_process
+from mlm.engine.nonfinite import find_nonfinite
+from mlm.engine.signals import Stopped, StopSignals
+from mlm.engine.update import Update
+from mlm.errors import UserError, one_line
+from mlm.evaluation.eval_set import EvalSet
+from mlm.evaluation.evaluate import Evaluations, evaluate_all
+from mlm.figures import figure, flat
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.report.environment import environment
+from mlm.report.metrics import Log, Progress
+from mlm.report.run_directory import RunDirectory
+from mlm.report.upload import create_repository, upload
+
+
+class Run:
+    """Everything of a run that is no arithmetic. On each process; only the main one writes and prints.
+
+    config: a mlm.config.Config, or a fork's subclass of it
+
+    Raises UserError where --output_dir cannot be this run's.
+    """
+
+    def __init__(self, config: Any, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.directory = RunDirectory(config.run, config.checkpoint.resume_from_checkpoint, accelerator)
+        self.folder, self.is_main = self.directory.folder, accelerator.is_main_process
+        self.log = Log(self.folder, accelerator, config.run.with_tracking)
+        self.writer = Writer(self.directory.checkpoints, config.checkpoint.save_total_limit)
+        self.stop = StopSignals()
+        self.group = host_group(accelerator)
+        self.hub_id: str | None = None
+        self._failure: str | None = None  # why a checkpoint could not be written
+
+    def keeps(self, model: PreTrainedModel, states: dict[str, Stateful], experiment: dict[str, Any]) -> None:
+        """What checkpoints hold: the weights, "update", "progress", "before", and what a fork adds."""
+        self.model, self.states, self.experiment = model, states, experiment
+        self.update: Update = states["update"]
+        self.progress: Progress = states["progress"]
+
+    def finished(self) -> dict[str, Any] | None:
+        """The results of this very experiment, where --resume_from_checkpoint latest finds it finished."""
+        results = None
+        if self.config.checkpoint.resume_from_checkpoint == "latest":
+            results = from_main(self.directory.finished(self.experiment), self.accelerator)
+        if results:
+            self.log.print(
+                f"{self.folder} is finished: {results['steps']} steps, held-out perplexity "
+                f"{figure(results['perplexity'])}; give --overwrite_output_dir to train anew"
+            )
+        return results
+
+    def __enter__(self) -> "Run":
+        """From here on signals ask for a checkpoint, and the directory, if it is there, stays as it is."""
+        self.directory.claim()
+        self.stop.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.log.close()
+        self.writer.close()
+        self.stop.__exit__(kind, error, trace)
+        self.directory.release()
+
+    def resume(self, plan: str) -> None:
+        """Puts everything back as --resume_from_checkpoint names it, if it does, and begins the directory.
+
+        plan: what the run is about to do, to be printed
+
+        Raises UserError where there is no such checkpoint, or it is another experiment's.
+        """
+        wanted = self.config.checkpoint.resume_from_checkpoint
+        found, notes = checkpoint.find(wanted, self.directory.checkpoints, self.accelerator)
+        self.log.print("\n".join(notes))
+        if found:
+            checkpoint.load(found, self.model, self.states, self.experiment)
+            self.log.print(f"resumed from {found}, after step {self.progress.step}")
+        elif wanted is not None:
+            self.log.print(f"--resume_from_checkpoint {wanted}: no checkpoint yet; training from the start")
+        described = asdict(self.config)
+        if self.is_main and self.config.run.push_to_hub:
+            self.hub_id = create_repository(self.config.run.hub_model_id or self.folder.name)
+        about = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": sys.argv,
+            "configuration": described,
+            "experiment": self.experiment,
+            "environment": environment(self.accelerator),
+        }
+        self.directory.begin(about, self.progress.step if found else None)
+        if self.config.run.with_tracking:
+            project = self.accelerator.project_configuration
+            project.project_dir = project.logging_dir = str(self.folder)
+            self.accelerator.init_trackers("mlm", config=_for_trackers(described))
+        if found and self.is_main and self.config.train.load_best_model_at_end:
+            self.writer.remember_best(found.parent)
+        self.log.print(plan)
+        batches, experiment = self.update.batches, self.experiment
+        sizes = {"train_batch_size": batches.global_batch, "chunks": batches.num_chunks}
+        self.log.event("start", self.progress.step, steps=experiment["steps"], **sizes)
+
+    def due(self, step: int, last_step: int) -> tuple[bool, bool, bool]:
+        """Whether an evaluation, a checkpoint and a line of the log come after `step` steps.
+
+        After the last step the evaluation comes later, but for the one that finds the best weights.
+        """
+        self.log.advance(step, last_step)
+        config, due = self.config, self.update.batches.due
+        evaluates = due(config.train.eval_steps, step)
+        if step == last_step:
+            evaluates = config.train.load_best_model_at_end
+        saves = due(config.checkpoint.checkpointing_steps, step)
+        return evaluates, saves, due(config.run.logging_steps, step) or step == last_step
+
+    def requests(self) -> list[int]:
+        """What all processes have to know of this one: the signal that asks it to stop; a failed checkpoint."""
+        self._failure = self._failure or self.writer.take_failure()
+        return [self.stop.asked(), self._failure is not None]
+
+    def obey(self, requests: list[int]) -> None:
+        """Does what any process has asked for. Raises Stopped, or UserError for a checkpoint that is lost."""
+        asked, failed = requests
+        failure, self._failure = self._failure, None
+        if failed and self.config.checkpoint.on_save_error == "stop":
+            raise not_written(failure)
+        self.log.print(failure or "")
+        if asked:
+            self.save_and_stop()
+
+    def report(self, store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> None:
+        """A line of the log. The host waits for the device here.
+
+        Raises UserError where a loss or gradient since the last line was not finite, and names its documents.
+        """
+        update, progress = self.update, self.progress
+        window = progress.read(update.scalars)
+        if window.nonfinite:
+            step = progress.step - window.nonfinite
+            found = find_nonfinite(update, step, store)
+            self.log.event("end", step, **found._asdict())
+            raise UserError(found.message(step, store, tokenizer))
+        rate = update.schedulers[0].get_last_lr()[0]
+        self.log.training(progress.step, window, rate, progress.tokens)
+
+    def measure(self, model: SparseMaskedLM, eval_sets: dict[str, EvalSet], complete: bool) -> Evaluations:
+        """Evaluates the current weights, on all eval sets under all masks, or held-out text in the first round.
+
+        The figures of the first mask round are logged, and the weights kept if they are the best yet. Raises
+        Stopped where a signal asks for it: a resumed run makes up for the evaluation.
+        """
+        chosen = eval_sets if complete else {"held_out": eval_sets["held_out"]}
+        evaluations = evaluate_all(model, chosen, self.accelerator, complete, self.stop.asked)
+        if evaluations is None:
+            self.save_and_stop()
+        progress, figures = self.progress, evaluations["held_out"].first_pass.summary()
+        if progress.evaluated:  # of the last step already, before the best weights were loaded
+            return evaluations
+        self.log.event("eval", progress.step, tokens=progress.tokens, **figures)
+        rounds = len(self.config.evaluate.passes)
+        part = "" if rounds == 1 else f" (mask round 1 of {rounds})"
+        self.log.print(
+            f"step {progress.step}: held-out loss {figures['eval_loss']:.4f}, "
+            f"perplexity {figures['perplexity']:.4g}{part}"
+        )
+        if self.config.train.load_best_model_at_end and self.is_main:
+            self.writer.save_best(progress.step, self.model, figures)
+        progress.evaluated = True
+        return evaluations
+
+    def save(self) -> None:
+        """Has a checkpoint written; returns as soon as its copy is in host memory."""
+        started = time.perf_counter()
+        if self.is_main:
+            self.writer.save(
+                self.progress.step, lambda: checkpoint.snapshot(self.model, self.states, self.experiment)
+            )
+        blocked = time.perf_counter() - started
+        self.progress.blocked += blocked
+        self.log.event("checkpoint", self.progress.step, seconds_blocked=blocked)
+
+    def save_and_stop(self) -> NoReturn:
+        """The end of a run that a signal stops. Raises Stopped, or UserError without the checkpoint."""
+        self.save()
+        failure = self.writer.wait()
+        number, failed = agree([self.stop.asked(), failure is not None], self.group)
+        if failed:
+            raise not_written(failure)
+        raise Stopped(
+            number,
+            f"stopped by {signal.Signals(number).name} after step {self.progress.step}; to resume, give the "
+            f"same command with --output_dir {self.folder} --resume_from_checkpoint latest",
+        )
+
+    def save_model(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """The trained model, the best or the last, as an ordinary checkpoint. Raises UserError."""
+        self.log.close()
+        self.log.print(self.writer.wait() or "")
+        if self.config.train.load_best_model_at_end:
+            checkpoint.load_best(self.directory.checkpoints, self.model, self.accelerator)
+        try:
+            self.directory.save_model(self.model, tokenizer, self.progress.step)
+        except (OSError, SafetensorError) as error:
+            reason = one_line(getattr(error, "strerror", None) or error)
+            advice = "--resume_from_checkpoint latest resumes from the last checkpoint"
+            raise UserError(
+                f"--output_dir {self.folder}: the model could not be saved ({reason}); make room"
+                + (f", then {advice}" if checkpoint.steps(self.directory.checkpoints) else "")
+            ) from error
+
+    @contextmanager
+    def analysis(self) -> Iterator[None]:
+        """What comes after the model is saved: a failure in it costs a report, and is said in one line."""
+        try:
+            yield
+        except Stopped:
+            raise
+        except Exception as error:
+            if lost_a_process(error):
+                raise
+            base = self.config.model.model_name_or_path
+            again = f"scripts/evaluate.py --model_name_or_path {self.folder}"
+            raise UserError(
+                f"the trained model is saved in {self.folder}, its analysis failed "
+                f"({one_line(f'{type(error).__name__}: {error}', 200)}); to repeat it: python {again}"
+                f"{f' --compare {base}' if base else ''}, with the flags that name the text"
+            ) from error
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """The last line of the log; then, if asked, the Hub."""
+        self.log.event("end", self.progress.step, **results)
+        for tracker in self.accelerator.trackers if self.config.run.with_tracking else ():
+            tracker.finish()
+        if self.hub_id is not None:
+            upload(self.folder, self.hub_id)
+            self.log.print(f"uploaded to {self.hub_id}")
+        self.accelerator.wait_for_everyone()
+
+
+def _for_trackers(described: dict[str, Any]) -> dict[str, int | float | str | bool]:
+    """Settings under dotted names, of the kinds that every tracker takes."""
+    return {
+        name: value if isinstance(value, int | float | str | bool) else str(value)
+        for name, value in flat(described)
+    }

@@ -1,0 +1,110 @@
+"""What a run is about to do, what its result depends on, and what it came to."""
+
+from dataclasses import asdict
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mlm.data.token_store import TokenStore
+from mlm.engine.distributed import from_main
+from mlm.engine.experiment import identity
+from mlm.engine.update import Update
+from mlm.evaluation.compare import conclude
+from mlm.evaluation.eval_set import EvalSet
+from mlm.evaluation.evaluate import Evaluation, token_counts
+from mlm.figures import figure, finite
+from mlm.model.load import fingerprint
+from mlm.report.environment import peak_memory_mib
+from mlm.report.model_card import model_card
+from mlm.report.run import Run
+
+
+def describe(
+    config: Any,
+    model: PreTrainedModel,
+    update: Update,
+    eval_sets: dict[str, EvalSet],
+    train: TokenStore,
+    last_step: int,
+) -> dict[str, Any]:
+    """All that the result depends on, as JSON: a checkpoint of another experiment is not resumed."""
+    batches = update.batches
+    return {
+        "train corpus": train.header["corpus"],
+        **{f"{name} corpus": eval_set.store.header["corpus"] for name, eval_set in eval_sets.items()},
+        **config.evaluate.identity,
+        **asdict(config.optimizer),
+        "seed": batches.seed,
+        "max_grad_norm": config.update.max_grad_norm,
+        "model": fingerprint(model),
+        "tokenizer": eval_sets["held_out"].info.fingerprint,
+        "masks": batches.recipe.digest,
+        **asdict(config.masking),
+        "objective": identity(update.objective),
+        "mask selection": identity(batches.select),
+        "mask rate": identity(batches.rate),
+        "optimizers": [type(optimizer).__name__ for optimizer in update.optimizers],
+        "dropout": config.model.dropout,
+        "mixed_precision": str(update.accelerator.mixed_precision),
+        "max_seq_length": batches.chunks.chunk_size,
+        "line_by_line": config.chunks.line_by_line,
+        "train_batch_size": batches.global_batch,
+        "chunks": batches.num_chunks,
+        "steps": last_step,
+    }
+
+
+def plan(config: Any, update: Update, eval_sets: dict[str, EvalSet], steps: int) -> str:
+    """What is about to happen, for a person to read before it does."""
+    model, batches = update.model, update.batches
+    every = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    name = config.model.model_name_or_path or f"{model.model.config.model_type} from scratch"
+    G, world, n = batches.global_batch, batches.world, batches.num_chunks
+    share = -(-G // world)
+    often = ", more than there are: each step sees some several times" if n < G else ""
+    sizes = "".join(f"{len(s.chunk_ids):,} {name.replace('_', ' ')}, " for name, s in eval_sets.items())
+    lines = {
+        "model": f"{name} ({type(model.model).__name__}), {every:,} parameters, {trained:,} of them trained",
+        "head": "on the masked positions" if model.sparse else "on all positions",
+        "chunks": f"{n:,} to train on, {sizes}of {batches.chunks.chunk_size} tokens",
+        "batch": f"{G} chunks a step{often}: {world} process(es) of {share}, "
+        f"in {-(-share // update.micro_batch)} micro-batch(es) of at most {min(update.micro_batch, share)}",
+        "steps": f"{steps:,} ({steps * G / n:.3g} epochs), {config.optimizer.lr_scheduler_type} "
+        f"learning rate, peak {config.optimizer.learning_rate:g}",
+        "precision": f"{update.accelerator.mixed_precision} on {update.accelerator.device}",
+    }
+    return "\n".join(f"{what:<10} {text}" for what, text in lines.items())
+
+
+def conclude_run(
+    run: Run,
+    eval_sets: dict[str, EvalSet],
+    before: dict[str, Evaluation],
+    after: dict[str, Evaluation],
+    tokenizer: PreTrainedTokenizerBase,
+    train: TokenStore,
+) -> dict[str, Any]:
+    """Compares before with after, writes what came of it, and returns the results on every process.
+
+    The main process alone compares; the others wait for it.
+    """
+    results = None
+    if run.is_main:
+        progress, batches = run.progress, run.update.batches
+        counts = token_counts(train, eval_sets["held_out"].info.size)
+        found = conclude(eval_sets, before, after, tokenizer, counts)
+        results = finite({
+            **found.results,
+            **progress.results(),
+            "epochs": progress.step * batches.global_batch / batches.num_chunks,
+            "peak_memory_mib": peak_memory_mib(run.accelerator.device),
+        })  # fmt: skip
+        run.log.print(found.lines)
+        card = model_card(run.hub_id or run.folder.name, run.config, results)
+        run.directory.save_results(results, found.comparison, found.documents, card)
+        run.log.print(
+            f"held-out perplexity {figure(results['perplexity'])}, where token frequencies alone reach "
+            f"{figure(results['perplexity_unigram'])}; saved to {run.folder}"
+        )
+    return from_main(results, run.accelerator)
