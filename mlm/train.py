@@ -78,15 +78,13 @@ class Result:
 
 
 def train(config: Config, accelerator: Accelerator | None = None) -> Result:
-    """Runs `config`, as often as it is called.
+    """Runs `config`.
 
-    Raises:
-        UserError: it cannot be done, or the loss is not finite any more.
-        Stopped: a signal asked for it, and a checkpoint has been written.
+    Raises UserError where it cannot be done, or the loss is not finite any more, and Stopped where a signal
+    asked for that and a checkpoint has been written.
     """
     accelerator = accelerator or make_accelerator(**asdict(config.device), report_to=config.run.trackers)
     run = Run(config, accelerator)
-
     # Data and model. One process of a machine tokenises the corpus, once; the others find its token store.
     with local_main_process_first(accelerator, config) as own:
         tokenizer, info, stores = open_corpus(own)
@@ -101,22 +99,18 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     scheduler = make_scheduler(optimizer, config.optimizer, last_step)
     update = Update(model, objective, batches, [optimizer], [scheduler], accelerator, config.update)
 
-    # Resume: what a fork adds is in checkpoints once it is named here, if it has state_dict and load_state_dict.
+    # Resume. A fork names here what it adds: anything with a state_dict and a load_state_dict.
     progress, before, extra_state = Progress(), Evaluations(), {}
     experiment = describe(config, net, update, eval_sets, stores["train"], last_step)
     run.keeps(net, {"update": update, "progress": progress, "before": before, **extra_state}, experiment)
     if results := run.finished():
-        own = replace(config.model, model_name_or_path=str(run.folder))
-        return Result(load_model(own, tokenizer, config.train.seed), tokenizer, results, run.folder)
+        trained = load_model(replace(config.model, model_name_or_path=str(run.folder)), tokenizer, 0)
+        return Result(trained, tokenizer, results, run.folder)
     with run:
         run.resume(plan(config, update, eval_sets, last_step))
         if progress.step == 0 and config.train.eval_on_start:
             before.update(run.measure(model, eval_sets, complete=True))
-        elif (
-            progress.step < last_step
-            and not progress.evaluated
-            and batches.due(config.train.eval_steps, progress.step)
-        ):
+        elif run.missed_evaluation(last_step):
             run.measure(model, eval_sets, complete=False)
 
         # The loop.

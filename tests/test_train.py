@@ -1,10 +1,11 @@
-"""The loop: token-exact steps, a schedule that keeps its word, an ordinary checkpoint (laws 2, 3, 9, 10)."""
+"""The loop: exact steps, a schedule that keeps its word, an ordinary checkpoint (invariants 2, 3, 9, 10)."""
 
 import dataclasses
 import json
 import math
 import subprocess
 import sys
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -19,12 +20,12 @@ from mlm.data.masking import MaskingConfig, make_recipe
 from mlm.data.token_store import prepare
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
 from mlm.engine.checkpoint import CheckpointConfig
-from mlm.engine.optimizer import Schedule, make_optimizer
+from mlm.engine.optimizer import OptimizerConfig, Schedule, make_optimizer
 from mlm.errors import UserError
-from mlm.evaluation.evaluate import EvaluateConfig
+from mlm.evaluation.eval_set import EvaluateConfig
 from mlm.model.load import ModelConfig
 from mlm.report.run_directory import RunConfig
-from mlm.train import train
+from mlm.train import select, train
 from tests.runs import TORCHRUN, assert_same_bits, assert_same_weights, half_precision, metrics, run, weights
 
 
@@ -34,14 +35,16 @@ def slow_training(config):
     info = tokenizer_info(tokenizer)
     store = prepare(config.corpus, tokenizer, info, config.token_store)["train"]
     chunks = cut_into_chunks(store, config.chunks, config.chunks.max_seq_length, info)
-    G = config.loop.train_batch_size
-    batches = Batches(chunks, make_recipe(config.masking, info), info.maskable, config.loop.seed, G)
+    G = config.update.train_batch_size
+    chosen, rate = partial(select, masking=config.masking), lambda step: config.masking.mlm_probability
+    batches = Batches(chunks, make_recipe(info), info.maskable, chosen, rate, config.train.seed, G)
     model = AutoModelForMaskedLM.from_pretrained(
         config.model.model_name_or_path, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     ).train()
-    optimizer = make_optimizer(model, config.loop.learning_rate, config.loop.weight_decay, fused=False)
-    scheduler = get_scheduler("linear", optimizer, config.loop.num_warmup_steps, config.loop.max_train_steps)
-    for step in range(config.loop.max_train_steps):
+    optimizer = torch.optim.AdamW(model.parameters(), config.optimizer.learning_rate, weight_decay=0.0)
+    warmup, steps = config.optimizer.num_warmup_steps, config.train.max_train_steps
+    scheduler = get_scheduler("linear", optimizer, warmup, steps)
+    for step in range(steps):
         [batch], _ = batches.load(step, G)
         logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(
             0, 1
@@ -49,7 +52,7 @@ def slow_training(config):
         labels = torch.full((len(logits),), -100)
         labels[batch.positions] = batch.targets
         F.cross_entropy(logits, labels).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.loop.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.update.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
@@ -78,13 +81,13 @@ def test_gradient_accumulation_means_what_it_says(toy, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_end_with_the_weights_and_the_perplexity_of_one(toy, tmp_path):
-    """11 chunks a step over two processes: six and five, in passes of four."""
+    """11 chunks a step over two processes: six and five, in micro-batches of four."""
     flags = {"train_batch_size": 11, "per_device_train_batch_size": 4, "eval_steps": 6}
     one = train(toy.config(tmp_path / "one", **flags))
     status, output, errors = run(TORCHRUN, toy.flags(tmp_path / "two", **flags))
     assert status == 0, errors
     lines = output.splitlines()
-    assert len(lines) == len(set(lines)), "only the main process speaks"
+    assert len(lines) == len(set(lines)), "only the main process prints"
     two = weights(tmp_path / "two")
     assert_same_weights(one.model.state_dict(), two)
     found = json.loads(lines[-1])
@@ -111,7 +114,7 @@ def test_the_linear_schedule_ends_at_exactly_zero(toy, tmp_path, warmup, steps, 
                         per_device_train_batch_size=micro_batch, eval_steps=100)  # fmt: skip
     train(dataclasses.replace(config, run=RunConfig(str(tmp_path / "run"), logging_steps=1)))
     rates = [line["learning_rate"] for line in metrics(tmp_path / "run", "train")]
-    peak = config.loop.learning_rate
+    peak = config.optimizer.learning_rate
     expected = [
         peak * min((s / warmup) if warmup else 1, (steps - s) / (steps - warmup)) for s in range(1, steps + 1)
     ]
@@ -166,7 +169,7 @@ def test_the_run_leaves_the_records_of_the_design(toy, tmp_path):
     assert [line["step"] for line in metrics(folder, "end")] == [12]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_10", "step_5"]
     run = json.loads((folder / "run.json").read_text())
-    assert run["configuration"]["loop"]["learning_rate"] == 5e-3
+    assert run["configuration"]["optimizer"]["learning_rate"] == 5e-3
     assert {"train corpus", "tokenizer", "masks"} <= run["experiment"].keys()
     assert run["environment"]["torch"] == torch.__version__
     card = (folder / "README.md").read_text()
@@ -205,8 +208,7 @@ def test_whole_words_train_too(toy, tmp_path):
 
 
 def test_a_batch_with_nothing_masked_gives_zero_loss_and_no_nan(toy, tmp_path):
-    config = dataclasses.replace(toy.config(tmp_path / "run"), masking=MaskingConfig(mlm_probability=0.0))
-    result = train(config)
+    result = train(toy.config(tmp_path / "run", mlm_probability=0.0, eval_mlm_probability=0.0))
     assert result.results["train_loss"] == 0.0
     assert result.results["perplexity"] is None  # of nothing
     assert all(tensor.isfinite().all() for tensor in result.model.state_dict().values())
@@ -264,7 +266,7 @@ def test_biases_and_norms_do_not_decay():
     layer.dense, layer.norm = torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)
     layer.conv = torch.nn.Module()
     layer.conv.bias = torch.nn.Parameter(torch.zeros(2, 1))
-    decayed, plain = make_optimizer(layer, 1e-3, weight_decay=0.1, fused=False).param_groups
+    decayed, plain = make_optimizer(layer, OptimizerConfig(weight_decay=0.1)).param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert decayed["params"] == [layer.dense.weight]
     assert len(plain["params"]) == 4
@@ -304,7 +306,7 @@ import torch
 from accelerate import Accelerator
 from mlm import cli
 from mlm.config import Config
-from mlm.train import train
+from mlm.train import select, train
 accelerator = Accelerator(cpu=True)
 accelerator.state._mixed_precision = "fp16"
 accelerator.native_amp = True

@@ -1,8 +1,8 @@
 """Checkpoints from which a run goes on as if it had never stopped.
 
     <output_dir>/checkpoints/step_N/model.safetensors      parameters and buffers
-                                    state.safetensors      tensors of all else: optimizers, progress, evaluations
-                                                           before the first step, what a fork adds
+                                    state.safetensors      tensors of all else: optimizers, progress, the
+                                                           evaluations at the start, what a fork adds
                                     state.json             the rest of it
                                     experiment.json        the settings that the result depends on
                                     manifest.json          size and SHA-256 of each of these files
@@ -351,7 +351,7 @@ def write(place: Path, files: Files) -> None:
 
 
 def share_weights(folder: Path, model: Path) -> None:
-    """Where a checkpoint in `folder` holds the same weights as a saved model, to the byte, makes them one file.
+    """Makes a checkpoint's weights and a saved model's one file, where they are the same to the byte.
 
     Nothing here writes into a file under its name, so that neither can change through the other.
     """

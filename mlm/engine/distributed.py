@@ -71,13 +71,13 @@ def from_main(value: Any, accelerator: Accelerator) -> Any:
 class GradientSum:
     """Adds up gradients over all processes, in place, in flat pieces of about `piece` elements.
 
-    One explicit reduction a step, in place of DistributedDataParallel's during backward, as a process may have
-    had several micro-batches, or none. It costs the overlap of the two. The buffer is made once, so that no
-    process can run out of memory for it while the others are in the reduction.
+    One explicit reduction a step, in place of DistributedDataParallel's during backward, as a process may
+    have had several micro-batches, or none. It costs the overlap of the two. The buffer is made once:
+    no process can run out of memory for it while the others are in the reduction.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], processes: int, piece: int = 2**24) -> None:
-        self.pieces: list[list[torch.nn.Parameter]] = []
+        self.parameters, self.pieces = parameters, []
         if processes == 1:
             return
         elements = piece

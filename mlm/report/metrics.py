@@ -89,7 +89,7 @@ class Progress:
 
 
 class Log:
-    """metrics.jsonl, the trackers, the bar on a terminal, and lines elsewhere. Only the main process writes."""
+    """metrics.jsonl, trackers, a bar on a terminal, lines elsewhere. Only the main process writes."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, tracks: bool) -> None:
         self.folder, self.accelerator, self.tracks = folder, accelerator, tracks

@@ -59,7 +59,8 @@ class Run:
     def finished(self) -> dict[str, Any] | None:
         """The results of this very experiment, where --resume_from_checkpoint latest finds it finished."""
         results = None
-        if self.config.checkpoint.resume_from_checkpoint == "latest":
+        resumes = self.config.checkpoint.resume_from_checkpoint == "latest"
+        if resumes and not self.config.run.overwrite_output_dir:
             results = from_main(self.directory.finished(self.experiment), self.accelerator)
         if results:
             self.log.print(
@@ -119,6 +120,11 @@ class Run:
         sizes = {"train_batch_size": batches.global_batch, "chunks": batches.num_chunks}
         self.log.event("start", self.progress.step, steps=experiment["steps"], **sizes)
 
+    def missed_evaluation(self, last_step: int) -> bool:
+        """Whether a resumed run was stopped between a step and the evaluation that comes after it."""
+        due = self.update.batches.due(self.config.train.eval_steps, self.progress.step)
+        return 0 < self.progress.step < last_step and due and not self.progress.evaluated
+
     def due(self, step: int, last_step: int) -> tuple[bool, bool, bool]:
         """Whether an evaluation, a checkpoint and a line of the log come after `step` steps.
 
@@ -133,7 +139,7 @@ class Run:
         return evaluates, saves, due(config.run.logging_steps, step) or step == last_step
 
     def requests(self) -> list[int]:
-        """What all processes have to know of this one: the signal that asks it to stop; a failed checkpoint."""
+        """What all processes have to know of this one: a signal to stop, a checkpoint that failed."""
         self._failure = self._failure or self.writer.take_failure()
         return [self.stop.asked(), self._failure is not None]
 
@@ -163,7 +169,7 @@ class Run:
         self.log.training(progress.step, window, rate, progress.tokens)
 
     def measure(self, model: SparseMaskedLM, eval_sets: dict[str, EvalSet], complete: bool) -> Evaluations:
-        """Evaluates the current weights, on all eval sets under all masks, or held-out text in the first round.
+        """Evaluates the current weights: on all eval sets under all masks, or held-out text in one round.
 
         The figures of the first mask round are logged, and the weights kept if they are the best yet. Raises
         Stopped where a signal asks for it: a resumed run makes up for the evaluation.

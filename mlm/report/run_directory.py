@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm.engine import checkpoint
 from mlm.engine.distributed import from_main
+from mlm.engine.experiment import differences
 from mlm.errors import UserError, at_least
 from mlm.files import write_json, write_text
 
@@ -95,20 +96,27 @@ class RunDirectory:
         return self.folder / "checkpoints"
 
     def _holds_a_model_only(self) -> bool:
-        """Whether a model without a finished run's results, or of other origin, is here, and no checkpoint."""
+        """Whether a model is here that no run of ours has left."""
         here = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        if {"run.json", "all_results.json"} <= here:
-            return False  # a finished run, which says so
-        return bool(here & (MODEL_FILES | {"all_results.json"})) and not checkpoint.steps(self.checkpoints)
+        return "run.json" not in here and bool(here & MODEL_FILES)
 
     def finished(self, experiment: dict[str, Any]) -> dict[str, Any] | None:
-        """The results of a run of this very experiment that has ended here; None: there is none."""
+        """The results of a run of this very experiment that has finished here; None: there is none.
+
+        Raises UserError where the run that has finished here was another experiment, and left no checkpoint.
+        """
         try:
-            ran = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["experiment"]
             results = json.loads((self.folder / "all_results.json").read_text(encoding="utf-8"))
+            ran = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["experiment"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return results if ran == json.loads(json.dumps(experiment)) else None
+        changed = differences(ran, json.loads(json.dumps(experiment)))
+        if changed and not checkpoint.steps(self.checkpoints):
+            raise UserError(
+                f"--resume_from_checkpoint latest: {self.folder} holds a finished run of another experiment, "
+                f"with {', '.join(changed)}; --overwrite_output_dir replaces it"
+            )
+        return None if changed else results
 
     def claim(self) -> None:
         """From here on the directory is this run's. Raises UserError where another run is at work in it."""

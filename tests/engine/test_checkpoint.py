@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, exact, found again, and never another experiment's (law 4)."""
+"""Checkpoints: whole or not there, exact, found again, and never another experiment's (invariant 4)."""
 
 import contextlib
 import dataclasses
@@ -22,8 +22,6 @@ from mlm.data.masking import MaskingConfig
 from mlm.engine import checkpoint
 from mlm.engine.checkpoint import (
     CheckpointConfig,
-    Progress,
-    State,
     Writer,
     bests,
     damaged,
@@ -35,6 +33,7 @@ from mlm.engine.checkpoint import (
     write,
 )
 from mlm.errors import UserError
+from mlm.report.metrics import Progress
 from mlm.train import train
 from tests.conftest import REPOSITORY
 from tests.runs import (
@@ -62,6 +61,7 @@ def test_a_resumed_run_ends_in_the_bits_of_the_uninterrupted_one(toy, tmp_path, 
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(checkpointing_steps=5))
     train(config)
     (tmp_path / "cut" / "checkpoints" / "step_10").rename(tmp_path / "out_of_the_way")
+    (tmp_path / "cut" / "all_results.json").unlink()
     resumed = train(
         dataclasses.replace(config, checkpoint=CheckpointConfig(5, resume_from_checkpoint="latest"))
     )
@@ -76,6 +76,7 @@ def test_a_resumed_run_goes_on_with_the_loss_scale_of_fp16(toy, tmp_path):
     whole = train(config, half_precision(2.0**40))
     AcceleratorState._reset_state(reset_partial_state=True)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_10")
+    (tmp_path / "run" / "all_results.json").unlink()
     latest = CheckpointConfig(resume_from_checkpoint="latest")
     resumed = train(dataclasses.replace(config, checkpoint=latest), half_precision(2.0**40))
     assert resumed.results["skipped_steps"] == whole.results["skipped_steps"] > 5
@@ -83,11 +84,15 @@ def test_a_resumed_run_goes_on_with_the_loss_scale_of_fp16(toy, tmp_path):
 
 
 def interrupted(toy, folder, at=5, **loop):
-    """A run of 12 steps that left a checkpoint every `at`; the configuration that goes on from the latest."""
+    """A run of 12 steps whose end was killed; the configuration that resumes it from its latest checkpoint.
+
+    It left a checkpoint every `at` steps.
+    """
     config = dataclasses.replace(
         toy.config(folder, **loop), checkpoint=CheckpointConfig(checkpointing_steps=at)
     )
     train(config)
+    (folder / "all_results.json").unlink()
     return dataclasses.replace(config, checkpoint=CheckpointConfig(at, resume_from_checkpoint="latest"))
 
 
@@ -101,11 +106,11 @@ def interrupted(toy, folder, at=5, **loop):
         ({"max_train_samples": 30}, "chunks 30"),
     ],
 )
-def test_another_experiment_is_not_gone_on_with(toy, tmp_path, change, words):
+def test_another_experiment_is_not_resumed(toy, tmp_path, change, words):
     config = interrupted(toy, tmp_path / "run")
     before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
     with pytest.raises(UserError, match=re.escape(words)):
-        train(dataclasses.replace(config, loop=dataclasses.replace(config.loop, **change)))
+        train(dataclasses.replace(toy.config(tmp_path / "run", **change), checkpoint=config.checkpoint))
     assert before == {
         path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()
     }
@@ -147,10 +152,9 @@ def test_another_tokenizer_is_another_experiment(toy, tmp_path):
 def test_what_does_not_change_the_result_may_change(toy, tmp_path):
     whole = train(toy.config(tmp_path / "whole"))
     config = interrupted(toy, tmp_path / "run", at=7)
-    loop = dataclasses.replace(config.loop, per_device_train_batch_size=3, eval_steps=2, eval_on_start=False)
-    assert_same_weights(
-        train(dataclasses.replace(config, loop=loop)).model.state_dict(), whole.model.state_dict()
-    )
+    other = toy.config(tmp_path / "run", per_device_train_batch_size=3, eval_steps=2, eval_on_start=False)
+    resumed = train(dataclasses.replace(other, checkpoint=config.checkpoint))
+    assert_same_weights(resumed.model.state_dict(), whole.model.state_dict())
 
 
 @pytest.mark.slow
@@ -169,7 +173,7 @@ def test_a_run_goes_on_with_another_number_of_processes(toy, tmp_path):
     assert_same_weights(whole.model.state_dict(), weights(tmp_path / "run"))
 
 
-def test_checkpoints_after_the_one_gone_on_from_are_dropped(toy, tmp_path):
+def test_checkpoints_after_the_one_resumed_from_are_dropped(toy, tmp_path):
     config = interrupted(toy, tmp_path / "run", at=4)
     earlier = CheckpointConfig(None, resume_from_checkpoint=str(tmp_path / "run" / "checkpoints" / "step_4"))
     train(dataclasses.replace(config, checkpoint=earlier))
@@ -186,7 +190,7 @@ def test_resuming_into_another_run_is_not_a_licence_to_replace_it(toy, tmp_path)
 
 
 def test_the_line_that_a_killed_run_was_writing_is_dropped(toy, tmp_path):
-    """Here it is the line of the very checkpoint that is gone on from."""
+    """Here it is the line of the very checkpoint that is resumed from."""
     config = interrupted(toy, tmp_path / "run", at=10)
     path = tmp_path / "run" / "metrics.jsonl"
     path.write_text(path.read_text().partition('{"event": "checkpoint"')[0] + '{"event": "checkp')
@@ -215,7 +219,7 @@ def test_a_run_that_goes_on_has_not_ended(toy, tmp_path, monkeypatch):
     def killed(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlm.train.plan", killed)
+    monkeypatch.setattr("mlm.report.metrics.Log.event", killed)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     left = {path.name for path in (tmp_path / "run").iterdir()}
@@ -251,7 +255,7 @@ def test_the_best_weights_come_along_to_another_directory(toy, tmp_path):
     config = interrupted(toy, tmp_path / "run", at=5, **DIVERGING)
     source = CheckpointConfig(resume_from_checkpoint=str(tmp_path / "run"))
     elsewhere = dataclasses.replace(config.run, output_dir=str(tmp_path / "elsewhere"))
-    train(dataclasses.replace(config, checkpoint=source, record=elsewhere))
+    train(dataclasses.replace(config, checkpoint=source, run=elsewhere))
     assert_same_bits(weights(tmp_path / "elsewhere"), weights(toy.checkpoint))
 
 
@@ -330,16 +334,16 @@ def test_damaged_checkpoints_are_named_and_passed_over(toy, tmp_path, capsys):
     config = interrupted(toy, tmp_path / "run", at=4)
     checkpoints = tmp_path / "run" / "checkpoints"
     truncated, altered = (
-        checkpoints / "step_12" / "optimizer.safetensors",
-        checkpoints / "step_8" / "progress.json",
+        checkpoints / "step_12" / "state.safetensors",
+        checkpoints / "step_8" / "state.json",
     )
     truncated.write_bytes(truncated.read_bytes()[:-1])
-    altered.write_bytes(altered.read_bytes().replace(b'"step": 8', b'"step": 9'))
+    altered.write_bytes(re.sub(rb'"step",\s*8', lambda m: m[0].replace(b"8", b"9"), altered.read_bytes()))
     capsys.readouterr()
     resumed = train(config)
     told = capsys.readouterr().out
-    assert "step_12 is damaged (optimizer.safetensors has another size), so it is passed over" in told
-    assert "step_8 is damaged (progress.json is altered), so it is passed over" in told
+    assert "step_12 is damaged (state.safetensors has another size), so it is passed over" in told
+    assert "step_8 is damaged (state.json is altered), so it is passed over" in told
     assert_same_bits(whole.model.state_dict(), resumed.model.state_dict())
     assert_each_step_once(tmp_path / "run")
 
@@ -387,8 +391,6 @@ def test_latest_goes_on_where_the_end_of_a_run_was_killed(toy, tmp_path):
     config = toy.config(tmp_path / "run")
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(resume_from_checkpoint="latest"))
     whole = train(config)
-    with pytest.raises(UserError, match="holds a model and no checkpoint"):
-        train(config)
     (tmp_path / "run" / "all_results.json").unlink()
     assert_same_bits(train(config).model.state_dict(), whole.model.state_dict())
 
@@ -424,7 +426,8 @@ def test_a_checkpoint_is_a_copy_that_later_steps_do_not_reach(toy, tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.zeros(1, 2, dtype=torch.long)).logits.sum().backward()
     optimizer.step()
-    state = State(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0), None)
+    states = {"optimizer": optimizer, "progress": Progress()}
+    states["progress"].step = 1
 
     def everything():
         moments = {
@@ -435,12 +438,14 @@ def test_a_checkpoint_is_a_copy_that_later_steps_do_not_reach(toy, tmp_path):
         return {**tensors(model), **moments}
 
     before = {name: tensor.clone() for name, tensor in everything().items()}
-    with Writer(tmp_path) as writer:
-        writer.save(1, lambda: snapshot(state, {}, {"step": 1}))
+    with contextlib.closing(Writer(tmp_path)) as writer:
+        writer.save(1, lambda: snapshot(model, states, {}))
         with torch.no_grad():
             for tensor in everything().values():
                 tensor.add_(1)
-    assert load(tmp_path / "step_1", state, {}) == Progress(step=1)
+            states["progress"].step = 2
+    load(tmp_path / "step_1", model, states, {})
+    assert states["progress"].step == 1
     assert_same_bits(before, everything())
 
 
@@ -546,7 +551,7 @@ def test_a_signalled_run_that_cannot_write_its_checkpoint_does_not_say_that_it_h
     status, _, errors = finish(process)
     assert status == 2
     assert "could not be written: " in errors
-    assert "to go on" not in errors
+    assert "to resume" not in errors
 
 
 def fill(disk: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Accidents: processes that are killed, memory that runs out, losses that are not finite (laws 2, 4 and 9).
+"""Processes that are killed, memory that runs out, losses that are not finite (invariants 2, 4, 9).
 
 The tests marked `torture` try an accident many times, for minutes; `-m torture` runs them.
 """
@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from mlm.data.tokenizer import load_tokenizer
-from mlm.engine import micro_batch as passes
+from mlm.engine import memory
 from mlm.engine.checkpoint import CheckpointConfig, damaged, steps
 from mlm.errors import UserError
 from mlm.model.load import ModelConfig
@@ -159,7 +159,7 @@ def test_a_process_that_dies_ends_the_others_with_a_clear_message(toy, tmp_path,
 
 
 def short_of_memory(toy, folder, when, **flags):
-    """A program whose process of rank 1 asks for more memory than there is, in a pass where `when` holds."""
+    """A program whose process of rank 1 runs out of memory in a micro-batch where `when` holds."""
     program = folder.with_suffix(".py")
     program.write_text(f"""
 import os, sys, torch
@@ -184,27 +184,27 @@ cli.run(lambda argv: train(cli.parse_config(Config, argv)).results)
 
 
 @pytest.mark.parametrize("when", ["len(input_ids) > 3", "calls == 5", "len(input_ids) > 4 or calls == 9"])
-def test_auto_halves_the_passes_where_memory_runs_out_and_changes_nothing_else(toy, tmp_path, when):
+def test_auto_halves_the_micro_batches_where_memory_runs_out_and_changes_nothing_else(toy, tmp_path, when):
     """At once, later in the run, and both. Eight chunks a step."""
     flags, program = short_of_memory(toy, tmp_path / "run", when)
-    status, output, errors = run(PYTHON, flags, program)
+    status, _, errors = run(PYTHON, flags, program)
     assert status == 0, errors
-    assert "out of memory; from here on" in output
+    assert "out of memory; from here on" in errors
     whole = train(toy.config(tmp_path / "whole")).model.state_dict()
     assert_same_weights(whole, weights(tmp_path / "run"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["len(input_ids) > 3", "calls == 5"])
-def test_memory_that_runs_out_in_one_process_halves_the_passes_of_all(toy, tmp_path, when, tally):
+def test_memory_that_runs_out_in_one_process_halves_the_micro_batches_of_all(toy, tmp_path, when, tally):
     """A process that tried again alone would hang the others, who wait in the reduction of gradients."""
     flags, program = short_of_memory(toy, tmp_path / "run", when, train_batch_size=11)
-    status, output, errors = run(TORCHRUN, flags, program)
+    status, _, errors = run(TORCHRUN, flags, program)
     assert status == 0, errors
-    assert "out of memory; from here on 3 chunks in a pass" in output
+    assert errors.count("out of memory; from here on micro-batches of 3 chunks") == 1
     whole = train(toy.config(tmp_path / "whole", train_batch_size=11)).model.state_dict()
     assert_same_weights(whole, weights(tmp_path / "run"))
-    tally("memory runs out in one of two processes", 1, "both halve their passes; the same weights")
+    tally("memory runs out in one of two processes", 1, "both halve their micro-batches; the same weights")
 
 
 def test_what_auto_has_found_is_remembered_by_a_resumed_run(toy, tmp_path):
@@ -216,11 +216,11 @@ def test_what_auto_has_found_is_remembered_by_a_resumed_run(toy, tmp_path):
         (tmp_path / "run" / "checkpoints" / path).rename(tmp_path / path.removeprefix("../"))
     status, output, errors = run(PYTHON, [*flags, "--resume_from_checkpoint=latest"])
     assert status == 0, errors
-    assert "in 2 pass(es) of at most 4" in output
+    assert "in 2 micro-batch(es) of at most 4" in output
     assert_same_bits(weights(tmp_path / "run"), whole)
 
 
-def test_a_pass_that_cannot_or_may_not_be_smaller_is_a_mistake_in_one_line(toy, tmp_path):
+def test_a_micro_batch_that_cannot_or_may_not_be_smaller_is_a_mistake_in_one_line(toy, tmp_path):
     flags, program = short_of_memory(toy, tmp_path / "run", "True")
     status, _, errors = run(PYTHON, flags, program)
     assert status == 2
@@ -260,12 +260,12 @@ def test_auto_asks_for_the_batch_itself(toy, tmp_path):
 
 
 def test_auto_begins_with_the_whole_share_except_on_a_cpu():
-    assert passes.first("auto", None, 512, 128, torch.device("cuda")) == 512
-    assert passes.first("auto", None, 512, 128, torch.device("cpu")) * 128 == passes.AUTO_ON_CPU
-    assert passes.first("auto", None, 3, 128, torch.device("cpu")) == 3
-    assert passes.first("auto", None, 512, 8192, torch.device("cpu")) == 1
-    assert passes.first("auto", 8, 512, 128, torch.device("cuda")) == 8  # what the run has come to before
-    assert passes.first(32, 8, 512, 128, torch.device("cuda")) == 32  # what the flag says
+    first = memory.first_micro_batch
+    assert first("auto", 512, 128, torch.device("cuda")) == 512
+    assert first("auto", 512, 128, torch.device("cpu")) * 128 == memory.AUTO_ON_CPU
+    assert first("auto", 3, 128, torch.device("cpu")) == 3
+    assert first("auto", 512, 8192, torch.device("cpu")) == 1
+    assert first(32, 512, 128, torch.device("cuda")) == 32  # what the flag says
 
 
 # Losses that are not finite
@@ -333,25 +333,26 @@ def test_no_update_is_made_of_a_gradient_that_is_not_finite_nor_any_after_it(toy
     program.write_text(f"""
 import sys, torch
 from mlm import cli
-from mlm import train as loop
-from mlm.errors import UserError
 from mlm.config import Config
+from mlm.engine.distributed import GradientSum
+from mlm.errors import UserError
+from mlm.report import run
 from mlm.train import train
 
 kept = []
-find = loop.find_trouble
-def keep(model, *others):
-    kept.append({{name: tensor.clone() for name, tensor in model.model.state_dict().items()}})
-    return find(model, *others)
-loop.find_trouble = keep
-sums, calls = loop.sum_gradients, 0
-def poison(parameters, *others):
+find = run.find_nonfinite
+def keep(update, *others):
+    kept.append({{name: tensor.clone() for name, tensor in update.model.model.state_dict().items()}})
+    return find(update, *others)
+run.find_nonfinite = keep
+reduce, calls = GradientSum.__call__, 0
+def poison(self, sums):
     global calls
-    sums(parameters, *others)
+    reduce(self, sums)
     calls += 1
     if calls == 4:
-        parameters[3].grad[0] = float("inf")
-loop.sum_gradients = poison
+        self.parameters[3].grad[0] = float("inf")
+GradientSum.__call__ = poison
 try:
     train(cli.parse_config(Config, sys.argv[1:]))
 except UserError as error:

@@ -18,10 +18,10 @@ from tests.conftest import REPOSITORY
 from tests.runs import CPU, PYTHON, SCRIPT, metrics, run
 
 EVALUATION = re.compile(r"step (\d+): held-out loss \d+\.\d{4}, perplexity [\d.]+")
-LINE = re.compile(r"step (\d+)/12: loss [\d.]+, perplexity [\d.]+, lr [\d.]+e[+-]\d+, [\d,]+ tokens/s")
-BAR = re.compile(
-    r"(\d+)/12 .* \d\d:\d\d left, loss [\d.]+, perplexity [\d.]+, lr [\d.]+e[+-]\d+, [\d,]+ tokens/s"
+LINE = re.compile(
+    r"\d\d:\d\d:\d\d step (\d+)/12: loss [\d.]+, lr [\d.]+e[+-]\d+, [\d,]+ tokens/s, \d+:\d\d:\d\d left"
 )
+BAR = re.compile(r"(\d+)/12 .* \d\d:\d\d left, loss [\d.]+, lr [\d.]+e[+-]\d+, [\d,]+ tokens/s")
 
 
 def on_a_terminal(command: list[str], columns: int) -> tuple[int, str]:
@@ -97,7 +97,7 @@ def test_tensorboard_reads_back_what_the_run_measured(toy, tmp_path):
     record = RunConfig(
         output_dir=str(tmp_path / "run"), logging_steps=5, with_tracking=True, report_to="tensorboard"
     )
-    results = train(toy.config(modules={"record": record}, eval_steps=4)).results
+    results = train(toy.config(modules={"run": record}, eval_steps=4)).results
     [folder] = {
         path.parent for path in (tmp_path / "run").rglob("events.out.tfevents.*") if path.parent.name == "mlm"
     }
