@@ -1,7 +1,7 @@
 """The settings of a run: one frozen dataclass a module. The command line is made of them (cli.py)."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
 from mlm.data.chunks import ChunkConfig
@@ -57,6 +57,12 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def added(self) -> dict[str, Any]:
+        """The settings that a fork's subclass has added, which its results depend on too."""
+        own = [module.name for module in fields(self) if module.name not in Config.__dataclass_fields__]
+        return {name: asdict(getattr(self, name)) for name in own}
 
     @classmethod
     def of(cls, **settings: Any) -> Self:

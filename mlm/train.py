@@ -95,9 +95,9 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     batches, last_step = make_batches(config, info, stores, length, accelerator)
 
     # Update: any optimizers, each with its schedule.
-    optimizer = make_optimizer(model, config.optimizer)
-    scheduler = make_scheduler(optimizer, config.optimizer, last_step)
-    update = Update(model, objective, batches, [optimizer], [scheduler], accelerator, config.update)
+    optimizers = [make_optimizer(model.named_parameters(), config.optimizer)]
+    schedulers = [make_scheduler(optimizer, config.optimizer, last_step) for optimizer in optimizers]
+    update = Update(model, objective, batches, optimizers, schedulers, accelerator, config.update)
 
     # Resume. A fork names here what it adds: anything with a state_dict and a load_state_dict.
     progress, before, extra_state = Progress(), Evaluations(), {}

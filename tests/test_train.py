@@ -266,7 +266,7 @@ def test_biases_and_norms_do_not_decay():
     layer.dense, layer.norm = torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)
     layer.conv = torch.nn.Module()
     layer.conv.bias = torch.nn.Parameter(torch.zeros(2, 1))
-    decayed, plain = make_optimizer(layer, OptimizerConfig(weight_decay=0.1)).param_groups
+    decayed, plain = make_optimizer(layer.named_parameters(), OptimizerConfig(weight_decay=0.1)).param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert decayed["params"] == [layer.dense.weight]
     assert len(plain["params"]) == 4

@@ -104,11 +104,6 @@ def load(
                 "it its settings back, or another --output_dir"
             )
         packed = _read_json(folder / "state.json")
-        if packed.keys() != states.keys():
-            raise UserError(
-                f"--resume_from_checkpoint {folder}: it holds the state of {', '.join(sorted(packed))}, this "
-                f"run has {', '.join(sorted(states))}; give another --output_dir"
-            )
         load_weights(folder, model)
         found = load_file(folder / "state.safetensors")
         for name, state in states.items():

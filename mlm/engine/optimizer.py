@@ -1,5 +1,6 @@
 """AdamW and its schedule, as masked-LM training has them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,12 +34,16 @@ class OptimizerConfig:
         at_least(self, 0, "learning_rate", "weight_decay", "num_warmup_steps")
 
 
-def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def make_optimizer(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig
+) -> torch.optim.AdamW:
     """AdamW without decay on biases and norms: what is named a bias, or has one dimension.
+
+    parameters: with their names; those that want no gradient are left out
 
     Fused: one kernel for all parameters, which update.py can tell to leave the weights alone from the device.
     """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in parameters if p.requires_grad]
     plain = {name for name, p in trained if p.ndim < 2 or name.endswith("bias")}
     groups = [
         {"params": [p for name, p in trained if name not in plain], "weight_decay": config.weight_decay},

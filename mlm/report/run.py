@@ -52,7 +52,8 @@ class Run:
 
     def keeps(self, model: PreTrainedModel, states: dict[str, Stateful], experiment: dict[str, Any]) -> None:
         """What checkpoints hold: the weights, "update", "progress", "before", and what a fork adds."""
-        self.model, self.states, self.experiment = model, states, experiment
+        self.model, self.states = model, states
+        self.experiment = {**experiment, "state": sorted(states)}
         self.update: Update = states["update"]
         self.progress: Progress = states["progress"]
 

@@ -51,6 +51,7 @@ def describe(
         "train_batch_size": batches.global_batch,
         "chunks": batches.num_chunks,
         "steps": last_step,
+        **config.added,
     }
 
 

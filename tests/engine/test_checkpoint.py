@@ -216,7 +216,7 @@ def test_a_run_that_goes_on_has_not_ended(toy, tmp_path, monkeypatch):
     """A report of it, should it be killed, must not show the results of before."""
     config = interrupted(toy, tmp_path / "run")
 
-    def killed(*arguments):
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mlm.report.metrics.Log.event", killed)
