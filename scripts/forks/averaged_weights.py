@@ -1,6 +1,8 @@
 """A fork that keeps an exponential average of the weights, and saves and measures that in the end.
 
-accelerate launch scripts/forks/averaged_weights.py --model_name_or_path MODEL --train_file FILE …
+    accelerate launch scripts/forks/averaged_weights.py --model_name_or_path MODEL --train_file FILE …
+
+The first three functions are what most forks change: the loss, how many tokens a step masks, and which.
 """
 
 from collections.abc import Sequence

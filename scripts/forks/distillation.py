@@ -1,10 +1,12 @@
 """A fork that learns a teacher's predictions at the masked positions (Hinton et al. 2015).
 
-accelerate launch scripts/forks/distillation.py --model_name_or_path MODEL --train_file FILE …
+    accelerate launch scripts/forks/distillation.py --model_name_or_path MODEL --train_file FILE …
+
+The first three functions are what most forks change: the loss, how many tokens a step masks, and which.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from mlm.engine.update import Update
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import open_eval_sets
 from mlm.evaluation.evaluate import Evaluations
-from mlm.model.load import ModelConfig, load_model, open_corpus
+from mlm.model.load import load_model, open_corpus
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import max_positions
 from mlm.report.metrics import Progress
@@ -42,16 +44,15 @@ class TeacherConfig:
     """Distillation."""
 
     teacher: str | None = None  # The checkpoint whose predictions are learnt.
-    temperature: float = 2.0  # Both distributions are softened by it.
 
 
 @dataclass(frozen=True)
 class Config(Settings):
-    distillation: TeacherConfig = field(default_factory=TeacherConfig)
+    distillation: TeacherConfig = TeacherConfig()
 
 
 def objective(
-    model: SparseMaskedLM, batch: Batch, teacher: SparseMaskedLM, temperature: float
+    model: SparseMaskedLM, batch: Batch, teacher: SparseMaskedLM
 ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a micro-batch: a sum over its masked tokens, [] float32.
 
@@ -59,9 +60,8 @@ def objective(
     """
     logits = model(batch.input_ids, batch.positions, batch.attention_mask)  # [M, V]: the masked tokens alone
     with torch.no_grad():
-        wanted = teacher(batch.input_ids, batch.positions, batch.attention_mask).float() / temperature
-    softened = (logits.float() / temperature).log_softmax(-1)
-    loss = F.kl_div(softened, wanted.log_softmax(-1), reduction="sum", log_target=True) * temperature**2
+        wanted = teacher(batch.input_ids, batch.positions, batch.attention_mask).float().log_softmax(-1)
+    loss = F.kl_div(logits.float().log_softmax(-1), wanted, reduction="sum", log_target=True)
     return loss, {"cross_entropy": F.cross_entropy(logits.float(), batch.targets, reduction="sum")}
 
 
@@ -112,10 +112,17 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     # Update: any optimizers, each with its schedule.
     optimizers = [make_optimizer(model.named_parameters(), config.optimizer)]
     schedulers = [make_scheduler(optimizer, config.optimizer, last_step) for optimizer in optimizers]
-    teacher = SparseMaskedLM(load_model(ModelConfig(config.distillation.teacher), tokenizer, 0))
-    teacher = teacher.to(accelerator.device).eval()
-    learn = partial(objective, teacher=teacher, temperature=config.distillation.temperature)
-    update = Update(model, learn, batches, optimizers, schedulers, accelerator, config.update)
+    learnt = replace(config.model, model_name_or_path=config.distillation.teacher)
+    teacher = SparseMaskedLM(load_model(learnt, tokenizer, seed=0)).to(accelerator.device).eval()
+    update = Update(
+        model,
+        partial(objective, teacher=teacher),
+        batches,
+        optimizers,
+        schedulers,
+        accelerator,
+        config.update,
+    )
 
     # Resume. A fork names here what it adds: anything with a state_dict and a load_state_dict.
     progress, before, extra_state = Progress(), Evaluations(), {}

@@ -1,6 +1,8 @@
 """A fork whose mask rate falls from FIRST to --mlm_probability over the run (Ankner et al., EACL 2024).
 
-accelerate launch scripts/forks/falling_mask_rate.py --model_name_or_path MODEL --train_file FILE …
+    accelerate launch scripts/forks/falling_mask_rate.py --model_name_or_path MODEL --train_file FILE …
+
+The first three functions are what most forks change: the loss, how many tokens a step masks, and which.
 """
 
 from collections.abc import Sequence

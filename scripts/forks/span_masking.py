@@ -1,6 +1,8 @@
 """A fork that masks spans of tokens (SpanBERT, Joshi et al. 2020), not single ones.
 
-accelerate launch scripts/forks/span_masking.py --model_name_or_path MODEL --train_file FILE …
+    accelerate launch scripts/forks/span_masking.py --model_name_or_path MODEL --train_file FILE …
+
+The first three functions are what most forks change: the loss, how many tokens a step masks, and which.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,8 @@
 """A fork with Muon (Jordan et al. 2024) for the encoder's matrices and AdamW for all else.
 
-accelerate launch scripts/forks/two_optimizers.py --model_name_or_path MODEL --train_file FILE …
+    accelerate launch scripts/forks/two_optimizers.py --model_name_or_path MODEL --train_file FILE …
+
+The first three functions are what most forks change: the loss, how many tokens a step masks, and which.
 """
 
 from collections.abc import Sequence
