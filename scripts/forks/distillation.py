@@ -114,15 +114,8 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     schedulers = [make_scheduler(optimizer, config.optimizer, last_step) for optimizer in optimizers]
     learnt = replace(config.model, model_name_or_path=config.distillation.teacher)
     teacher = SparseMaskedLM(load_model(learnt, tokenizer, seed=0)).to(accelerator.device).eval()
-    update = Update(
-        model,
-        partial(objective, teacher=teacher),
-        batches,
-        optimizers,
-        schedulers,
-        accelerator,
-        config.update,
-    )
+    learn = partial(objective, teacher=teacher)
+    update = Update(model, learn, batches, optimizers, schedulers, accelerator, config.update)
 
     # Resume. A fork names here what it adds: anything with a state_dict and a load_state_dict.
     progress, before, extra_state = Progress(), Evaluations(), {}
