@@ -68,8 +68,10 @@ class Stateful(Protocol):
 
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Each parameter and buffer once, by name, tied ones under their first name."""
-    return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    """Each parameter and persistent buffer once, by name, tied ones under their first name."""
+    persistent = model.state_dict().keys()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named if name in persistent}
 
 
 def snapshot(model: torch.nn.Module, states: dict[str, Stateful], experiment: dict[str, Any]) -> Files:

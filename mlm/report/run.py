@@ -84,10 +84,10 @@ class Run:
         self.stop.__exit__(kind, error, trace)
         self.directory.release()
 
-    def resume(self, plan: str) -> None:
+    def resume(self, plan: str, data: dict[str, Any]) -> None:
         """Puts everything back as --resume_from_checkpoint names it, if it does, and begins the directory.
 
-        plan: what the run is about to do, to be printed
+        plan: what the run is about to do, to be printed; data: what run.json has to say of the corpus
 
         Raises UserError where there is no such checkpoint, or it is another experiment's.
         """
@@ -105,6 +105,7 @@ class Run:
         about = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": sys.argv,
+            "data": data,
             "configuration": described,
             "experiment": self.experiment,
             "environment": environment(self.accelerator),

@@ -78,6 +78,12 @@ def plan(config: Any, update: Update, eval_sets: dict[str, EvalSet], steps: int)
     return "\n".join(f"{what:<10} {text}" for what, text in lines.items())
 
 
+def sizes(train: TokenStore, eval_sets: dict[str, EvalSet]) -> dict[str, dict[str, int]]:
+    """Documents and tokens of each text."""
+    stores = {"train": train, **{name: eval_set.store for name, eval_set in eval_sets.items()}}
+    return {name: {key: s.header[key] for key in ("documents", "tokens")} for name, s in stores.items()}
+
+
 def conclude_run(
     run: Run,
     eval_sets: dict[str, EvalSet],

@@ -37,7 +37,7 @@ from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import max_positions
 from mlm.report.metrics import Progress
 from mlm.report.run import Run
-from mlm.report.summary import conclude_run, describe, plan
+from mlm.report.summary import conclude_run, describe, plan, sizes
 
 DECAY = 0.99  # of the average, a step
 
@@ -111,7 +111,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         trained = load_model(replace(config.model, model_name_or_path=str(run.folder)), tokenizer, 0)
         return Result(trained, tokenizer, results, run.folder)
     with run:
-        run.resume(plan(config, update, eval_sets, last_step))
+        run.resume(plan(config, update, eval_sets, last_step), sizes(stores["train"], eval_sets))
         if progress.step == 0 and config.train.eval_on_start:
             before.update(run.measure(model, eval_sets, complete=True))
         elif run.missed_evaluation(last_step):
