@@ -97,7 +97,7 @@ def by_word(
         group[same] = len(examples) + which.reshape(-1)
         examples += same[first].tolist()
 
-    seed = before.mask_pass // (eval_set.config.eval_mask_folds or 1)
+    seed = before.mask_round // (eval_set.config.eval_mask_folds or 1)
     occurrences = np.unique(seed.astype(np.int64) * len(words) + word) % max(len(words), 1)
     _, nats_before, nats_after = grouped(group[word], len(examples), before.nats, after.nats)
     count = np.bincount(group[occurrences], minlength=len(examples))

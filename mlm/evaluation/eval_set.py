@@ -1,13 +1,17 @@
-"""What models are measured on: held-out chunks under fixed masks, the same whatever training does."""
+"""Eval sets: held-out chunks under fixed masks, which do not follow the masks of training.
 
-from collections.abc import Callable
+Two runs that mask differently, at a higher rate or in whole words, are still measured on the same tokens.
+"""
+
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data import corpus
+from mlm.data.batches import Batch, mask_chunks
 from mlm.data.chunks import ChunkConfig, Chunks, cut_into_chunks
 from mlm.data.masking import Recipe, make_recipe, select_fold, select_tokens, select_words
 from mlm.data.order import subset
@@ -29,9 +33,7 @@ class EvaluateConfig:
     eval_whole_word_mask: bool = False  # predict whole words, all of their tokens masked together
     eval_mask_seed: int = 0  # names the fixed masks; the same for every run that is compared
     eval_mask_seeds: int = 1  # before and after: measure under so many mask seeds, from that one on
-    eval_mask_folds: int | None = (
-        None  # before and after: predict every token once, a share in each of K passes
-    )
+    eval_mask_folds: int | None = None  # before and after: predict each token once, in one of K mask rounds
 
     def __post_init__(self) -> None:
         at_least(self, 1, "per_device_eval_batch_size", "max_eval_samples", "eval_mask_seeds")
@@ -45,8 +47,8 @@ class EvaluateConfig:
         return {name: n for name, n in asdict(self).items() if name != "per_device_eval_batch_size"}
 
     @property
-    def passes(self) -> list[tuple[int, tuple[int, int] | None]]:
-        """The mask seed and the fold, (k, K) or none, of each pass of a complete evaluation."""
+    def rounds(self) -> list[tuple[int, tuple[int, int] | None]]:
+        """Each mask round of a complete evaluation: its mask seed, and its fold (k, K) or None."""
         seeds = range(self.eval_mask_seed, self.eval_mask_seed + self.eval_mask_seeds)
         K = self.eval_mask_folds
         return [(seed, fold) for seed in seeds for fold in ([(k, K) for k in range(K)] if K else [None])]
@@ -54,30 +56,37 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Held-out chunks under fixed masks: what the evaluations of several models have in common."""
+    """Held-out chunks and their masks: what the evaluations of several models have in common."""
 
     name: str  # the file or data set, for people
     store: TokenStore
     chunks: Chunks
     chunk_ids: np.ndarray  # [n] int64, those that are measured
-    recipe: Recipe  # 80% masked, 10% random, 10% as they are, whatever training does
+    recipe: Recipe  # always 80% masked, 10% random, 10% unchanged
     info: TokenizerInfo
     config: EvaluateConfig
 
-    def selection(
-        self, fold: tuple[int, int] | None
-    ) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-        """What `mask_chunks` selects by in a pass. fold: (k, K), the k-th of K passes; None: a sample."""
+    def batch(self, chunk_ids: np.ndarray, mask_round: int) -> Batch:
+        """The chunks [B] as mask round `mask_round` masks them."""
+        seed, fold = self.config.rounds[mask_round]
+        epochs = np.zeros(len(chunk_ids), np.int64)  # fixed masks: those of epoch 0 of the mask seed
+        select = partial(self._select, fold)
+        return mask_chunks(self.chunks, chunk_ids, epochs, seed, self.info.maskable, self.recipe, select)
+
+    def _select(
+        self,
+        fold: tuple[int, int] | None,
+        maskable: np.ndarray,
+        draws: np.ndarray,
+        word_starts: np.ndarray,
+    ) -> np.ndarray:
+        """Which tokens are predicted, [B, T] bool: a sample, or the k-th of K folds (k, K)."""
         rate, whole_words = self.config.eval_mlm_probability, self.config.eval_whole_word_mask
-
-        def select(maskable: np.ndarray, draws: np.ndarray, word_starts: np.ndarray) -> np.ndarray:
-            if fold is not None:
-                return select_fold(maskable, draws, word_starts if whole_words else None, *fold)
-            if whole_words:
-                return select_words(maskable, draws, rate, word_starts)
-            return select_tokens(maskable, draws, rate)
-
-        return select
+        if fold is not None:
+            return select_fold(maskable, draws, word_starts if whole_words else None, *fold)
+        if whole_words:
+            return select_words(maskable, draws, rate, word_starts)
+        return select_tokens(maskable, draws, rate)
 
 
 def make_eval_set(
@@ -88,7 +97,10 @@ def make_eval_set(
     info: TokenizerInfo,
     config: EvaluateConfig,
 ) -> EvalSet:
-    """The chunks of `length` tokens that `config` chooses. Raises UserError where there are none."""
+    """The chunks of `length` tokens that `config` chooses, with their masks.
+
+    Raises UserError where there is not even one chunk, or where a chunk has fewer tokens than folds.
+    """
     try:
         chunks = cut_into_chunks(store, chunking, length, info)
     except UserError as error:
@@ -118,13 +130,13 @@ def open_eval_sets(
     sources, stores = {"held_out": config.corpus}, {"held_out": held_out}
     if out_of_domain := corpus.out_of_domain(config.out_of_domain, config.corpus):
         try:
-            found = prepare(
+            prepared = prepare(
                 out_of_domain, tokenizer, info, config.token_store, whole_words, only="validation"
             )
         except UserError as error:  # in the words of the flags that were given
             words = str(error).replace("--validation_file", "--out_of_domain_file")
             raise UserError(words.replace("--dataset_", "--out_of_domain_dataset_")) from None
-        sources["general"], stores["general"] = out_of_domain, found["validation"]
+        sources["general"], stores["general"] = out_of_domain, prepared["validation"]
     return {
         name: make_eval_set(
             corpus.origin(sources[name], "validation"), store, config.chunks, length, info, config.evaluate

@@ -2,16 +2,16 @@
 
     perplexity = exp(total nats / total masked tokens)
 
-A mean of batch means is not this number: batches hold different counts of masked tokens.
+A mean of batch means is another number, as batches differ in their count of masked tokens.
 
-What is kept is each prediction, so that sums over chunks, documents or kinds of tokens, and comparisons with
-another model, all come from the same numbers. A prediction's nats are put on the grid of multiples of 2**-24
-(float32's own from 0.5 to 1): sums of them in float64 are exact in any order, up to 2**29 nats in all, and
-the sums of any breakdown add up to the total to the bit. It costs memory: some 60 bytes a prediction at the
-end of `evaluate`, and 100 in compare.py, on each process; --max_eval_samples bounds them.
+An evaluation keeps every prediction, so that sums over chunks, documents or kinds of tokens, and comparisons
+with another model, all come from the same numbers. Nats are rounded to multiples of 2**-24 (float32's own
+spacing from 0.5 to 1): sums of them in float64 are exact in any order, up to 2**29 nats in all, and the rows
+of a breakdown add up to the total to the bit. Memory on each process is some 60 bytes a prediction at the end
+of `evaluate`, and 100 in compare.py; --max_eval_samples bounds it.
 """
 
-import itertools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,22 +20,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, release_memory
 
-from mlm.data.batches import mask_chunks
 from mlm.data.token_store import TokenStore
+from mlm.engine.update import out_of_memory
+from mlm.errors import UserError
 from mlm.evaluation.eval_set import EvalSet, EvaluateConfig
 from mlm.figures import exp_or_inf
 from mlm.model.sparse_head import SparseMaskedLM
 
+log = logging.getLogger(__name__)
+
 GRID = 2.0**24
-LONGEST_SPACED_WORD = 20  # characters; a mean above it is of a script that does not part words by spaces
+LONGEST_SPACED_WORD = 20  # characters; a higher mean is that of a script without spaces between words
 
 
 class Evaluation(NamedTuple):
-    """What a model made of M masked tokens, in the order of passes, chunks as given, and columns."""
+    """A model's predictions of M masked tokens, in the order of mask rounds, chunks as given, and columns."""
 
-    mask_pass: np.ndarray  # [M] int32, index into EvaluateConfig.passes
+    mask_round: np.ndarray  # [M] int32, index into EvaluateConfig.rounds
     chunk: np.ndarray  # [M] int32, chunk id
     column: np.ndarray  # [M] int32, where in the chunk
     target: np.ndarray  # [M] int32, the token that stood there
@@ -60,21 +63,21 @@ class Evaluation(NamedTuple):
         return float(self.hit.mean()) if self.masked else math.nan
 
     @property
-    def first_pass(self) -> "Evaluation":
-        """The part that the short evaluations during training repeat."""
+    def first_round(self) -> "Evaluation":
+        """The first mask round, which is all that the evaluations during training measure."""
         return self._part(0, 1)
 
     def seeds(self, config: EvaluateConfig) -> "list[Evaluation]":
-        """Mask seed by mask seed, all folds of each."""
-        passes = config.eval_mask_folds or 1
-        return [self._part(s * passes, (s + 1) * passes) for s in range(config.eval_mask_seeds)]
+        """One evaluation for each mask seed, with all of its folds."""
+        folds = config.eval_mask_folds or 1
+        return [self._part(s * folds, (s + 1) * folds) for s in range(config.eval_mask_seeds)]
 
     def _part(self, first: int, end: int) -> "Evaluation":
-        begin, stop = np.searchsorted(self.mask_pass, [first, end])
+        begin, stop = np.searchsorted(self.mask_round, [first, end])
         return Evaluation(*(values[begin:stop] for values in self))
 
     def same_masks(self, other: "Evaluation") -> bool:
-        """Whether the two are of the very same tokens, masked in the same passes."""
+        """Whether both are of the same tokens, masked in the same rounds."""
         return all(np.array_equal(mine, its) for mine, its in zip(self[:4], other[:4], strict=True))
 
     def summary(self) -> dict[str, float]:
@@ -106,7 +109,6 @@ class Evaluations(dict[str, Evaluation]):
             self[name] = Evaluation(*columns)
 
 
-@torch.no_grad()  # not inference_mode: a buffer that a model makes on first use has to serve training too
 def evaluate(
     model: SparseMaskedLM,
     eval_set: EvalSet,
@@ -114,60 +116,106 @@ def evaluate(
     complete: bool = True,
     stopped: Callable[[], int] = lambda: 0,
 ) -> Evaluation | None:
-    """Measures `model` on a text, its chunks cut into contiguous shares over the processes.
+    """Measures `model` on an eval set, its chunks cut into contiguous shares over the processes.
 
-    complete: under the masks of all passes, else of the first one alone
-    stopped: asked before each batch whether to give it up; where one process does, all return None.
+    Where a batch does not fit into memory, this process goes on with batches of half the size. No figure
+    depends on the size, and the processes meet only at the end, so that each does so on its own.
+
+    complete: all mask rounds, else the first one alone
+    stopped: asked before each batch; where it is true on any process, all return None.
+
+    Raises UserError, on all processes, where a single chunk does not fit into memory on one of them.
     """
-    n, rank, world = len(eval_set.chunk_ids), accelerator.process_index, accelerator.num_processes
-    start, end = n * rank // world, n * (rank + 1) // world
-    size = eval_set.config.per_device_eval_batch_size
-    parts = [eval_set.chunk_ids[first : min(first + size, end)] for first in range(start, end, size)]
-    passes = list(enumerate(eval_set.config.passes))
+    rounds = len(eval_set.config.rounds) if complete else 1
     was_training = model.training
     model.eval()
-    places = [np.zeros((4, 0), np.int32)]  # pass, chunk, column, target of each prediction
-    nats, hits = (
-        [torch.zeros(0, dtype=kind, device=accelerator.device)] for kind in (torch.float, torch.bool)
-    )
-    gave_up = False
-    for (number, (seed, fold)), part in itertools.product(passes if complete else passes[:1], parts):
-        if gave_up := bool(stopped()):
-            break
-        epochs = np.zeros(len(part), np.int64)  # fixed masks: those of epoch 0 of the mask seed
-        batch = mask_chunks(
-            eval_set.chunks,
-            part,
-            epochs,
-            seed,
-            eval_set.info.maskable,
-            eval_set.recipe,
-            eval_set.selection(fold),
-        )
-        row, column = np.divmod(batch.positions.numpy(), batch.input_ids.shape[1])
-        places.append(
-            np.array([np.full(len(row), number), part[row], column, batch.targets.numpy()], np.int32)
-        )
-        batch = batch.to(accelerator.device)
-        with accelerator.autocast():
-            # bf16's argmax is slower on a CPU than widening and float32's
-            logits = model(batch.input_ids, batch.positions, batch.attention_mask).float()  # [M, V]
-            nats.append(F.cross_entropy(logits, batch.targets, reduction="none"))
-            hits.append(logits.argmax(dim=-1) == batch.targets)
-    model.train(was_training)
+    share: Evaluation | UserError | None
+    try:
+        share = _evaluate_share(model, eval_set, accelerator, rounds, stopped)
+    except UserError as error:
+        share = error
+    finally:
+        model.train(was_training)
 
-    share = None
-    if not gave_up:
-        # the evaluation's one synchronisation
-        exact = np.round(torch.cat(nats).cpu().double().numpy() * GRID) / GRID
-        right = torch.cat(hits).cpu().numpy()
-        share = Evaluation(*np.concatenate(places, axis=1), exact, right)
     shares = gather_object([share])
-    if any(share is None for share in shares):
+    for part in shares:
+        if isinstance(part, UserError):
+            raise part
+    if any(part is None for part in shares):
         return None
     whole = Evaluation(*map(np.concatenate, zip(*shares, strict=True)))
-    order = np.argsort(whole.mask_pass, kind="stable")  # within a pass, shares follow each other already
+    order = np.argsort(whole.mask_round, kind="stable")  # within a round, the shares are in order already
     return Evaluation(*(values[order] for values in whole))
+
+
+def _evaluate_share(
+    model: SparseMaskedLM,
+    eval_set: EvalSet,
+    accelerator: Accelerator,
+    rounds: int,
+    stopped: Callable[[], int],
+) -> Evaluation | None:
+    """This process's share of the chunks in each mask round; None where `stopped` says so.
+
+    Raises UserError where a single chunk does not fit into memory.
+    """
+    n, rank, world = len(eval_set.chunk_ids), accelerator.process_index, accelerator.num_processes
+    chunk_ids = eval_set.chunk_ids[n * rank // world : n * (rank + 1) // world]
+    size = eval_set.config.per_device_eval_batch_size
+    places = [np.zeros((4, 0), np.int32)]  # mask round, chunk, column, target of each prediction
+    nats = [torch.zeros(0, device=accelerator.device)]
+    hits = [torch.zeros(0, dtype=torch.bool, device=accelerator.device)]
+    mask_round = first = 0
+    while mask_round < rounds and first < len(chunk_ids):
+        if stopped():
+            return None
+        part = chunk_ids[first : first + size]
+        try:
+            where, batch_nats, batch_hits = _predict(model, eval_set, accelerator, part, mask_round)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            where = None
+        if where is None:  # outside of `except`, whose traceback holds the activations
+            size = _smaller(len(part), eval_set.chunks.chunk_size)
+            continue
+        places.append(where)
+        nats.append(batch_nats)
+        hits.append(batch_hits)
+        first += len(part)
+        if first == len(chunk_ids):
+            mask_round, first = mask_round + 1, 0
+    # The host waits for the device here and nowhere else.
+    exact = np.round(torch.cat(nats).cpu().double().numpy() * GRID) / GRID
+    return Evaluation(*np.concatenate(places, axis=1), exact, torch.cat(hits).cpu().numpy())
+
+
+@torch.no_grad()  # not inference_mode: a buffer that a model makes on first use has to serve training too
+def _predict(
+    model: SparseMaskedLM, eval_set: EvalSet, accelerator: Accelerator, chunk_ids: np.ndarray, mask_round: int
+) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    """One mask round of the chunks [B]: places [4, M] int32; on the device nats [M] float32, hits [M] bool."""
+    batch = eval_set.batch(chunk_ids, mask_round)
+    row, column = np.divmod(batch.positions.numpy(), batch.input_ids.shape[1])
+    places = [np.full(len(row), mask_round), chunk_ids[row], column, batch.targets.numpy()]
+    batch = batch.to(accelerator.device)
+    with accelerator.autocast():
+        # bf16's argmax is slower on a CPU than widening and float32's
+        logits = model(batch.input_ids, batch.positions, batch.attention_mask).float()  # [M, V]
+        nats = F.cross_entropy(logits, batch.targets, reduction="none")
+        return np.array(places, np.int32), nats, logits.argmax(dim=-1) == batch.targets
+
+
+def _smaller(chunks: int, length: int) -> int:
+    """The batch size after one of so many chunks of `length` tokens did not fit into memory."""
+    if chunks == 1:
+        raise UserError(
+            f"out of memory in evaluation with one chunk of {length} tokens (--per_device_eval_batch_size 1); "
+            "use a shorter --max_seq_length"
+        )
+    release_memory()
+    log.info("out of memory in evaluation: from here on %d chunks at a time", chunks // 2)
+    return chunks // 2
 
 
 def evaluate_all(
@@ -190,13 +238,13 @@ def evaluate_all(
 def measure(evaluation: Evaluation, eval_set: EvalSet) -> dict[str, Any]:
     """A model's figures on a text: `summary`, bits per character and per word, perplexity by mask seed.
 
-    bits per character = loss / ln 2 · ordinary tokens of the text / its characters
+    bits per character = loss / ln 2 · maskable tokens of the text / its characters
 
-    over the whole text, documents as they were read: code points, and words parted by white space (None where
-    they are longer than LONGEST_SPACED_WORD on average, as in a script without spaces). These do not depend
-    on the tokenizer, so that models with different ones can be compared. It is no likelihood of the text, and
-    no compression rate: each token was predicted from both its sides, some of them masked as well, and
-    unknown tokens, which are never predicted, cost nothing.
+    Characters are code points of the documents as they were read, and words are separated by white space
+    (None where they are longer than LONGEST_SPACED_WORD on average, as in a script without spaces). Neither
+    depends on the tokenizer, so that models with different ones can be compared. The figure is neither a
+    likelihood of the text nor a compression rate: each token was predicted from both its sides, some of them
+    masked as well, and unknown tokens, which are never predicted, cost nothing.
     """
     header = eval_set.store.header
     bits = evaluation.loss / math.log(2) * header["maskable_tokens"]
@@ -219,12 +267,12 @@ def token_counts(store: TokenStore, size: int) -> np.ndarray:
 
 
 def unigram_perplexity(counts: np.ndarray, maskable: np.ndarray, targets: np.ndarray) -> float:
-    """What a model that knows nothing but frequencies makes of the very tokens that `evaluate` masks.
+    """The perplexity of a model that knows token frequencies alone, on the tokens that `evaluate` masks.
 
-    Maximum likelihood over the ordinary tokens of the training stream, with add-one smoothing (Laplace):
-    p(token) = (count + 1) / (ordinary tokens + size of the ordinary vocabulary).
+    Maximum likelihood over the maskable tokens of the training corpus, with add-one smoothing (Laplace):
+    p(token) = (count + 1) / (maskable tokens of the corpus + size of the maskable vocabulary).
 
-    counts: [V] int64, of the training stream; ordinary: [V] bool; targets: [M], the masked tokens
+    counts: [V] int64, of the training corpus; maskable: [V] bool; targets: [M] int, the masked tokens
     """
     smoothed = (counts + 1)[maskable]
     logs = np.zeros(len(counts))

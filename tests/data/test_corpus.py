@@ -22,7 +22,7 @@ from mlm.data import corpus
 from mlm.data.corpus import CorpusConfig, identify, load
 from mlm.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LINES = [f"document {number}" for number in range(100)]
 
 

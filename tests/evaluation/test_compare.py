@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from mlm.data.chunks import ChunkConfig
 from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
-from mlm.data.masking import make_recipe
 from mlm.data.token_store import TokenStoreConfig, build
 from mlm.data.tokenizer import tokenizer_info
 from mlm.engine.checkpoint import CheckpointConfig
 from mlm.errors import UserError
 from mlm.evaluation.breakdown import by_token, by_word, frequency_tenths
 from mlm.evaluation.compare import bootstrap, compare, documents
-from mlm.evaluation.evaluate import EvaluateConfig, evaluate, make_eval_set, token_counts
+from mlm.evaluation.eval_set import EvaluateConfig, make_eval_set
+from mlm.evaluation.evaluate import evaluate, token_counts
 from mlm.model.load import ModelConfig
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.run_directory import RunConfig
@@ -44,17 +44,16 @@ class World:
         info = tokenizer_info(self.tokenizer)
         store = build(self.documents, self.tokenizer, info, folder, {"split": "validation"})
         config = EvaluateConfig(eval_mask_folds=3, eval_mask_seeds=2)
-        recipe = make_recipe(info)
-        self.text = make_eval_set("text", store, ChunkConfig(**chunking), 16, recipe, info, config)
+        self.eval_set = make_eval_set("text", store, ChunkConfig(**chunking), 16, info, config)
         self.counts = token_counts(store, info.size)
         base, adapted = (toy.new_model(self.tokenizer) for _ in range(2))
         adapted.cls.predictions.bias.data[:60] += 0.5
         self.before, self.after = (
-            evaluate(SparseMaskedLM(model), self.text, Accelerator(cpu=True)) for model in (base, adapted)
+            evaluate(SparseMaskedLM(model), self.eval_set, Accelerator(cpu=True)) for model in (base, adapted)
         )
 
     def compare(self, after=None):
-        return compare(self.text, self.before, after or self.after, self.tokenizer, self.counts)
+        return compare(self.eval_set, self.before, after or self.after, self.tokenizer, self.counts)
 
 
 @pytest.fixture(
@@ -73,7 +72,7 @@ def test_breakdowns_add_up_to_the_overall_nats_and_counts_exactly(world):
         assert sum(row["nats_after"] for row in rows) == world.after.nats.sum()
     assert sum(row["count"] > 0 for row in found["position"]) >= 9  # a line's last token is a special one
     assert all(row["count"] > 0 for row in found["word"])
-    table = documents("held_out", world.text, world.before, world.after, world.tokenizer)
+    table = documents("held_out", world.eval_set, world.before, world.after, world.tokenizer)
     assert sum(table["masked_tokens"].to_pylist()) == world.before.masked
     assert sum(table["nats_after"].to_pylist()) == world.after.nats.sum()
 
@@ -103,10 +102,10 @@ def slow_sums(world, key):
     sums, seen = defaultdict(lambda: [0, 0.0, 0.0]), set()
     for i in range(world.before.masked):
         chunk, column = int(world.before.chunk[i]), int(world.before.column[i])
-        first = world.text.chunks.first
+        first = world.eval_set.chunks.first
         place = column + (chunk * 16 if first is None else int(first[chunk]))
         name, occurrence = key(place)
-        occurrence = (int(world.before.mask_pass[i]) // 3, occurrence)  # three folds of a seed are one look
+        occurrence = (int(world.before.mask_round[i]) // 3, occurrence)  # three folds of a seed count an occurrence once
         sums[name][0] += occurrence not in seen
         seen.add(occurrence)
         sums[name][1] += float(world.before.nats[i])
@@ -127,7 +126,7 @@ def assert_sorted(found):
 
 
 def test_tokens_that_gained_and_lost_are_those_of_a_slow_count(world):
-    ids = world.text.store.ids
+    ids = world.eval_set.store.ids
     expected = slow_sums(world, lambda place: (world.tokenizer.decode([ids[place]]), place))
     found = by_token(world.tokenizer, world.before, world.after)
     assert_sorted(found)
@@ -139,12 +138,12 @@ def test_words_that_gained_and_lost_are_those_of_a_slow_count(world):
     """A word of the text is found by splitting it at its blanks; each is one to ten tokens here."""
     word_at = {}
     for number, document in enumerate(world.documents):
-        place = int(world.text.store.document_offsets[number]) + 1
+        place = int(world.eval_set.store.document_offsets[number]) + 1
         for k, word in enumerate(document.split()):
             for _ in world.tokenizer(word, add_special_tokens=False)["input_ids"]:
                 word_at[place] = (word, (number, k))
                 place += 1
-    found = by_word(world.text, world.tokenizer, world.before, world.after)
+    found = by_word(world.eval_set, world.tokenizer, world.before, world.after)
     assert_sorted(found)
     assert listed(found) == slow_sums(world, word_at.__getitem__)
     assert set(listed(found)) == set(WORDS)
@@ -152,8 +151,8 @@ def test_words_that_gained_and_lost_are_those_of_a_slow_count(world):
 
 def test_nats_belong_to_the_document_of_their_token(world):
     """Chunks of concatenated text hold several documents."""
-    offsets = world.text.store.document_offsets
-    table = documents("held_out", world.text, world.before, world.after, world.tokenizer).to_pylist()
+    offsets = world.eval_set.store.document_offsets
+    table = documents("held_out", world.eval_set, world.before, world.after, world.tokenizer).to_pylist()
     found = {row["document"]: [row["masked_tokens"], row["nats_before"], row["nats_after"]] for row in table}
     assert found == slow_sums(world, lambda p: (next(d for d in range(30) if p < offsets[d + 1]), p))
     for row in table:
@@ -163,8 +162,8 @@ def test_nats_belong_to_the_document_of_their_token(world):
 
 @pytest.mark.parametrize("header", [{"words": None}, {"words": 3}], ids=["slow tokenizer", "no spaces"])
 def test_where_the_tokenizer_sees_no_words_none_are_told_of(world, header):
-    store = dataclasses.replace(world.text.store, header={**world.text.store.header, **header})
-    text = dataclasses.replace(world.text, store=store)
+    store = dataclasses.replace(world.eval_set.store, header={**world.eval_set.store.header, **header})
+    text = dataclasses.replace(world.eval_set, store=store)
     found = compare(text, world.before, world.after, world.tokenizer, counts=None)
     assert found["words"] is None
     assert set(found["breakdowns"]) == {"position"}, "nor of frequencies in a corpus that is not known"
@@ -246,11 +245,11 @@ def test_memory_for_resampling_does_not_grow_with_the_documents(monkeypatch):
 
 def test_one_document_is_resampled_by_its_chunks(toy, tmp_path):
     world = World(toy, tmp_path, remainder="pad")
-    book = dataclasses.replace(world.text.store, document_offsets=np.array([0, len(world.text.store.ids)]))
-    world.text = dataclasses.replace(world.text, store=book)
+    book = dataclasses.replace(world.eval_set.store, document_offsets=np.array([0, len(world.eval_set.store.ids)]))
+    world.eval_set = dataclasses.replace(world.eval_set, store=book)
     found = world.compare()
     assert (found["bootstrap"]["unit"], found["masks"]["documents"]) == ("chunks", 1)
-    assert found["bootstrap"]["units"] == len(world.text.chunks)
+    assert found["bootstrap"]["units"] == len(world.eval_set.chunks)
     assert found["gain"]["interval"][0] < found["gain"]["value"] < found["gain"]["interval"][1]
 
 
@@ -315,7 +314,7 @@ def test_a_run_says_what_it_gained_and_what_it_forgot(toy, out_of_domain_file, t
     assert sum(line.startswith("general text:") and "95% interval" in line for line in printed) == 1
 
 
-def test_evaluations_during_training_are_of_the_first_pass(toy, out_of_domain_file, tmp_path):
+def test_evaluations_during_training_are_of_the_first_mask_round(toy, out_of_domain_file, tmp_path):
     train(with_general(toy, out_of_domain_file, tmp_path / "run", eval_steps=5))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     seen = [(line["step"], line["eval_masked_tokens"]) for line in lines if line["event"] == "eval"]

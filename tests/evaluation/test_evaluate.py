@@ -1,4 +1,4 @@
-"""Exact evaluation (law 3): no figure depends on how the pass was cut."""
+"""Exact evaluation (invariant 3): no figure depends on how the chunks are cut into batches and processes."""
 
 import copy
 import dataclasses
@@ -13,19 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForMaskedLM
 
-from mlm.data.batches import mask_chunks
 from mlm.data.chunks import ChunkConfig
-from mlm.data.masking import Recipe, corrupt, draw, make_recipe, select_fold
+from mlm.data.masking import corrupt, draw, select_fold, select_tokens
 from mlm.data.token_store import prepare
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
 from mlm.errors import UserError
-from mlm.evaluation.evaluate import EvaluateConfig, Evaluation, evaluate, make_eval_set
+from mlm.evaluation.eval_set import EvaluateConfig, make_eval_set
+from mlm.evaluation.evaluate import Evaluation, evaluate
 from mlm.evaluation.evaluate import measure as of_text
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.train import train
 from tests.runs import TORCHRUN, run
-
-RECIPE = Recipe(select=0, replace=0, randomise=0, mask_id=4, maskable_ids=np.arange(5, 9), whole_word=False)
 
 
 @pytest.fixture(scope="module")
@@ -34,31 +32,29 @@ def held_out(toy):
     tokenizer = load_tokenizer(str(toy.checkpoint))
     info = tokenizer_info(tokenizer)
     store = prepare(config.corpus, tokenizer, info, config.token_store)["validation"]
-    recipe = make_recipe(info)
-    text = make_eval_set("toy", store, ChunkConfig(remainder="pad"), 16, recipe, info, EvaluateConfig())
-    return AutoModelForMaskedLM.from_pretrained(toy.checkpoint), text
+    eval_set = make_eval_set("toy", store, ChunkConfig(remainder="pad"), 16, info, EvaluateConfig())
+    return AutoModelForMaskedLM.from_pretrained(toy.checkpoint), eval_set
 
 
-def measure(held_out, chunk_ids=None, complete=True, recipe=None, **config) -> Evaluation:
-    model, text = held_out
-    text = dataclasses.replace(
-        text,
-        chunk_ids=text.chunk_ids if chunk_ids is None else chunk_ids,
-        recipe=recipe or text.recipe,
+def measure(held_out, chunk_ids=None, complete=True, **config) -> Evaluation:
+    model, eval_set = held_out
+    eval_set = dataclasses.replace(
+        eval_set,
+        chunk_ids=eval_set.chunk_ids if chunk_ids is None else chunk_ids,
         config=EvaluateConfig(**config),
     )
-    return evaluate(SparseMaskedLM(model), text, Accelerator(cpu=True), complete)
+    return evaluate(SparseMaskedLM(model), eval_set, Accelerator(cpu=True), complete)
 
 
 def slow_evaluation(held_out, mask_seed):
     """One chunk at a time through the stock dense model; a sum over single tokens, in Python."""
-    model, text = held_out
-    chunks, recipe, info = text.chunks, text.recipe, text.info
+    model, eval_set = held_out
+    chunks, recipe, info = eval_set.chunks, eval_set.recipe, eval_set.info
     nats, count, hits = 0.0, 0, 0
     for chunk in range(len(chunks)):
         rows = chunks.take(np.array([chunk]))
         draws = draw(mask_seed, 0, np.array([chunk]), rows.ids.shape[1])
-        seen = corrupt(rows.ids, info.maskable[rows.ids], draws, recipe, rows.word_starts)
+        seen = corrupt(rows.ids, select_tokens(info.maskable[rows.ids], draws, 0.15), draws, recipe)
         with torch.no_grad():
             logits = model.eval()(torch.from_numpy(seen.ids)).logits[0]
         for position, target in zip(seen.positions, seen.targets, strict=True):
@@ -111,7 +107,7 @@ def test_evaluation_leaves_the_training_mode_and_the_generator_alone(held_out):
 
 def test_nothing_masked_is_no_figure(held_out):
     """Not a perplexity of 1, which would be a perfect model's."""
-    found = measure(held_out, recipe=dataclasses.replace(held_out[1].recipe, select=0))
+    found = measure(held_out, eval_mlm_probability=0)
     assert found.masked == 0
     assert all(math.isnan(value) for value in (found.loss, found.perplexity, found.accuracy))
 
@@ -124,9 +120,10 @@ def test_folds_predict_each_token_once_and_keep_words_together(seed, folds, whol
     rows, length = shape
     flags = st.lists(st.booleans(), min_size=rows * length, max_size=rows * length)
     maskable, starts = (np.array(data.draw(flags)).reshape(shape) for _ in range(2))
-    recipe = dataclasses.replace(RECIPE, whole_word=whole_word)
     draws = draw(seed, 0, np.arange(rows), length)
-    chosen = np.stack([select_fold(maskable, draws, recipe, starts, k, folds) for k in range(folds)])
+    chosen = np.stack(
+        [select_fold(maskable, draws, starts if whole_word else None, k, folds) for k in range(folds)]
+    )
     assert (chosen.sum(axis=0) == maskable).all(), "each maskable token in one fold, no other in any"
 
     for row in range(rows):
@@ -141,37 +138,36 @@ def test_folds_predict_each_token_once_and_keep_words_together(seed, folds, whol
 def test_a_fold_depends_on_seed_chunk_and_place_alone():
     """Not on the chunks beside it, nor on the padding of its row."""
     maskable = np.ones((4, 12), bool)
-    together = select_fold(maskable, draw(3, 0, np.arange(4), 12), RECIPE, None, 1, 3)
+    together = select_fold(maskable, draw(3, 0, np.arange(4), 12), None, 1, 3)
     for chunk in range(4):
         padded = np.pad(maskable[:1], [(0, 0), (0, 5)])
-        alone = select_fold(padded, draw(3, 0, np.array([chunk]), 17), RECIPE, None, 1, 3)
+        alone = select_fold(padded, draw(3, 0, np.array([chunk]), 17), None, 1, 3)
         assert (alone[0, :12] == together[chunk]).all()
-    other = select_fold(maskable, draw(4, 0, np.arange(4), 12), RECIPE, None, 1, 3)
+    other = select_fold(maskable, draw(4, 0, np.arange(4), 12), None, 1, 3)
     assert (other != together).any()
 
 
 @pytest.mark.parametrize("whole_word", [False, True])
 def test_an_evaluation_in_folds_predicts_every_token_of_the_text_once(held_out, whole_word):
-    text = held_out[1]
-    recipe = dataclasses.replace(text.recipe, whole_word=whole_word)
-    found = measure(held_out, recipe=recipe, eval_mask_folds=5)
-    rows = text.chunks.take(text.chunk_ids)
-    row, column = np.nonzero(text.info.maskable[rows.ids])
+    eval_set = held_out[1]
+    found = measure(held_out, eval_whole_word_mask=whole_word, eval_mask_folds=5)
+    rows = eval_set.chunks.take(eval_set.chunk_ids)
+    row, column = np.nonzero(eval_set.info.maskable[rows.ids])
     order = np.lexsort((found.column, found.chunk))
     assert (found.chunk[order].tolist(), found.column[order].tolist()) == (row.tolist(), column.tolist())
     assert (found.target == rows.ids[found.chunk, found.column]).all()
-    shares = np.bincount(found.mask_pass, minlength=5) / found.masked
-    assert (abs(shares - 1 / 5) < 0.03).all(), "a fifth of the tokens in each pass"
+    shares = np.bincount(found.mask_round, minlength=5) / found.masked
+    assert (abs(shares - 1 / 5) < 0.03).all(), "a fifth of the tokens in each mask round"
 
 
 def test_folds_are_corrupted_as_the_recipe_says(held_out):
-    text = held_out[1]
+    config = EvaluateConfig(eval_mask_folds=7, eval_mask_seeds=4)
+    eval_set = dataclasses.replace(held_out[1], config=config)
     seen = {"mask": 0, "kept": 0, "all": 0}
-    for seed, fold in EvaluateConfig(eval_mask_folds=7, eval_mask_seeds=4).passes:
-        ids, epochs = text.chunk_ids, np.zeros(len(text.chunk_ids), np.int64)
-        batch = mask_chunks(text.chunks, ids, epochs, seed, text.recipe, text.info.maskable, fold)
+    for mask_round in range(len(config.rounds)):
+        batch = eval_set.batch(eval_set.chunk_ids, mask_round)
         shown = batch.input_ids.reshape(-1)[batch.positions]
-        seen["mask"] += int((shown == text.info.mask_id).sum())
+        seen["mask"] += int((shown == eval_set.info.mask_id).sum())
         seen["kept"] += int((shown == batch.targets).sum())
         seen["all"] += len(shown)
     assert seen["mask"] / seen["all"] == pytest.approx(0.8, abs=0.03)
@@ -211,11 +207,11 @@ def test_seeds_are_measured_one_by_one_and_together(held_out):
         assert part.nats.tolist() == alone.nats.tolist()
 
 
-def test_a_short_evaluation_is_the_first_pass_of_a_complete_one(held_out):
+def test_a_short_evaluation_is_the_first_mask_round_of_a_complete_one(held_out):
     """So that the curve of a run is of one and the same set of masked tokens."""
     config = {"eval_mask_seeds": 2, "eval_mask_folds": 3}
     short, whole = (measure(held_out, complete=complete, **config) for complete in (False, True))
-    first = whole.first_pass
+    first = whole.first_round
     assert short.same_masks(first)
     assert short.nats.tolist() == first.nats.tolist()
     assert 0 < first.masked < whole.masked / 4
@@ -249,25 +245,31 @@ def test_more_folds_than_a_chunk_has_tokens_are_refused(toy, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(toy, held_out, tmp_path):
-    """Prediction by prediction, in its order: three passes, chunks that do not halve."""
+    """Prediction by prediction, in its order: three mask rounds, chunks that do not halve."""
     program = f"""
 from dataclasses import replace
 import numpy as np
+import torch.distributed as dist
 from accelerate import Accelerator
-from mlm.evaluation.evaluate import evaluate
-from mlm.model.sparse_head import SparseMaskedLM
-from mlm.model.load import load_model
-from mlm.evaluation.eval_set import open_corpus, open_texts
-from mlm.config import Config
 from mlm import cli
+from mlm.config import Config
+from mlm.data.token_store import prepare
+from mlm.data.tokenizer import tokenizer_info
+from mlm.evaluation.eval_set import open_eval_sets
+from mlm.evaluation.evaluate import evaluate
+from mlm.model.load import load_model, open_tokenizer
+from mlm.model.sparse_head import SparseMaskedLM
 flags = {[*toy.flags(tmp_path), "--eval_mask_folds=3"]!r}
 config = cli.parse_config(Config, flags)
 accelerator = Accelerator(cpu=True)
-tokenizer, facts, stores = open_corpus(config, accelerator)
-text = open_texts(config, tokenizer, facts, stores["validation"], 16, accelerator)["held_out"]
-text = replace(text, chunk_ids=text.chunk_ids[:11])
-found = evaluate(SparseMaskedLM(load_model(config.model, tokenizer, 0)), text, accelerator)
+tokenizer = open_tokenizer(config.model, config.corpus, config.token_store)
+info = tokenizer_info(tokenizer)
+store = prepare(config.corpus, tokenizer, info, config.token_store)["validation"]
+eval_set = open_eval_sets(config, tokenizer, info, store, 16)["held_out"]
+eval_set = replace(eval_set, chunk_ids=eval_set.chunk_ids[:11])
+found = evaluate(SparseMaskedLM(load_model(config.model, tokenizer, 0)), eval_set, accelerator)
 np.savez(f"{tmp_path}/{{accelerator.process_index}}.npz", *found)
+dist.destroy_process_group()
 """
     (tmp_path / "program.py").write_text(program)
     status, _, errors = run(TORCHRUN, [], str(tmp_path / "program.py"))
