@@ -1,4 +1,8 @@
-"""Measures a masked language model on held-out text, under fixed masks, or two models on the same ones."""
+"""Measures a masked language model on held-out text, under fixed masks, or two models on the same ones.
+
+Of a finished run: --model_name_or_path RUN --compare BASE, and the run's flags about text, chunks and
+evaluation, repeat what the run has in comparison.json.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,16 +24,9 @@ with quick_imports():
     from mlm.engine.device import make_accelerator
     from mlm.engine.distributed import local_main_process_first
     from mlm.errors import UserError
-    from mlm.evaluation.compare import compare, in_words
-    from mlm.evaluation.eval_set import open_eval_sets
-    from mlm.evaluation.evaluate import (
-        EvalSet,
-        EvaluateConfig,
-        Evaluation,
-        evaluate_all,
-        measure,
-        token_counts,
-    )
+    from mlm.evaluation.compare import compare, gain_figures, in_words
+    from mlm.evaluation.eval_set import EvalSet, EvaluateConfig, open_eval_sets
+    from mlm.evaluation.evaluate import Evaluations, evaluate_all, measure, token_counts
     from mlm.evaluation.pseudo_perplexity import PseudoPerplexityConfig
     from mlm.evaluation.pseudo_perplexity import measure as measure_sentences
     from mlm.figures import figure, finite
@@ -50,7 +47,7 @@ class CheckpointToMeasure:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # default: as accelerate is configured
 
 
-ROOMS = (
+MODULES = (
     *(CheckpointToMeasure, CorpusConfig, OutOfDomainConfig, TokenStoreConfig, ChunkConfig),
     *(EvaluateConfig, PseudoPerplexityConfig),
 )
@@ -60,111 +57,130 @@ class Measured(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     stores: dict[str, TokenStore]
     eval_sets: dict[str, EvalSet]  # "held_out" and, where asked for, "general"
-    evaluations: dict[str, Evaluation]
+    evaluations: Evaluations
 
     def figures(self) -> dict[str, dict[str, Any]]:
-        return {name: measure(self.evaluations[name], text) for name, text in self.eval_sets.items()}
+        return {name: measure(self.evaluations[name], eval_set) for name, eval_set in self.eval_sets.items()}
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    what, corpus, out_of_domain, token_store, chunking, evaluation, pseudo, _ = cli.parse(
-        ROOMS, argv, cli.command(__doc__)
+    what, corpus, out_of_domain, token_store, chunks, evaluation, pseudo, _ = cli.parse(
+        MODULES, argv, cli.command(__doc__)
     )
     if not what.model_name_or_path:
         raise UserError("nothing to measure; give --model_name_or_path")
     model = ModelConfig(what.model_name_or_path, trust_remote_code=what.trust_remote_code)
-    base = replace(model, model_name_or_path=what.compare) if what.compare else None
-    model = replace(model, tokenizer_name=what.tokenizer_name)
+    models = {"base": replace(model, model_name_or_path=what.compare)} if what.compare else {}
+    models["model"] = replace(model, tokenizer_name=what.tokenizer_name)
     accelerator = make_accelerator(what.mixed_precision)
     if pseudo.pseudo_perplexity:
-        sentences, size = pseudo.pseudo_perplexity, evaluation.per_device_eval_batch_size
-        scored = {}
-        for name, which in {"base": base, "model": model}.items():
-            if which is not None:
-                if base is not None:
-                    accelerator.print(f"{which.model_name_or_path}:")
-                scored[name] = measure_sentences(sentences, which, size, accelerator)
-        result = {**scored.pop("model"), **scored}
-        if what.output and accelerator.is_main_process:
-            save(Path(what.output), result)
-        accelerator.end_training()
-        return result
-    config = Config(model, corpus, out_of_domain, token_store, chunking, evaluate=evaluation)
-    limits = [limit for limit in map(position_limit, (model, base) if base else (model,)) if limit]
-    length = chunk_length(chunking, min(limits, default=None))
-
-    found = measure_one(config, length, accelerator)
-    result: dict[str, Any] = {name: figures for name, figures in found.figures().items()}
-    if base is None:
-        for name, text in found.eval_sets.items():
-            accelerator.print(described(result[name], text))
+        size = evaluation.per_device_eval_batch_size
+        result = summary = measure_file(pseudo.pseudo_perplexity, models, size, accelerator)
     else:
-        was = measure_one(replace(config, model=base), length, accelerator)
-        result, lines = compared(was, found)
-        accelerator.print(lines)
+        config = Config(
+            corpus=corpus,
+            out_of_domain=out_of_domain,
+            token_store=token_store,
+            chunks=chunks,
+            evaluate=evaluation,
+        )
+        result, summary = measure_corpus(config, models, accelerator)
     if what.output and accelerator.is_main_process:
         save(Path(what.output), result)
     accelerator.end_training()
-    measured = found.figures()["held_out"]
-    sizes = {"chunks": len(found.eval_sets["held_out"].chunk_ids), "chunk_size": length}
-    return finite({**measured, **sizes, **(headlines(result) if base else {})})
+    return summary
+
+
+def measure_file(
+    path: str, models: dict[str, ModelConfig], size: int, accelerator: Accelerator
+) -> dict[str, Any]:
+    """The pseudo-perplexity of a file's sentences; those of the base, if there is one, under "base"."""
+    scored = {}
+    for name, model in models.items():
+        if len(models) > 1:
+            accelerator.print(f"{model.model_name_or_path}:")
+        scored[name] = measure_sentences(path, model, size, accelerator)
+    return {**scored.pop("model"), **scored}
+
+
+def measure_corpus(
+    config: Config, models: dict[str, ModelConfig], accelerator: Accelerator
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Prints the figures on each eval set. Returns them, and those for the last line of output."""
+    limits = [limit for limit in map(position_limit, models.values()) if limit]
+    length = chunk_length(config.chunks, min(limits, default=None))
+    measured = {n: measure_one(replace(config, model=m), length, accelerator) for n, m in models.items()}
+    adapted = measured["model"]
+    result: dict[str, Any] = adapted.figures()
+    held_out, eval_set = result["held_out"], adapted.eval_sets["held_out"]
+    summary = {**held_out, "chunks": len(eval_set.chunk_ids), "chunk_size": length}
+    if "base" in measured:
+        result, lines = compare_both(measured["base"], adapted)
+        accelerator.print(lines)
+        summary |= headlines(result)
+    else:
+        for name, figures in result.items():
+            accelerator.print(in_words_alone(figures, adapted.eval_sets[name]))
+    return result, finite(summary)
 
 
 def measure_one(config: Config, length: int, accelerator: Accelerator) -> Measured:
-    """The figures of the checkpoint that `config` names, on its eval_sets in chunks of `length` tokens."""
+    """Evaluates the checkpoint that `config` names on its eval sets, in chunks of `length` tokens."""
     with local_main_process_first(accelerator):
         tokenizer = open_tokenizer(config.model, config.corpus, config.token_store)
         info = tokenizer_info(tokenizer)
         stores = prepare(config.corpus, tokenizer, info, config.token_store)
+        eval_sets = open_eval_sets(config, tokenizer, info, stores["validation"], length)
     check_embeddings(config.model, tokenizer)
-    eval_sets = open_eval_sets(config, tokenizer, info, stores["validation"], length, accelerator)
     model = SparseMaskedLM(load_model(config.model, tokenizer, seed=0)).to(accelerator.device)
-    return Measured(tokenizer, stores, eval_sets, evaluate_all(model, eval_sets, accelerator))
+    evaluations = evaluate_all(model, eval_sets, accelerator)
+    assert evaluations is not None, "nothing asks to stop"
+    return Measured(tokenizer, stores, eval_sets, evaluations)
 
 
-def compared(base: Measured, found: Measured) -> tuple[dict[str, Any], str]:
-    """The comparison of each text, or where the tokenizers differ the figures of both; and lines to print."""
-    result: dict[str, Any] = {"held_out": None, "general": None}
-    same = all(
-        text.info.fingerprint == base.eval_sets[n].info.fingerprint for n, text in found.eval_sets.items()
-    )
-    lines = []
-    for name, text in found.eval_sets.items():
-        before, after = base.evaluations[name], found.evaluations[name]
-        if same:
-            train = found.stores.get("train")
-            counts = token_counts(train, text.info.size) if train else None
-            result[name] = compare(text, before, after, found.tokenizer, counts)
-            lines.append(f"{text.name}: {in_words(result[name])}")
-        else:
-            was, now = measure(before, base.eval_sets[name]), measure(after, text)
-            result[name] = {"text": text.name, "before": was, "after": now}
-            lines.append(
-                f"{text.name}: {figure(was['bits_per_character'])} bits per character before, "
-                f"{figure(now['bits_per_character'])} after"
+def compare_both(base: Measured, adapted: Measured) -> tuple[dict[str, Any], str]:
+    """The comparison on each eval set, or the figures of both where the tokenizers differ; lines to print."""
+    names = list(adapted.eval_sets)
+    if all(adapted.eval_sets[n].info.fingerprint == base.eval_sets[n].info.fingerprint for n in names):
+        train = adapted.stores.get("train")
+        counts = token_counts(train, adapted.eval_sets["held_out"].info.size) if train else None
+        compared = {
+            n: compare(
+                adapted.eval_sets[n], base.evaluations[n], adapted.evaluations[n], adapted.tokenizer, counts
             )
-    if not same:
-        if found.eval_sets["held_out"].config.max_eval_samples:
-            lines.append("--max_eval_samples: the two were measured on chunks of different parts of the text")
+            for n in names
+        }
+        lines = [f"{compared[n]['text']}: {in_words(compared[n])}" for n in names]
+        return {"held_out": None, "general": None, **compared, "same_tokenizer": True}, "\n".join(lines)
+
+    result, lines = {}, []
+    for name, before in base.figures().items():
+        after, text = adapted.figures()[name], adapted.eval_sets[name].name
+        result[name] = {"text": text, "before": before, "after": after}
         lines.append(
-            "the two have different tokenizers: their masks and the perplexity of their tokens are not "
-            "comparable, bits per character and per word are"
+            f"{text}: {figure(before['bits_per_character'])} bits per character before, "
+            f"{figure(after['bits_per_character'])} after"
         )
-    return finite({**result, "same_tokenizer": same}), "\n".join(lines)
+    if adapted.eval_sets["held_out"].config.max_eval_samples:
+        lines.append("--max_eval_samples: the two were measured on chunks of different parts of the text")
+    lines.append(
+        "the two have different tokenizers: their masks and the perplexity of their tokens are not "
+        "comparable, bits per character and per word are"
+    )
+    return finite({"held_out": None, "general": None, **result, "same_tokenizer": False}), "\n".join(lines)
 
 
 def headlines(result: dict[str, Any]) -> dict[str, Any]:
-    """What the last line of output says of a comparison."""
+    """The figures of a comparison for the last line of output."""
     held_out = result["held_out"]
     before = {f"{name}_before": value for name, value in held_out["before"].items()}
     if not result["same_tokenizer"]:
         return {**before, "same_tokenizer": False}
-    low, high = held_out["gain"]["interval"]
-    gain = {"gain": held_out["gain"]["value"], "gain_low": low, "gain_high": high}
-    return {**before, "same_tokenizer": True, **gain}
+    return {**before, "same_tokenizer": True, **gain_figures(held_out)}
 
 
-def described(figures: dict[str, Any], eval_set: EvalSet) -> str:
+def in_words_alone(figures: dict[str, Any], eval_set: EvalSet) -> str:
+    """The figures of one model on an eval set, on one line."""
     bits = " and ".join(
         f"{figure(figures[f'bits_per_{unit}'])} bits per {unit}"
         for unit in ("character", "word")

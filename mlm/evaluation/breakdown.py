@@ -1,7 +1,7 @@
 """Where a model has gained and lost: nats before and after, by kinds of tokens, by token, and by word.
 
-Every prediction is in exactly one row of a breakdown, and nats are on a grid (evaluate.py): counts and nats
-of its rows add up to the totals to the bit.
+Every prediction is in exactly one row of a breakdown, and sums of nats are exact (evaluate.py): the counts
+and nats of its rows add up to the totals to the bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from mlm.data.tokenizer import spell
 from mlm.evaluation.evaluate import EvalSet, Evaluation
 
 MOST = 50  # tokens, or words, that are listed as gained, and as lost
+HANDFUL, LEAST, MOST_OF = 5, 0.05, 0.5  # a concentrated gain: `carriers` says how
 Rows = list[dict[str, Any]]  # {"name" or "text", "count", "nats_before", "nats_after"}
 
 
@@ -27,28 +28,30 @@ def breakdowns(
 ) -> dict[str, Rows]:
     """By frequency, by whole words and word pieces, and by position.
 
-    counts: [V] int64, how often each token stands in the training corpus; None: it is not known, and there is
-        no row of frequencies. Neither is there one of words where the tokenizer sees none.
+    counts: [V] int64, how often each token stands in the training corpus; None: not known, and no breakdown
+        by frequency. There is none by words where the tokenizer sees no words.
     """
-    found = {}
+    rows = {}
     if counts is not None:
         tenth = frequency_tenths(counts, eval_set.info.maskable)
         sizes = np.bincount(tenth[eval_set.info.maskable], minlength=10)
         names = [f"{i} ({size:,} tokens)" for i, size in enumerate(sizes, start=1)]
-        found["frequency"] = _rows(names, tenth[before.target], before, after)
+        rows["frequency"] = _rows(names, tenth[before.target], before, after)
     if eval_set.store.sees_words:
-        found["word"] = _rows(("whole words", "word pieces"), word_pieces(eval_set, before), before, after)
+        rows["word"] = _rows(("whole words", "word pieces"), word_pieces(eval_set, before), before, after)
     tenth = before.column * 10 // eval_set.chunks.chunk_size
-    found["position"] = _rows([f"{10 * i}–{10 * i + 10}%" for i in range(10)], tenth, before, after)
-    return found
+    rows["position"] = _rows([f"{10 * i}–{10 * i + 10}%" for i in range(10)], tenth, before, after)
+    return rows
 
 
 def frequency_tenths(counts: np.ndarray, maskable: np.ndarray) -> np.ndarray:
     """The tenth [V] int64, in 0 … 9, of each token: tenths of the corpus, not of the vocabulary.
 
-    Tokens in order of frequency (then of ids) are cut so that each tenth holds about a tenth of the training
-    corpus: a token is in tenth ⌊10 · tokens of the corpus before it / all⌋. Those that never occur are in the
-    last. counts: [V] int64; ordinary: [V] bool.
+    Tokens, the most frequent first (then by id), are cut so that each tenth holds about a tenth of the
+    training corpus: a token is in tenth ⌊10 · occurrences of those before it / all occurrences⌋. Tokens that
+    never occur are in the last.
+
+    counts: [V] int64, how often each token stands in the training corpus; maskable: [V] bool
     """
     ids = np.flatnonzero(maskable)
     ranked = ids[np.argsort(-counts[ids], kind="stable")]
@@ -58,12 +61,28 @@ def frequency_tenths(counts: np.ndarray, maskable: np.ndarray) -> np.ndarray:
     return tenth
 
 
-def word_pieces(eval_set: EvalSet, found: Evaluation) -> np.ndarray:
+def word_pieces(eval_set: EvalSet, evaluation: Evaluation) -> np.ndarray:
     """[M] int64: 0 where a masked token is a whole word, 1 where it is a piece of one."""
     starts = eval_set.store.word_starts
-    place = eval_set.chunks.places(found.chunk, found.column)
+    place = eval_set.chunks.places(evaluation.chunk, evaluation.column)
     after = np.minimum(place + 1, len(starts) - 1)
     return (~(starts[place] & (starts[after] | (after == place)))).astype(np.int64)
+
+
+def carriers(before: Evaluation, after: Evaluation) -> tuple[np.ndarray, float]:
+    """The few tokens [k] int32 that carry most of the nats gained, the largest gain first; and their share.
+
+    They are at most HANDFUL, each carries LEAST of the total or more, and together they carry MOST_OF it; if
+    not, k and the share are 0.
+    """
+    tokens, group = np.unique(before.target, return_inverse=True)
+    _, nats_before, nats_after = grouped(group, len(tokens), before.nats, after.nats)
+    improvement = nats_before - nats_after
+    total = improvement.sum()
+    order = np.argsort(-improvement, kind="stable")[:HANDFUL]
+    order = order[improvement[order] >= LEAST * total]
+    share = float(improvement[order].sum() / total) if total > 0 else 0.0
+    return (tokens[order], share) if share > MOST_OF else (tokens[:0], 0.0)
 
 
 def by_token(tokenizer: PreTrainedTokenizerBase, before: Evaluation, after: Evaluation) -> dict[str, Rows]:
@@ -76,16 +95,16 @@ def by_token(tokenizer: PreTrainedTokenizerBase, before: Evaluation, after: Eval
 def by_word(
     eval_set: EvalSet, tokenizer: PreTrainedTokenizerBase, before: Evaluation, after: Evaluation
 ) -> dict[str, Rows] | None:
-    """The same by word, that is by the ids of all its tokens; None where the tokenizer sees no words.
+    """As `by_token` for words, equal where all their ids are; None where the tokenizer sees no words.
 
-    An occurrence is a place in the text under a mask seed, whether one or all of its tokens were masked.
+    `count` is of places in the text under a mask seed, whether one or all of the word's tokens were masked.
     """
     if not eval_set.store.sees_words:
         return None
     ids, N = eval_set.store.ids, len(eval_set.store.ids)
     starts = np.flatnonzero(eval_set.store.word_starts)
     place = eval_set.chunks.places(before.chunk, before.column)
-    # the words of the text that have a masked token, and which of them each masked token is of
+    # words [W]: those with a masked token, by number in the text; word [M]: each masked token's index in them
     words, word = np.unique(np.searchsorted(starts, place, side="right") - 1, return_inverse=True)
     begin, end = starts[words], np.append(starts, N)[words + 1]
     group = np.empty(len(words), np.int64)  # equal where the ids are
@@ -120,10 +139,10 @@ def _largest(
     count: np.ndarray, before: np.ndarray, after: np.ndarray, text: Callable[[int], str]
 ) -> dict[str, Rows]:
     """The first MOST rows each way; where the sums are the same, a row is neither gained nor lost."""
-    found = {}
+    largest = {}
     for name, improvement in (("gained", before - after), ("lost", after - before)):
         rows = np.argsort(-improvement, kind="stable")[:MOST]
-        found[name] = [
+        largest[name] = [
             {
                 "text": text(row),
                 "count": int(count[row]),
@@ -132,4 +151,4 @@ def _largest(
             }
             for row in rows[improvement[rows] > 0].tolist()
         ]
-    return found
+    return largest

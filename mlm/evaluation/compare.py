@@ -1,9 +1,9 @@
-"""Two models on the same masks: how much better one is, how sure that is, and where.
+"""Two models on the same masks: how much better one is, how sure that is, and where it is better.
 
 gain       = perplexity before / perplexity after = exp(loss before − loss after)
 interval   paired bootstrap, percentiles (Efron & Tibshirani, An Introduction to the Bootstrap, 1993,
            chapters 8 and 13): documents are drawn with replacement, as many as there are, each with its
-           nats under both models, for predictions within a document are not independent. A test
+           nats under both models, because predictions within a document are not independent. A test
            compares it with scipy.stats.bootstrap(…, paired=True, method="percentile").
 """
 
@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from mlm.evaluation.breakdown import breakdowns, by_token, by_word, grouped
+from mlm.data.tokenizer import spell
+from mlm.evaluation.breakdown import breakdowns, by_token, by_word, carriers, grouped
 from mlm.evaluation.evaluate import EvalSet, Evaluation, measure, unigram_perplexity
 from mlm.figures import exp_or_inf, figure, finite
 
@@ -26,7 +27,7 @@ OPENING = 24  # tokens of a document by which a person knows it
 
 
 class Conclusion(NamedTuple):
-    """What a run ends with, for its directory and for people."""
+    """The final figures of a run, for its directory and for people."""
 
     results: dict[str, Any]  # for all_results.json
     lines: str
@@ -41,36 +42,37 @@ def conclude(
     tokenizer: PreTrainedTokenizerBase,
     counts: np.ndarray,
 ) -> Conclusion:
-    """What the evaluations of `eval_sets`, "held_out" and perhaps "general", before and after come to.
+    """The final figures, from the evaluations of `eval_sets` ("held_out" and perhaps "general").
 
-    before: may lack any of them
-    counts: [V] int64, tokens of the training corpus
+    before: the evaluations before the first step; empty where there were none
+    counts: [V] int64, how often each token stands in the training corpus
     """
-    lines = []
-    compared = {n: compare(eval_sets[n], before[n], after[n], tokenizer, counts) for n in before}
-
-    held_out = eval_sets["held_out"]
-    results = _scalars(measure(after["held_out"], held_out))
-    if "held_out" in before:
-        was = _scalars(measure(before["held_out"], held_out))
-        results |= {f"{name}_before": value for name, value in was.items()}
-        results |= _gain(compared["held_out"], "")
-        lines.append(f"held-out text: {in_words(compared['held_out'])}")
-    targets = after["held_out"].target
-    results["perplexity_unigram"] = unigram_perplexity(counts, held_out.info.maskable, targets)
-    if "general" in eval_sets:
-        now = _scalars(measure(after["general"], eval_sets["general"]))
-        results |= {f"general_{name}": value for name, value in now.items()}
-        if "general" in before:
-            was = _scalars(measure(before["general"], eval_sets["general"]))
-            results |= {f"general_{name}_before": value for name, value in was.items()}
-            results |= _gain(compared["general"], "general_")
-            lines.append(f"general text: {in_words(compared['general'])}")
-        else:
-            lines.append(f"general text: perplexity {figure(now['perplexity'])}")
-    comparison = {n: compared.get(n) for n in ("held_out", "general")} if "held_out" in compared else None
-    tables = [documents(n, eval_sets[n], before[n], after[n], tokenizer) for n in before]
-    return Conclusion(results, "\n".join(lines), comparison, pa.concat_tables(tables) if comparison else None)
+    compared = {
+        name: compare(eval_sets[name], before[name], after[name], tokenizer, counts)
+        for name in eval_sets
+        if name in before
+    }
+    results, lines = {}, []
+    for name, prefix, title in (("held_out", "", "held-out"), ("general", "general_", "general")):
+        if name not in eval_sets:
+            continue
+        figures = _scalars(measure(after[name], eval_sets[name]))
+        results |= {f"{prefix}{key}": value for key, value in figures.items()}
+        if name in compared:
+            figures = _scalars(measure(before[name], eval_sets[name]))
+            results |= {f"{prefix}{key}_before": value for key, value in figures.items()}
+            results |= gain_figures(compared[name], prefix)
+            lines.append(f"{title} text: {in_words(compared[name])}")
+        elif name == "general":
+            lines.append(f"{title} text: perplexity {figure(figures['perplexity'])}")
+    results["perplexity_unigram"] = unigram_perplexity(
+        counts, eval_sets["held_out"].info.maskable, after["held_out"].target
+    )
+    if "held_out" not in compared:
+        return Conclusion(results, "\n".join(lines), None, None)
+    tables = [documents(n, eval_sets[n], before[n], after[n], tokenizer) for n in compared]
+    comparison = {n: compared.get(n) for n in ("held_out", "general")}
+    return Conclusion(results, "\n".join(lines), comparison, pa.concat_tables(tables))
 
 
 def compare(
@@ -82,41 +84,43 @@ def compare(
 ) -> dict[str, Any]:
     """The comparison of two evaluations of one text under the same masks, as JSON has it.
 
-    gain        {"value", "interval"}, above 1 where the second model is better
-    difference  the same of the loss, in nats a masked token, below 0 where it is better
-    counts      [V] int64, tokens of the training corpus; None: no breakdown by frequency
+    gain           {"value", "interval"}, above 1 where the second model is better
+    difference     the same of the loss, in nats a masked token, below 0 where it is better
+    concentration  see `concentration`
+    counts         [V] int64, how often each token stands in the training corpus; None: no breakdown by
+                   frequency
 
     An interval is [None, None] where there is one document and one chunk, or loss is infinite. Raises
     ValueError for evaluations of other tokens, or under other masks.
     """
     if not before.same_masks(after):
         raise ValueError(f"{eval_set.name}: the two evaluations are not of the same masked tokens")
-    document = documents_of(eval_set, before)
-    units, unit = np.unique(document, return_inverse=True)
-    kind = "documents"
-    if len(units) < 2:  # a book: its chunks are all that there is to draw from
-        units, unit = np.unique(before.chunk, return_inverse=True)
-        kind = "chunks"
-    count, nats_before, nats_after = grouped(unit, len(units), before.nats, after.nats)
-    low, high = bootstrap(nats_after - nats_before, count)
-    difference = float((after.nats.sum() - before.nats.sum()) / max(before.masked, 1))
+    config, document = eval_set.config, documents_of(eval_set, before)
+    units, kind = document, "documents"
+    if len(np.unique(document)) < 2:  # a book: its chunks are all that there is to draw from
+        units, kind = before.chunk, "chunks"
+    gain, difference = _gain_over(before, after, units, np.ones(before.masked, bool))
     return finite(
         {
             "text": eval_set.name,
             "before": measure(before, eval_set),
             "after": measure(after, eval_set),
-            "gain": {"value": exp_or_inf(-difference), "interval": [exp_or_inf(-high), exp_or_inf(-low)]},
-            "difference": {"value": difference, "interval": [low, high]},
+            "gain": gain,
+            "difference": difference,
+            # what is within the noise carries nothing
+            "concentration": (
+                concentration(before, after, units, tokenizer) if difference["interval"][1] < 0 else None
+            ),
             "bootstrap": {
                 "confidence": CONFIDENCE,
                 "resamples": RESAMPLES,
                 "unit": kind,
-                "units": len(units),
+                "units": len(np.unique(units)),
                 "seed": SEED,
             },
             "masks": {
-                "seeds": [eval_set.config.eval_mask_seed + i for i in range(eval_set.config.eval_mask_seeds)],
-                "folds": eval_set.config.eval_mask_folds,
+                "seeds": [config.eval_mask_seed + i for i in range(config.eval_mask_seeds)],
+                "folds": config.eval_mask_folds,
                 "masked_tokens": before.masked,
                 "chunks": len(eval_set.chunk_ids),
                 "documents": len(np.unique(document)),
@@ -126,6 +130,42 @@ def compare(
             "words": by_word(eval_set, tokenizer, before, after),
         }
     )
+
+
+def concentration(
+    before: Evaluation, after: Evaluation, units: np.ndarray, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any] | None:
+    """Whether a handful of token types carries most of the gain, such as the markup of web pages.
+
+    types                  the tokens, the one that gains most first (`carriers`)
+    share                  their part of the nats gained, more than 1 where the other tokens have lost
+    gain_without           the gain over all other masked tokens
+    gain_without_interval  its ends, [None, None] as in `compare`
+
+    units: [M] int, what is resampled, for each masked token. None: no few types carry most of the gain.
+    """
+    tokens, share = carriers(before, after)
+    if not len(tokens):
+        return None
+    gain, _ = _gain_over(before, after, units, ~np.isin(before.target, tokens))
+    return {
+        "types": [spell(tokenizer, [token]) for token in tokens.tolist()],
+        "share": share,
+        "gain_without": gain["value"],
+        "gain_without_interval": gain["interval"],
+    }
+
+
+def _gain_over(
+    before: Evaluation, after: Evaluation, units: np.ndarray, part: np.ndarray
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The gain and the difference in loss over part [M] bool of the tokens, each as {"value", "interval"}."""
+    numbers, unit = np.unique(units[part], return_inverse=True)
+    count, nats_before, nats_after = grouped(unit, len(numbers), before.nats[part], after.nats[part])
+    low, high = bootstrap(nats_after - nats_before, count)
+    value = float((nats_after.sum() - nats_before.sum()) / max(count.sum(), 1))
+    gain = {"value": exp_or_inf(-value), "interval": [exp_or_inf(-high), exp_or_inf(-low)]}
+    return gain, {"value": value, "interval": [low, high]}
 
 
 def bootstrap(
@@ -153,9 +193,9 @@ def bootstrap(
     return float(low), float(high)
 
 
-def documents_of(eval_set: EvalSet, found: Evaluation) -> np.ndarray:
+def documents_of(eval_set: EvalSet, evaluation: Evaluation) -> np.ndarray:
     """The document [M] int64 of each masked token, by its number in the token store."""
-    place = eval_set.chunks.places(found.chunk, found.column)
+    place = eval_set.chunks.places(evaluation.chunk, evaluation.column)
     return np.searchsorted(eval_set.store.document_offsets, place, side="right") - 1
 
 
@@ -186,26 +226,37 @@ def documents(
 
 def in_words(compared: dict[str, Any]) -> str:
     """A comparison on one line."""
-    (low, high), drawn = compared["gain"]["interval"], compared["bootstrap"]
-    sure = f"no interval from one of {drawn['unit']}"
-    if low is not None:
-        sure = f"{drawn['confidence']:.0%} interval {figure(low)} to {figure(high)}"
-        sure += f", {drawn['units']:,} {drawn['unit']} resampled"
-    by_seed = compared["after"]["perplexity_by_seed"]
+    drawn, by_seed = compared["bootstrap"], compared["after"]["perplexity_by_seed"]
     seeds = f", {figure(min(by_seed))} to {figure(max(by_seed))} over {len(by_seed)} mask seeds"
+    low, high = compared["gain"]["interval"]
+    interval = f"no interval from one of {drawn['unit']}"
+    if low is not None:
+        interval = f"{drawn['confidence']:.0%} interval {figure(low)} to {figure(high)}"
+        interval += f", {drawn['units']:,} {drawn['unit']} resampled"
+    few = compared["concentration"]
+    without = ""
+    if few:
+        without = (
+            f"; without {' '.join(few['types'])}, which carry {few['share']:.0%} of it, the gain is "
+            f"{figure(few['gain_without'])}"
+        )
     return (
         f"perplexity {figure(compared['before']['perplexity'])} before, "
         f"{figure(compared['after']['perplexity'])} after{seeds if len(by_seed) > 1 else ''}, "
-        f"gain {figure(compared['gain']['value'])} ({sure})"
+        f"gain {figure(compared['gain']['value'])} ({interval}){without}"
     )
+
+
+def gain_figures(compared: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The gain of a comparison for all_results.json, its names after `prefix`."""
+    low, high = compared["gain"]["interval"]
+    gain = {f"{prefix}gain": compared["gain"]["value"], f"{prefix}gain_low": low, f"{prefix}gain_high": high}
+    if few := compared["concentration"]:
+        gain[f"{prefix}gain_without_concentrated"] = few["gain_without"]
+    return gain
 
 
 def _scalars(measured: dict[str, Any]) -> dict[str, Any]:
     """The figures of a text for all_results.json, with the spread over mask seeds where there are several."""
     by_seed = measured.pop("perplexity_by_seed")
     return measured | ({"perplexity_spread": max(by_seed) - min(by_seed)} if len(by_seed) > 1 else {})
-
-
-def _gain(compared: dict[str, Any], prefix: str) -> dict[str, Any]:
-    low, high = compared["gain"]["interval"]
-    return {f"{prefix}gain": compared["gain"]["value"], f"{prefix}gain_low": low, f"{prefix}gain_high": high}

@@ -194,7 +194,7 @@ def _evaluate_share(
 def _predict(
     model: SparseMaskedLM, eval_set: EvalSet, accelerator: Accelerator, chunk_ids: np.ndarray, mask_round: int
 ) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-    """One mask round of the chunks [B]: places [4, M] int32; on the device nats [M] float32, hits [M] bool."""
+    """One mask round of the chunks [B]: places [4, M] int32, and on the device nats [M], hits [M] bool."""
     batch = eval_set.batch(chunk_ids, mask_round)
     row, column = np.divmod(batch.positions.numpy(), batch.input_ids.shape[1])
     places = [np.full(len(row), mask_round), chunk_ids[row], column, batch.targets.numpy()]
@@ -210,7 +210,7 @@ def _smaller(chunks: int, length: int) -> int:
     """The batch size after one of so many chunks of `length` tokens did not fit into memory."""
     if chunks == 1:
         raise UserError(
-            f"out of memory in evaluation with one chunk of {length} tokens (--per_device_eval_batch_size 1); "
+            f"out of memory evaluating one chunk of {length} tokens (--per_device_eval_batch_size 1): "
             "use a shorter --max_seq_length"
         )
     release_memory()

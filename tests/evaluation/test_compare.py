@@ -105,7 +105,10 @@ def slow_sums(world, key):
         first = world.eval_set.chunks.first
         place = column + (chunk * 16 if first is None else int(first[chunk]))
         name, occurrence = key(place)
-        occurrence = (int(world.before.mask_round[i]) // 3, occurrence)  # three folds of a seed count an occurrence once
+        occurrence = (
+            int(world.before.mask_round[i]) // 3,
+            occurrence,
+        )  # three folds of a seed count an occurrence once
         sums[name][0] += occurrence not in seen
         seen.add(occurrence)
         sums[name][1] += float(world.before.nats[i])
@@ -245,7 +248,9 @@ def test_memory_for_resampling_does_not_grow_with_the_documents(monkeypatch):
 
 def test_one_document_is_resampled_by_its_chunks(toy, tmp_path):
     world = World(toy, tmp_path, remainder="pad")
-    book = dataclasses.replace(world.eval_set.store, document_offsets=np.array([0, len(world.eval_set.store.ids)]))
+    book = dataclasses.replace(
+        world.eval_set.store, document_offsets=np.array([0, len(world.eval_set.store.ids)])
+    )
     world.eval_set = dataclasses.replace(world.eval_set, store=book)
     found = world.compare()
     assert (found["bootstrap"]["unit"], found["masks"]["documents"]) == ("chunks", 1)
