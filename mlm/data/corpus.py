@@ -1,4 +1,4 @@
-"""Text in, documents out: the one room that imports the datasets library, and only where text is read.
+"""Text in, documents out: the one module that imports the datasets library, and only where text is read.
 
 A corpus is a Hub dataset, a local folder, local files, or the prose that every Python installation carries.
 `identify` names it at the cost of a few `stat` calls; `load` reads it.
@@ -6,8 +6,10 @@ A corpus is a Hub dataset, a local folder, local files, or the prose that every 
 
 import ast
 import gzip
+import html
 import json
 import os
+import re
 import sys
 import sysconfig
 import warnings
@@ -36,6 +38,10 @@ READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".p
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 SHORTEST_DOCUMENT = 40  # characters; shorter docstrings are "Return self." and the like
 
+# Tags, comments and declarations in a row, with the blanks between them. The name of a tag follows "<" and
+# ends at white space, "/" or ">": `a < b`, <me@example.org> and <stdio.h> are text.
+TAGS = re.compile(r"(?:</?[a-z][\w:-]*(?=[\s/>])[^<>]*>[ \t]*|<![a-z-][^<>]*>[ \t]*)+", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class CorpusConfig:
@@ -48,6 +54,7 @@ class CorpusConfig:
     validation_split_percentage: float = 5.0  # share of documents held out where there is no validation split
     text_column: str = "text"  # the column that holds the documents (.txt files have none)
     sample_by: Literal["line", "paragraph", "document"] = "line"  # what one document of a .txt file is
+    strip_html: bool = False  # documents without their HTML tags (a blank each), entities as characters
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,26 @@ class OutOfDomainConfig:
 
 @dataclass(frozen=True)
 class Corpus:
-    splits: "datasets.DatasetDict"  # "train" and/or "validation": one column, "text", no empty document
+    splits: "datasets.DatasetDict"  # "train" and/or "validation": one column, "text", as it was read
     dropped: dict[str, int]  # empty, whitespace and null documents left out, for each split
+    strip_html: bool
+
+    def documents(self, split: str) -> "Documents":
+        return Documents(self.splits[split], self.strip_html)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a split, in order, none of them empty. They are read anew in each iteration."""
+
+    dataset: "datasets.Dataset"
+    strip_html: bool
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[str]:
+        return map(strip_html, texts(self.dataset)) if self.strip_html else texts(self.dataset)
 
 
 def identify(config: CorpusConfig) -> dict[str, Any]:
@@ -100,6 +125,8 @@ def identify(config: CorpusConfig) -> dict[str, Any]:
         identity["validation_split_percentage"] = config.validation_split_percentage
     if config.dataset_name or any(_reader(file) == "text" for file in files):
         identity["sample_by"] = config.sample_by
+    if config.strip_html:
+        identity["strip_html"] = True
     return identity
 
 
@@ -123,7 +150,7 @@ def load(config: CorpusConfig) -> Corpus:
         for split, source in sources.items():
             where = origin(config, split)
             with _explained(where):
-                kept[split], hashes[split] = _scan(source)  # int64[n], uint64[n]
+                kept[split], hashes[split] = _scan(source, config.strip_html)  # int64[n], uint64[n]
             dropped[split] = len(source) - len(kept[split])
             if not len(kept[split]):
                 why = f"{dropped[split]} empty or whitespace ones were dropped"
@@ -134,11 +161,11 @@ def load(config: CorpusConfig) -> Corpus:
             sources["validation"], dropped["validation"] = sources["train"], 0
             kept = {"train": kept["train"][~out], "validation": kept["train"][out]}
         splits = {split: source.select(kept[split]) for split, source in sources.items()}
-        return Corpus(datasets.DatasetDict(splits), dropped)
+        return Corpus(datasets.DatasetDict(splits), dropped, config.strip_html)
 
 
 def out_of_domain(config: OutOfDomainConfig, domain: CorpusConfig) -> CorpusConfig | None:
-    """Where the general text is, its documents cut as the domain's are; None where there is none."""
+    """The out-of-domain text, its documents cut and cleaned as the domain's are; None where there is none."""
     if not (config.out_of_domain_file or config.out_of_domain_dataset_name):
         return None
     return CorpusConfig(
@@ -147,6 +174,7 @@ def out_of_domain(config: OutOfDomainConfig, domain: CorpusConfig) -> CorpusConf
         validation_file=config.out_of_domain_file,
         text_column=config.out_of_domain_text_column or domain.text_column,
         sample_by=domain.sample_by,
+        strip_html=domain.strip_html,
     )
 
 
@@ -154,6 +182,20 @@ def texts(dataset: "datasets.Dataset") -> Iterator[str | None]:
     """The documents of a split, in order. They are read in small batches, since one may be a book."""
     for table in dataset.with_format("arrow").iter(batch_size=100):
         yield from table["text"].to_pylist()
+
+
+def strip_html(text: str) -> str:
+    """A document without its HTML tags and comments, and with its entities as characters.
+
+    Tags in a row become one blank, or nothing at either end of the text and after white space. All else stays
+    as it is, what a script element holds included: the rule is for text with some markup, not for web pages.
+    """
+
+    def gap(tags: re.Match) -> str:
+        start, end = tags.span()
+        return " " if start and end < len(text) and not text[start - 1].isspace() else ""
+
+    return html.unescape(TAGS.sub(gap, text))
 
 
 def held_out(hashes: np.ndarray, percentage: float) -> np.ndarray:
@@ -291,11 +333,14 @@ def _text_only(dataset: "datasets.Dataset", origin: str, column: str) -> "datase
     return dataset if column == "text" else dataset.rename_column(column, "text")
 
 
-def _scan(dataset: "datasets.Dataset") -> tuple[np.ndarray, np.ndarray]:
-    """Positions, int64[n], and content hashes, uint64[n], of the n documents with more than whitespace."""
+def _scan(dataset: "datasets.Dataset", without_html: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Positions, int64[n], and content hashes, uint64[n], of the n documents with more than whitespace.
+
+    The hash is of the text as it was read, so that a document's side does not depend on `without_html`.
+    """
     positions, hashes = array("q"), array("Q")
     for position, text in enumerate(texts(dataset)):
-        if text and not text.isspace():
+        if text and not text.isspace() and not (without_html and not strip_html(text).strip()):
             positions.append(position)
             hashes.append(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little"))
     return np.array(positions, dtype=np.int64), np.array(hashes, dtype=np.uint64)
@@ -307,13 +352,13 @@ def _built_in_documents() -> list[str]:
     Read from source and never imported: some of those modules act on import.
     """
     library = Path(sysconfig.get_path("stdlib"))
-    found = _topics(library / "pydoc_data" / "topics.py")
+    texts = _topics(library / "pydoc_data" / "topics.py")
     for folder, subfolders, files in os.walk(library):
         subfolders[:] = sorted(set(subfolders) - NOT_LIBRARY)
         for file in sorted(files):
             if file.endswith(".py"):
-                found += _docstrings(Path(folder, file))
-    clean = map(cleandoc, found)
+                texts += _docstrings(Path(folder, file))
+    clean = map(cleandoc, texts)
     return list(dict.fromkeys(text for text in clean if len(text) >= SHORTEST_DOCUMENT))
 
 
@@ -333,15 +378,15 @@ def _docstrings(path: Path) -> list[str]:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):  # templates that are no Python
             return []
-    found, nodes = [], [tree]
+    docstrings, nodes = [], [tree]
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            found.append(ast.get_docstring(node, clean=False) or "")
+            docstrings.append(ast.get_docstring(node, clean=False) or "")
         # Bodies alone: no definition is inside an expression, and expressions are most of a tree.
         for field in ("finalbody", "orelse", "handlers", "cases", "body"):
             nodes += reversed(getattr(node, field, []))
-    return found
+    return docstrings
 
 
 def _on_hub(name: str | None) -> bool:

@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -37,13 +37,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data import corpus
-from mlm.data.corpus import CorpusConfig
+from mlm.data.corpus import Corpus, CorpusConfig
 from mlm.data.tokenizer import TokenizerInfo, text_encoder
 from mlm.errors import UserError, at_least
 from mlm.files import one_builder
-
-if TYPE_CHECKING:
-    import datasets
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +144,8 @@ def _find_or_build(
 
     limit_threads(config)
     # Before the lock: a mistake in the corpus leaves nothing on disk, and reading is quick beside tokenising.
-    documents = corpus.load(source)
-    wanted = {name: split for name, split in documents.splits.items() if only in (None, name)}
+    read = corpus.load(source)
+    wanted = [name for name in read.splits if only in (None, name)]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with one_builder(folder) as alone:
@@ -159,7 +156,7 @@ def _find_or_build(
             name = _workspace(folder, alone)
             with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=folder.parent) as workspace:
                 built = Path(workspace, "store")  # the folder around it is its owner's alone
-                _build_splits(wanted, documents.dropped, identity, tokenizer, info, built)
+                _build_splits(read, wanted, identity, tokenizer, info, built)
                 if config.overwrite_cache or not _open_splits(folder, identity, info):
                     with contextlib.suppress(FileNotFoundError):
                         folder.rename(Path(workspace, "replaced"))  # goes with the workspace
@@ -173,21 +170,20 @@ def _find_or_build(
 
 
 def _build_splits(
-    splits: "dict[str, datasets.Dataset]",
-    dropped: dict[str, int],
+    read: Corpus,
+    splits: list[str],
     identity: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     info: TokenizerInfo,
     folder: Path,
 ) -> None:
-    for split, dataset in splits.items():
-        texts = corpus.texts(dataset)
-        progress = tqdm(texts, f"tokenising {split}", len(dataset), unit=" documents", disable=None)
+    for split in splits:
+        progress = tqdm(read.documents(split), f"tokenising {split}", unit=" documents", disable=None)
         origin = {
             "split": split,
-            "splits": list(splits),
+            "splits": splits,
             "identity": identity,
-            "empty_documents": dropped.get(split, 0),
+            "empty_documents": read.dropped.get(split, 0),
         }
         build(progress, tokenizer, info, folder / split, origin)
 

@@ -110,14 +110,14 @@ def corpus_tokenizer(source: CorpusConfig, vocab_size: int, folder: Path) -> Pre
     identity = json.dumps([corpus.identify(source), vocab_size], sort_keys=True)
     place = folder / f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:20]}"
     if not place.is_dir():
-        splits = corpus.load(source).splits
-        if "train" not in splits:
+        read = corpus.load(source)
+        if "train" not in read.splits:
             raise UserError("no text to learn a vocabulary from: give --train_file, or --tokenizer_name")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with one_builder(place):
                 if not place.is_dir():  # still: another run may have trained it meanwhile
-                    _train_into(place, splits["train"]["text"], vocab_size)
+                    _train_into(place, read.documents("train"), vocab_size)
         except OSError as error:
             if not place.is_dir():  # else a run that did not wait was quicker
                 raise UserError(f"--token_store {folder}: cannot write there ({error.strerror})") from None

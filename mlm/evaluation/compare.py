@@ -233,12 +233,11 @@ def in_words(compared: dict[str, Any]) -> str:
     if low is not None:
         interval = f"{drawn['confidence']:.0%} interval {figure(low)} to {figure(high)}"
         interval += f", {drawn['units']:,} {drawn['unit']} resampled"
-    few = compared["concentration"]
     without = ""
-    if few:
+    if few := compared["concentration"]:
         without = (
-            f"; without {' '.join(few['types'])}, which carry {few['share']:.0%} of it, the gain is "
-            f"{figure(few['gain_without'])}"
+            f"; {len(few['types'])} tokens carry {few['share']:.0%} of it ({' '.join(few['types'])}), "
+            f"on all others it is {figure(few['gain_without'])}"
         )
     return (
         f"perplexity {figure(compared['before']['perplexity'])} before, "
