@@ -19,8 +19,7 @@ with quick_imports():
     from mlm.config import Config
     from mlm.data.chunks import ChunkConfig, chunk_length
     from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
-    from mlm.data.token_store import TokenStore, TokenStoreConfig, prepare
-    from mlm.data.tokenizer import tokenizer_info
+    from mlm.data.token_store import TokenStore, TokenStoreConfig
     from mlm.engine.device import make_accelerator
     from mlm.engine.distributed import local_main_process_first
     from mlm.errors import UserError
@@ -31,7 +30,7 @@ with quick_imports():
     from mlm.evaluation.pseudo_perplexity import measure as measure_sentences
     from mlm.figures import figure, finite
     from mlm.files import write_json
-    from mlm.model.load import ModelConfig, check_embeddings, load_model, open_tokenizer, position_limit
+    from mlm.model.load import ModelConfig, check_embeddings, load_model, open_corpus, position_limit
     from mlm.model.sparse_head import SparseMaskedLM
 
 
@@ -126,11 +125,9 @@ def measure_corpus(
 
 def measure_one(config: Config, length: int, accelerator: Accelerator) -> Measured:
     """Evaluates the checkpoint that `config` names on its eval sets, in chunks of `length` tokens."""
-    with local_main_process_first(accelerator):
-        tokenizer = open_tokenizer(config.model, config.corpus, config.token_store)
-        info = tokenizer_info(tokenizer)
-        stores = prepare(config.corpus, tokenizer, info, config.token_store)
-        eval_sets = open_eval_sets(config, tokenizer, info, stores["validation"], length)
+    with local_main_process_first(accelerator, config) as own:
+        tokenizer, info, stores = open_corpus(own)
+        eval_sets = open_eval_sets(own, tokenizer, info, stores["validation"], length)
     check_embeddings(config.model, tokenizer)
     model = SparseMaskedLM(load_model(config.model, tokenizer, seed=0)).to(accelerator.device)
     evaluations = evaluate_all(model, eval_sets, accelerator)

@@ -13,14 +13,15 @@ with quick_imports():
     from transformers import PreTrainedTokenizerBase
 
     from mlm import cli
+    from mlm.config import Config
     from mlm.data.batches import mask_chunks
     from mlm.data.chunks import ChunkConfig, Chunks, chunk_length, cut_into_chunks
     from mlm.data.corpus import CorpusConfig
     from mlm.data.masking import MaskingConfig, make_recipe
-    from mlm.data.token_store import TokenStore, TokenStoreConfig, prepare
-    from mlm.data.tokenizer import TokenizerInfo, tokenizer_info
+    from mlm.data.token_store import TokenStore, TokenStoreConfig
+    from mlm.data.tokenizer import TokenizerInfo
     from mlm.errors import at_least
-    from mlm.model.load import ModelConfig, open_tokenizer, position_limit
+    from mlm.model.load import ModelConfig, open_corpus, position_limit
     from mlm.train import select
 
 
@@ -46,9 +47,8 @@ MODULES = (ModelConfig, CorpusConfig, TokenStoreConfig, ChunkConfig, MaskingConf
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     model, corpus, store_config, chunking, masking, show, _ = cli.parse(MODULES, argv, cli.command(__doc__))
-    tokenizer = open_tokenizer(model, corpus, store_config)
-    info = tokenizer_info(tokenizer)
-    stores = prepare(corpus, tokenizer, info, store_config, masking.whole_word_mask)
+    config = Config(model=model, corpus=corpus, token_store=store_config, masking=masking)
+    tokenizer, info, stores = open_corpus(config)
     length = chunk_length(chunking, position_limit(model))
     summary = {}
     for split, store in stores.items():
@@ -127,9 +127,7 @@ def show_chunk(
         seed,
         info.maskable,
         recipe,
-        lambda maskable, draws, starts: select(
-            maskable, draws, masking.mlm_probability, starts, masking.whole_word_mask
-        ),
+        lambda maskable, draws, starts: select(maskable, draws, masking.mlm_probability, starts, masking),
     )
     ids, seen_ids, starts = rows.ids[0], seen.input_ids[0].tolist(), rows.word_starts[0].copy()
     predicted = set(seen.positions.tolist())

@@ -54,7 +54,7 @@ class CorpusConfig:
     validation_split_percentage: float = 5.0  # share of documents held out where there is no validation split
     text_column: str = "text"  # the column that holds the documents (.txt files have none)
     sample_by: Literal["line", "paragraph", "document"] = "line"  # what one document of a .txt file is
-    strip_html: bool = False  # documents without their HTML tags (a blank each), entities as characters
+    strip_html: bool = False  # Remove HTML tags from the documents, and turn entities into characters.
 
 
 @dataclass(frozen=True)
@@ -187,13 +187,14 @@ def texts(dataset: "datasets.Dataset") -> Iterator[str | None]:
 def strip_html(text: str) -> str:
     """A document without its HTML tags and comments, and with its entities as characters.
 
-    Tags in a row become one blank, or nothing at either end of the text and after white space. All else stays
+    Tags in a row become one blank, or nothing at either end of the text and beside white space. All else stays
     as it is, what a script element holds included: the rule is for text with some markup, not for web pages.
     """
 
     def gap(tags: re.Match) -> str:
         start, end = tags.span()
-        return " " if start and end < len(text) and not text[start - 1].isspace() else ""
+        inside = 0 < start and end < len(text)
+        return " " if inside and not (text[start - 1].isspace() or text[end].isspace()) else ""
 
     return html.unescape(TAGS.sub(gap, text))
 

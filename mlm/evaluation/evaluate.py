@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, release_memory
 
 from mlm.data.token_store import TokenStore
-from mlm.engine.update import out_of_memory
+from mlm.engine.memory import out_of_memory
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import EvalSet, EvaluateConfig
 from mlm.figures import exp_or_inf

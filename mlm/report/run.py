@@ -180,11 +180,11 @@ class Run:
         evaluations = evaluate_all(model, chosen, self.accelerator, complete, self.stop.asked)
         if evaluations is None:
             self.save_and_stop()
-        progress, figures = self.progress, evaluations["held_out"].first_pass.summary()
+        progress, figures = self.progress, evaluations["held_out"].first_round.summary()
         if progress.evaluated:  # of the last step already, before the best weights were loaded
             return evaluations
         self.log.event("eval", progress.step, tokens=progress.tokens, **figures)
-        rounds = len(self.config.evaluate.passes)
+        rounds = len(self.config.evaluate.rounds)
         part = "" if rounds == 1 else f" (mask round 1 of {rounds})"
         self.log.print(
             f"step {progress.step}: held-out loss {figures['eval_loss']:.4f}, "

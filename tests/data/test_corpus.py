@@ -1,4 +1,4 @@
-"""Claims about the corpus: what is a document, what is held out, what a mistake is told."""
+"""Claims about the corpus: what is a document, what is held out, how a mistake is answered."""
 
 import csv
 import gzip
@@ -10,6 +10,8 @@ import random
 import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -19,7 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlm.data import corpus
-from mlm.data.corpus import CorpusConfig, identify, load
+from mlm.data.corpus import CorpusConfig, OutOfDomainConfig, identify, load, strip_html
+from mlm.data.token_store import TokenStoreConfig, prepare
+from mlm.data.tokenizer import corpus_tokenizer, tokenizer_info
 from mlm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -235,6 +239,105 @@ def test_a_share_that_leaves_a_side_empty_is_refused_where_a_split_is_made(tmp_p
     assert "--validation_split_percentage" in refusal(load, **folder)
 
 
+# HTML.
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("It was great.<br /><br />The end.", "It was great. The end."),
+        ("one <b>bold</b> word <br> more", "one bold word more"),
+        ("<p>All of it</p>\n", "All of it\n"),
+        ('a<a href="x.html" title="y">link</a  >b', "a link b"),
+        ("a<!-- comment -->b<!DOCTYPE html>c<BR>d<my-tag>e<h1>f", "a b c d e f"),
+        ("a<br />\n\n<br />b", "a\n\nb"),
+        ("AT&amp;T &lt;b&gt; &#8212;&nbsp;caf&eacute;", "AT&T <b> —\xa0café"),
+        ("a < b and c > d, a<b, 1<2>0 <3 <- ->", "a < b and c > d, a<b, 1<2>0 <3 <- ->"),
+        ("<me@example.org> wrote <stdio.h>", "<me@example.org> wrote <stdio.h>"),
+        ("  kept \t as it is ", "  kept \t as it is "),
+        ("<br />", ""),
+    ],
+)
+def test_html_is_left_out_and_nothing_else(text, expected):
+    assert strip_html(text) == expected
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="<&")), min_size=1))
+def test_text_between_tags_stays_to_the_letter(parts):
+    [first, *others] = parts
+    assert strip_html(first) == first
+    stripped = strip_html(first + "".join(f"<br />{part}" for part in others))
+    assert stripped.split() == " ".join(parts).split()
+
+
+def test_a_text_of_broken_markup_takes_no_longer_than_its_length():
+    for text in ("<" * 10**5, "<b " * 10**5, "<!--" * 10**5, "<b> " * 10**5, "<script>" * 10**5, " " * 10**6):
+        started = time.process_time()
+        strip_html(text)
+        assert time.process_time() - started < 5
+
+
+MARKED = ["one<br />two", "<p>three</p>", "four &amp; five", "<hr>", "six"]
+CLEAN = ["one two", "three", "four & five", "six"]
+
+
+def read_documents(config):
+    read = load(config)
+    return {split: list(read.documents(split)) for split in read.splits}, read.dropped
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl.gz", "csv", "parquet"])
+def test_html_is_stripped_from_every_source_where_that_is_asked_for(tmp_path, kind):
+    write(tmp_path / f"train.{kind}", MARKED)
+    path = write(tmp_path / f"validation.{kind}", MARKED)
+    for source in ({"train_file": path, "validation_file": path}, {"dataset_name": str(tmp_path)}):
+        found, dropped = read_documents(CorpusConfig(**source, strip_html=True))
+        assert found == {"train": CLEAN, "validation": CLEAN}
+        assert dropped == {"train": 1, "validation": 1}, "a document of tags alone is an empty one"
+        found, dropped = read_documents(CorpusConfig(**source))
+        assert found == {"train": MARKED, "validation": MARKED}
+        assert dropped == {"train": 0, "validation": 0}
+
+
+def test_documents_are_read_anew_in_each_iteration(tmp_path):
+    path = write(tmp_path / "texts.txt", MARKED)
+    for strip in (False, True):
+        documents = load(CorpusConfig(validation_file=path, strip_html=strip)).documents("validation")
+        assert len(documents) == len(list(documents)) == len(list(documents))
+
+
+def test_the_held_out_documents_are_the_same_with_html_and_without(tmp_path):
+    path = write(tmp_path / "texts.txt", [f"{line}<br />end" for line in LINES])
+    config = CorpusConfig(train_file=path, validation_split_percentage=30)
+    marked, _ = read_documents(config)
+    clean, _ = read_documents(replace(config, strip_html=True))
+    assert clean == {split: [strip_html(text) for text in texts] for split, texts in marked.items()}
+
+
+def test_the_out_of_domain_text_is_cleaned_as_the_domain_s_is():
+    other = OutOfDomainConfig(out_of_domain_file="other.txt")
+    for strip in (False, True):
+        assert corpus.out_of_domain(other, CorpusConfig(strip_html=strip)).strip_html == strip
+
+
+@pytest.mark.parametrize("strip", [False, True])
+def test_store_and_vocabulary_are_those_of_the_clean_text_where_that_is_asked_for(tmp_path, strip):
+    path, clean = write(tmp_path / "a.txt", MARKED * 9), write(tmp_path / "b.txt", CLEAN * 9)
+    stores, vocabularies = [], []
+    for file in (path, clean):
+        config = CorpusConfig(train_file=file, validation_file=file, strip_html=strip)
+        tokenizer = corpus_tokenizer(config, 60, tmp_path / "stores")
+        vocabularies.append(tokenizer.get_vocab())
+        tokenizer = corpus_tokenizer(replace(config, train_file=clean), 60, tmp_path / "stores")
+        stores.append(
+            prepare(config, tokenizer, tokenizer_info(tokenizer), TokenStoreConfig(str(tmp_path / "stores")))
+        )
+    for split in ("train", "validation"):
+        one, other = (store[split].header["corpus"] for store in stores)
+        assert (one == other) == strip
+    assert (vocabularies[0] == vocabularies[1]) == strip
+
+
 # The built-in corpus.
 
 
@@ -327,6 +430,8 @@ def test_the_name_changes_with_whatever_changes_the_documents(tmp_path):
         CorpusConfig(dataset_name=folder),
         CorpusConfig(dataset_name=folder, text_column="review"),
         CorpusConfig(dataset_name=folder, validation_file=other),
+        CorpusConfig(strip_html=True),
+        CorpusConfig(train_file=str(path), strip_html=True),
     ]
     names = [json.dumps(identify(config)) for config in configs]
     assert len(set(names)) == len(configs)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 from collections import Counter, defaultdict
 
@@ -20,13 +21,14 @@ from mlm.data.tokenizer import tokenizer_info
 from mlm.engine.checkpoint import CheckpointConfig
 from mlm.errors import UserError
 from mlm.evaluation.breakdown import by_token, by_word, frequency_tenths
-from mlm.evaluation.compare import bootstrap, compare, documents
+from mlm.evaluation.compare import bootstrap, compare, concentration, documents
 from mlm.evaluation.eval_set import EvaluateConfig, make_eval_set
-from mlm.evaluation.evaluate import evaluate, token_counts
+from mlm.evaluation.evaluate import GRID, Evaluation, evaluate, token_counts
 from mlm.model.load import ModelConfig
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.run_directory import RunConfig
 from mlm.train import train
+from tests.scripts import load_script
 from tests.test_pipeline import script
 from tests.tokenizers_for_tests import wordpiece
 
@@ -258,6 +260,87 @@ def test_one_document_is_resampled_by_its_chunks(toy, tmp_path):
     assert found["gain"]["interval"][0] < found["gain"]["value"] < found["gain"]["interval"][1]
 
 
+# A gain in a handful of tokens
+
+
+def one_document_each(rng, kinds, gains, M=4000, documents=40):
+    """Evaluations before and after of M tokens, 0 … kinds - 1; token k gains gains[k] nats on average."""
+    target = rng.integers(0, kinds, M).astype(np.int32)
+    document = np.sort(rng.integers(0, documents, M))
+    before = np.round(rng.gamma(3, 1, M) * GRID) / GRID
+    after = np.round((before - np.array(gains)[target] + rng.normal(0, 0.1, M)) * GRID) / GRID
+    places = (np.zeros(M, np.int32), document.astype(np.int32), np.arange(M, dtype=np.int32), target)
+    hit = np.zeros(M, bool)
+    return Evaluation(*places, before, hit), Evaluation(*places, after, hit), document
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def decode(self, ids):
+        return "".join(chr(97 + i) for i in ids)
+
+    def convert_ids_to_tokens(self, i):
+        return chr(97 + i)
+
+
+def slow_gain(before, after, without):
+    rest = [i for i in range(before.masked) if before.target[i] not in without]
+    nats = sum(float(before.nats[i]) - float(after.nats[i]) for i in rest)
+    return math.exp(nats / len(rest))
+
+
+def test_a_gain_that_a_few_tokens_carry_is_told_with_what_is_left_without_them():
+    gains = [0.02] * 20
+    gains[3], gains[7], gains[11] = 1.0, 0.5, 0.2
+    before, after, document = one_document_each(np.random.default_rng(0), 20, gains)
+    few = concentration(before, after, document, Letters())
+    assert few["types"] == ["d", "h", "l"]
+    nats = before.nats - after.nats
+    assert few["share"] == pytest.approx(nats[np.isin(before.target, [3, 7, 11])].sum() / nats.sum())
+    assert few["gain_without"] == pytest.approx(slow_gain(before, after, {3, 7, 11}))
+    low, high = few["gain_without_interval"]
+    assert 1 < low < few["gain_without"] < high < slow_gain(before, after, ())
+
+
+@pytest.mark.parametrize(
+    "gains",
+    [[0.2] * 20, [0.2] * 12 + [0.0] * 8, [-0.2] * 20, [0.0] * 20],
+    ids=["spread over all", "over half of them", "lost", "nothing"],
+)
+def test_a_gain_that_many_tokens_share_is_not_called_concentrated(gains):
+    before, after, document = one_document_each(np.random.default_rng(1), 20, gains)
+    if not any(gains):
+        after = before
+    assert concentration(before, after, document, Letters()) is None
+
+
+def test_a_share_is_more_than_all_where_the_other_tokens_have_lost():
+    before, after, document = one_document_each(np.random.default_rng(2), 20, [4.0] + [-0.1] * 19)
+    few = concentration(before, after, document, Letters())
+    assert few["types"] == ["a"]
+    assert few["share"] > 1 > few["gain_without"]
+
+
+def test_nothing_is_left_where_few_tokens_are_all_there_are():
+    before, after, document = one_document_each(np.random.default_rng(3), 3, [0.5, 0.5, 0.5])
+    few = concentration(before, after, document, Letters())
+    assert sorted(few["types"]) == ["a", "b", "c"]
+    assert few["share"] == 1
+    assert few["gain_without"] == 1
+    assert all(math.isnan(end) for end in few["gain_without_interval"])
+
+
+def test_a_gain_within_the_noise_is_not_called_concentrated(world):
+    """Two models that differ by chance: a part of next to nothing can be any number."""
+    nats = np.round(
+        (world.before.nats + np.random.default_rng(0).normal(-0.01, 1, world.before.masked)) * GRID
+    )
+    found = world.compare(after=world.before._replace(nats=nats / GRID))
+    assert found["gain"]["interval"][0] < 1 < found["gain"]["value"]
+    assert found["concentration"] is None
+
+
 # In a run
 
 
@@ -314,7 +397,17 @@ def test_a_run_says_what_it_gained_and_what_it_forgot(toy, out_of_domain_file, t
     for row in table:
         masked[row["text"]] += row["masked_tokens"]
     assert masked == {name: told[name]["masks"]["masked_tokens"] for name in ("held_out", "general")}
+    few = told["held_out"]["concentration"]  # eight tokens of each sentence, five of them always the same
+    assert {"the", "likes", "every", "day", "."} & set(few["types"])
+    assert found["gain_without_concentrated"] == few["gain_without"]
+    assert ("general_gain_without_concentrated" in found) == (told["general"]["concentration"] is not None)
+
     printed = capsys.readouterr().out.splitlines()
+    assert any(
+        f"{few['share']:.0%} of it ({' '.join(few['types'])}), on all others it is {few['gain_without']:.4g}"
+        in line
+        for line in printed
+    )
     assert sum(line.startswith("held-out text:") and "95% interval" in line for line in printed) == 1
     assert sum(line.startswith("general text:") and "95% interval" in line for line in printed) == 1
 
@@ -367,12 +460,13 @@ def test_a_resumed_run_compares_with_what_was_before_the_first_step(toy, out_of_
     folder = tmp_path / "run"
     config = with_general(toy, out_of_domain_file, folder)
     train(dataclasses.replace(config, checkpoint=CheckpointConfig(checkpointing_steps=6)))
-    first = comparison(folder)
+    first, documents_then = comparison(folder), (folder / "documents.parquet").read_bytes()
     for file in ("comparison.json", "documents.parquet", "all_results.json"):
         (folder / file).unlink()
     goes_on = CheckpointConfig(resume_from_checkpoint=str(folder / "checkpoints" / "step_6"))
     found = train(dataclasses.replace(config, checkpoint=goes_on)).results
     assert comparison(folder) == first
+    assert (folder / "documents.parquet").read_bytes() == documents_then
     assert found["gain"] == first["held_out"]["gain"]["value"]
 
 
@@ -438,3 +532,9 @@ def test_two_checkpoints_are_compared_on_the_command_line(toy, out_of_domain_fil
     assert "bits per character and per word are" in printed
     assert other["bits_per_character"] != other["bits_per_character_before"]
     assert other["bits_per_character_before"] == pytest.approx(run["bits_per_character_before"])
+
+
+@pytest.mark.parametrize("flag", ["mlm_probability", "whole_word_mask"])
+def test_a_flag_of_training_s_masks_is_answered_with_that_of_evaluation_s(toy, flag):
+    with pytest.raises(UserError, match=f"--eval_{flag}"):
+        load_script("evaluate").main([f"--{flag}=1", "--model_name_or_path", str(toy.checkpoint)])

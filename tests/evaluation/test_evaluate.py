@@ -15,7 +15,7 @@ from transformers import AutoModelForMaskedLM
 
 from mlm.data.chunks import ChunkConfig
 from mlm.data.masking import corrupt, draw, select_fold, select_tokens
-from mlm.data.token_store import prepare
+from mlm.data.token_store import build, prepare
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import EvaluateConfig, make_eval_set
@@ -24,6 +24,7 @@ from mlm.evaluation.evaluate import measure as of_text
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.train import train
 from tests.runs import TORCHRUN, run
+from tests.tokenizers_for_tests import wordpiece
 
 
 @pytest.fixture(scope="module")
@@ -243,40 +244,197 @@ def test_more_folds_than_a_chunk_has_tokens_are_refused(toy, tmp_path):
         train(toy.config(tmp_path / "run", modules=modules))
 
 
-@pytest.mark.slow
-def test_two_processes_measure_what_one_does(toy, held_out, tmp_path):
-    """Prediction by prediction, in its order: three mask rounds, chunks that do not halve."""
-    program = f"""
+def short_of_memory(sparse, most):
+    """The model, on a device that takes `most` chunks at a time."""
+
+    def check(module, args, kwargs):
+        if len(kwargs["input_ids"]) > most:
+            raise torch.OutOfMemoryError(f"no memory for {len(kwargs['input_ids'])} chunks")
+
+    sparse.model.register_forward_pre_hook(check, with_kwargs=True)
+    return sparse
+
+
+@pytest.mark.parametrize("most", [1, 3, 8])
+def test_an_evaluation_that_runs_out_of_memory_goes_on_in_smaller_batches(held_out, most, caplog):
+    """To the bit as if the batches had been so small from the start, and no chunk is lost or seen twice."""
+    model, eval_set = held_out
+    eval_set = dataclasses.replace(
+        eval_set, config=EvaluateConfig(per_device_eval_batch_size=12, eval_mask_seeds=2)
+    )
+    sparse = short_of_memory(SparseMaskedLM(copy.deepcopy(model)), most).train()
+    with caplog.at_level("INFO", "mlm"):
+        found = evaluate(sparse, eval_set, Accelerator(cpu=True))
+    size = {1: 1, 3: 3, 8: 6}[most]
+    assert caplog.messages[-1] == f"out of memory in evaluation: from here on {size} chunks at a time"
+    assert sparse.training
+    small = measure(held_out, per_device_eval_batch_size=size, eval_mask_seeds=2)
+    assert [column.tobytes() for column in found] == [column.tobytes() for column in small]
+    whole = measure(held_out, per_device_eval_batch_size=12, eval_mask_seeds=2)
+    assert found.same_masks(whole)
+    assert found.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
+
+
+def test_one_chunk_that_does_not_fit_into_memory_is_one_line_that_names_the_flags(held_out):
+    model, eval_set = held_out
+    sparse = short_of_memory(SparseMaskedLM(copy.deepcopy(model)), 0).train()
+    with pytest.raises(UserError, match=r"16 tokens \(--per_device_eval_batch_size 1\): .*--max_seq_length"):
+        evaluate(sparse, eval_set, Accelerator(cpu=True))
+    assert sparse.training
+
+
+def test_other_failures_of_an_evaluation_are_not_taken_for_a_lack_of_memory(held_out):
+    model, eval_set = held_out
+    sparse = SparseMaskedLM(copy.deepcopy(model))
+
+    def fail(*_):
+        raise RuntimeError("a defect")
+
+    sparse.model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        evaluate(sparse, eval_set, Accelerator(cpu=True))
+
+
+# Masks of their own
+
+
+def test_evaluation_masks_do_not_follow_the_masks_of_training(toy, tmp_path):
+    plain = train(toy.config(tmp_path / "plain", max_train_steps=1)).results
+    masks = {
+        "mlm_probability": 0.3,
+        "whole_word_mask": True,
+        "mask_replace_prob": 0.5,
+        "random_replace_prob": 0.5,
+    }
+    other = train(toy.config(tmp_path / "other", max_train_steps=1, **masks)).results
+    same = (
+        "perplexity_before",
+        "eval_loss_before",
+        "accuracy_before",
+        "eval_masked_tokens",
+        "perplexity_unigram",
+    )
+    assert {name: other[name] for name in same} == {name: plain[name] for name in same}
+    assert other["train_loss"] != plain["train_loss"]
+
+
+def test_a_share_of_the_tokens_is_measured_as_asked_for(held_out):
+    eval_set = held_out[1]
+    plain, more = measure(held_out), measure(held_out, eval_mlm_probability=0.5)
+    maskable = eval_set.info.maskable[eval_set.chunks.take(eval_set.chunk_ids).ids].sum()
+    assert plain.masked / maskable == pytest.approx(0.15, abs=0.05)
+    assert more.masked / maskable == pytest.approx(0.5, abs=0.07)
+    assert set(zip(plain.chunk, plain.column, strict=True)) < set(zip(more.chunk, more.column, strict=True))
+
+
+def test_whole_words_are_measured_where_asked_for_and_else_tokens(tmp_path):
+    """A vocabulary that has long words in pieces."""
+    tokenizer = wordpiece(["the old fox likes the young owl"] * 9, 120)
+    info = tokenizer_info(tokenizer)
+    store = build(
+        ["the fox whenever undrinkable grapes "] * 60, tokenizer, info, tmp_path, {"split": "validation"}
+    )
+    cut = {}
+    for whole_words in (False, True):
+        config = EvaluateConfig(eval_whole_word_mask=whole_words)
+        eval_set = make_eval_set("text", store, ChunkConfig(), 16, info, config)
+        rows = eval_set.chunks.take(eval_set.chunk_ids)
+        chosen = np.zeros(rows.ids.shape, bool)
+        chosen.reshape(-1)[eval_set.batch(eval_set.chunk_ids, 0).positions] = True
+        inside = ~rows.word_starts[:, 1:] & info.maskable[rows.ids][:, 1:]
+        cut[whole_words] = (chosen[:, 1:] != chosen[:, :-1])[inside].mean()
+    assert cut[True] == 0
+    assert cut[False] > 0.1
+
+
+def test_what_figures_depend_on_is_in_the_identity_and_the_batch_size_is_not():
+    changed = {
+        "max_eval_samples": 3,
+        "eval_mlm_probability": 0.2,
+        "eval_whole_word_mask": True,
+        "eval_mask_seed": 1,
+        "eval_mask_seeds": 2,
+        "eval_mask_folds": 2,
+    }
+    usual = EvaluateConfig().identity
+    assert usual.keys() == changed.keys()
+    for name, value in changed.items():
+        assert EvaluateConfig(**{name: value}).identity == {**usual, name: value}
+    assert EvaluateConfig(per_device_eval_batch_size=1).identity == usual
+
+
+def test_a_run_is_not_resumed_under_other_evaluation_masks(toy, tmp_path):
+    config = toy.config(tmp_path / "run", max_train_steps=2, checkpointing_steps=1)
+    train(config)
+    resumed = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoints" / "step_1")}
+    for setting in ({"eval_mlm_probability": 0.3}, {"eval_whole_word_mask": True}):
+        with pytest.raises(UserError, match=f"another experiment, with {next(iter(setting))} "):
+            train(
+                toy.config(tmp_path / "run", max_train_steps=2, checkpointing_steps=1, **resumed, **setting)
+            )
+
+
+# Several processes
+
+
+PROGRAM = """
+import sys
 from dataclasses import replace
 import numpy as np
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from mlm import cli
 from mlm.config import Config
-from mlm.data.token_store import prepare
-from mlm.data.tokenizer import tokenizer_info
+from mlm.errors import UserError
 from mlm.evaluation.eval_set import open_eval_sets
 from mlm.evaluation.evaluate import evaluate
-from mlm.model.load import load_model, open_tokenizer
+from mlm.model.load import load_model, open_corpus
 from mlm.model.sparse_head import SparseMaskedLM
-flags = {[*toy.flags(tmp_path), "--eval_mask_folds=3"]!r}
+from tests.evaluation.test_evaluate import short_of_memory
+
+folder, most, *flags = sys.argv[1:]
 config = cli.parse_config(Config, flags)
 accelerator = Accelerator(cpu=True)
-tokenizer = open_tokenizer(config.model, config.corpus, config.token_store)
-info = tokenizer_info(tokenizer)
-store = prepare(config.corpus, tokenizer, info, config.token_store)["validation"]
-eval_set = open_eval_sets(config, tokenizer, info, store, 16)["held_out"]
+rank = accelerator.process_index
+tokenizer, info, stores = open_corpus(config)
+eval_set = open_eval_sets(config, tokenizer, info, stores["validation"], 16)["held_out"]
 eval_set = replace(eval_set, chunk_ids=eval_set.chunk_ids[:11])
-found = evaluate(SparseMaskedLM(load_model(config.model, tokenizer, 0)), eval_set, accelerator)
-np.savez(f"{tmp_path}/{{accelerator.process_index}}.npz", *found)
-dist.destroy_process_group()
+model = SparseMaskedLM(load_model(config.model, tokenizer, 0))
+try:
+    if rank == 1:
+        short_of_memory(model, int(most))
+    np.savez(f"{folder}/{rank}.npz", *evaluate(model, eval_set, accelerator))
+except UserError as error:
+    print(f"process {rank}: {error}")
+finally:
+    dist.destroy_process_group()
 """
-    (tmp_path / "program.py").write_text(program)
-    status, _, errors = run(TORCHRUN, [], str(tmp_path / "program.py"))
+
+
+def on_two_processes(toy, tmp_path, most):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    flags = [*toy.flags(tmp_path), "--eval_mask_folds=3"]
+    status, output, errors = run(TORCHRUN, [str(tmp_path), str(most), *flags], str(tmp_path / "program.py"))
     assert status == 0, errors
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [1000, 2], ids=["enough memory", "one of them short of memory"])
+def test_two_processes_measure_what_one_does(toy, held_out, tmp_path, most):
+    """Prediction by prediction, in its order: three mask rounds, chunks that do not halve."""
+    on_two_processes(toy, tmp_path, most)
     one = measure(held_out, held_out[1].chunk_ids[:11], eval_mask_folds=3)
     two = [Evaluation(*np.load(tmp_path / f"{rank}.npz").values()) for rank in (0, 1)]
     for other in two:
         assert other.same_masks(one)
         np.testing.assert_allclose(other.nats, one.nats, rtol=1e-4, atol=1e-5)
         assert other.perplexity == pytest.approx(one.perplexity, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_process_without_memory_for_one_chunk_leaves_none_waiting(toy, tmp_path):
+    printed = on_two_processes(toy, tmp_path, most=0)
+    for rank in (0, 1):
+        assert f"process {rank}: out of memory" in printed
