@@ -187,13 +187,13 @@ def texts(dataset: "datasets.Dataset") -> Iterator[str | None]:
 def strip_html(text: str) -> str:
     """A document without its HTML tags and comments, and with its entities as characters.
 
-    Tags in a row become one blank, or nothing at either end of the text and beside white space. All else stays
+    Tags in a row become one blank, or nothing beside white space and at either end of the text. The rest stays
     as it is, what a script element holds included: the rule is for text with some markup, not for web pages.
     """
 
     def gap(tags: re.Match) -> str:
         start, end = tags.span()
-        inside = 0 < start and end < len(text)
+        inside = start > 0 and end < len(text)
         return " " if inside and not (text[start - 1].isspace() or text[end].isspace()) else ""
 
     return html.unescape(TAGS.sub(gap, text))
