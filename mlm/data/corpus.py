@@ -187,8 +187,8 @@ def texts(dataset: "datasets.Dataset") -> Iterator[str | None]:
 def strip_html(text: str) -> str:
     """A document without its HTML tags and comments, and with its entities as characters.
 
-    Tags in a row become one blank, or nothing beside white space and at either end of the text. The rest stays
-    as it is, what a script element holds included: the rule is for text with some markup, not for web pages.
+    Tags in a row become one blank, or nothing beside white space and at either end of the text. All else
+    stays as it is, the code in a script element too: the rule is for text with some markup, not for web pages.
     """
 
     def gap(tags: re.Match) -> str:

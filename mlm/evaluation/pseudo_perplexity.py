@@ -4,14 +4,14 @@ Salazar et al. 2020, "Masked Language Model Scoring" (arXiv:1910.14659), their P
 
     PLL(W) = Σ_t log P(w_t | W without w_t)        PPPL = exp(−Σ_W PLL(W) / N), N tokens in all
 
-Special tokens are not predicted, nor counted in N, and neither are unknown ones, which say nothing of the
-word that stood there: how many there were is told. A literal `[MASK]` in a sentence is text.
+Special tokens are neither predicted nor counted in N. Nor are unknown ones, which say nothing about the word
+that stood there; their number is reported. A literal `[MASK]` in a sentence is text.
 
-No mask is drawn, so that no seed changes the figure. It is no perplexity of the text, as the product of these
-conditionals is no probability of it. PPPL is per token and so compares models of one tokenizer. Per character
-and per word (what blanks separate) in bits, −Σ PLL / (ln 2 · their number), it is nearer to a figure across
-tokenizers, but not free of them: a word in several pieces is guessed from its own pieces, the easier the more
-there are (Kauf and Ivanova 2023, arXiv:2305.10588).
+No mask is drawn, so no seed changes the figure. It is not a perplexity of the text, because the product of
+these conditionals is not a probability of it. PPPL is per token, so it compares models of one tokenizer only.
+In bits per character and per word (separated by blanks), −Σ PLL / (ln 2 · their number), it comes nearer to a
+comparison across tokenizers, but it is not free of them: a word in several pieces is guessed from its own
+pieces, the more easily the more there are (Kauf and Ivanova 2023, arXiv:2305.10588).
 """
 
 import math
@@ -43,7 +43,7 @@ class PseudoPerplexityConfig:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model made of n sentences, sentence by sentence."""
+    """A model's scores of n sentences."""
 
     log_likelihoods: np.ndarray  # [n] float64, PLL in nats
     tokens: np.ndarray  # [n] int64, tokens that were predicted
@@ -78,10 +78,10 @@ def score(
     batch_size: int,
     accelerator: Accelerator,
 ) -> Scores:
-    """Scores the sentences, {line: sentence} in their order; equally long ones share batches, none is padded.
+    """Scores the sentences, {line: sentence}, in their order. Those of equal length share batches, unpadded.
 
-    batch_size: masked copies of sentences at a time; no figure depends on it. Of several processes each takes
-    its share of the batches.
+    batch_size: masked copies of sentences at a time; no figure depends on it. Several processes share the
+        batches.
 
     Raises UserError, naming the line, where a sentence is longer than the model's position table.
     """
@@ -120,7 +120,7 @@ def score(
 
     sums = np.zeros(len(rows))
     if nats:
-        # the pass's one synchronisation
+        # The host waits for the device here and nowhere else.
         sums = np.bincount(np.concatenate(whose), torch.cat(nats).cpu().double().numpy(), len(rows))
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device)).cpu().numpy()
