@@ -33,7 +33,7 @@ def reviews(number, tags):
     return [" ".join([*rng.choices(WORDS, k=18), *tags]) for _ in range(number)]
 
 
-def test_a_corpus_with_html_in_it_is_told_in_a_line_that_names_the_flag(prepare):
+def test_a_corpus_with_html_in_it_is_reported_in_a_line_that_names_the_flag(prepare):
     half = [*reviews(30, []), *reviews(30, ["<br />", "</p>"])]
     found, printed = prepare(half)
     [line] = [line for line in printed.splitlines() if "--strip_html" in line]

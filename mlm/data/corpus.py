@@ -188,7 +188,7 @@ def strip_html(text: str) -> str:
     """A document without its HTML tags and comments, and with its entities as characters.
 
     Tags in a row become one blank, or nothing beside white space and at either end of the text. All else
-    stays as it is, the code in a script element too: the rule is for text with some markup, not for web pages.
+    stays as it is, the code of a script element too: the rule is for text with some markup, not web pages.
     """
 
     def gap(tags: re.Match) -> str:

@@ -166,7 +166,7 @@ def test_nats_belong_to_the_document_of_their_token(world):
 
 
 @pytest.mark.parametrize("header", [{"words": None}, {"words": 3}], ids=["slow tokenizer", "no spaces"])
-def test_where_the_tokenizer_sees_no_words_none_are_told_of(world, header):
+def test_where_the_tokenizer_sees_no_words_none_are_listed(world, header):
     store = dataclasses.replace(world.eval_set.store, header={**world.eval_set.store.header, **header})
     text = dataclasses.replace(world.eval_set, store=store)
     found = compare(text, world.before, world.after, world.tokenizer, counts=None)
@@ -290,7 +290,7 @@ def slow_gain(before, after, without):
     return math.exp(nats / len(rest))
 
 
-def test_a_gain_that_a_few_tokens_carry_is_told_with_what_is_left_without_them():
+def test_a_gain_that_a_few_tokens_carry_is_reported_with_what_is_left_without_them():
     gains = [0.02] * 20
     gains[3], gains[7], gains[11] = 1.0, 0.5, 0.2
     before, after, document = one_document_each(np.random.default_rng(0), 20, gains)
@@ -368,9 +368,9 @@ def with_general(toy, out_of_domain_file, folder, **loop):
 def test_a_run_says_what_it_gained_and_what_it_forgot(toy, out_of_domain_file, tmp_path, capsys):
     folder = tmp_path / "run"
     found = train(with_general(toy, out_of_domain_file, folder, max_train_steps=100, eval_steps=40)).results
-    told = comparison(folder)
+    written = comparison(folder)
     for name, prefix in (("held_out", ""), ("general", "general_")):
-        row = told[name]
+        row = written[name]
         assert [found[f"{prefix}gain{end}"] for end in ("", "_low", "_high")] == [
             row["gain"]["value"],
             *row["gain"]["interval"],
@@ -383,7 +383,7 @@ def test_a_run_says_what_it_gained_and_what_it_forgot(toy, out_of_domain_file, t
         assert row["masks"]["seeds"] == [0, 1] and row["masks"]["folds"] == 3
     assert found["gain_low"] > 1
     assert found["general_gain"] < found["gain"]
-    by_seed = told["held_out"]["after"]["perplexity_by_seed"]
+    by_seed = written["held_out"]["after"]["perplexity_by_seed"]
     assert found["perplexity_spread"] == max(by_seed) - min(by_seed) > 0
     assert {
         "bits_per_character",
@@ -396,11 +396,11 @@ def test_a_run_says_what_it_gained_and_what_it_forgot(toy, out_of_domain_file, t
     masked = Counter()
     for row in table:
         masked[row["text"]] += row["masked_tokens"]
-    assert masked == {name: told[name]["masks"]["masked_tokens"] for name in ("held_out", "general")}
-    few = told["held_out"]["concentration"]  # eight tokens of each sentence, five of them always the same
+    assert masked == {name: written[name]["masks"]["masked_tokens"] for name in ("held_out", "general")}
+    few = written["held_out"]["concentration"]  # eight tokens of each sentence, five of them always the same
     assert {"the", "likes", "every", "day", "."} & set(few["types"])
     assert found["gain_without_concentrated"] == few["gain_without"]
-    assert ("general_gain_without_concentrated" in found) == (told["general"]["concentration"] is not None)
+    assert ("general_gain_without_concentrated" in found) == (written["general"]["concentration"] is not None)
 
     printed = capsys.readouterr().out.splitlines()
     assert any(
