@@ -314,7 +314,7 @@ def _convert(path: str, config: CorpusConfig, **where: Any) -> "datasets.Dataset
     if hasattr(reader.config, "sample_by"):
         options["sample_by"] = config.sample_by
     # In a .csv file a text of digits stays a text. NA, NaN, null and None are empty documents, as pandas has
-    # it: told otherwise, it would turn gaps in the other columns to strings, and their types would clash.
+    # it: with other settings it would turn gaps in the other columns to strings, and their types would clash.
     if hasattr(reader.config, "converters"):
         options["converters"] = {config.text_column: str}
     return datasets.load_dataset(path, **where, **options)

@@ -87,14 +87,7 @@ def score(
     """
     info = tokenizer_info(tokenizer)
     rows = list(encode_texts(sentences.values(), tokenizer, info))
-    longest = max_positions(model.model.config)
-    for (line, sentence), row in zip(sentences.items(), rows, strict=True):
-        if longest is not None and len(row) > longest:
-            raise UserError(
-                f"line {line} ({one_line(sentence, 60)!r}) is {len(row)} tokens long, the model's position "
-                f"table takes {longest}: cut it into shorter sentences"
-            )
-
+    _check_lengths(sentences, rows, max_positions(model.model.config))
     was_training = model.training
     model.eval()
     nats, whose, batches = [], [], 0
@@ -132,6 +125,15 @@ def score(
         characters=np.array([len(text) for text in texts]),
         words=np.array([len(text.split()) for text in texts]),
     )
+
+
+def _check_lengths(sentences: dict[int, str], rows: list[np.ndarray], longest: int | None) -> None:
+    for (line, sentence), row in zip(sentences.items(), rows, strict=True):
+        if longest is not None and len(row) > longest:
+            raise UserError(
+                f"line {line} ({one_line(sentence, 60)!r}) is {len(row)} tokens long, the model's position "
+                f"table takes {longest}: cut it into shorter sentences"
+            )
 
 
 def measure(path: str, config: ModelConfig, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:
