@@ -84,10 +84,10 @@ class Run:
         self.stop.__exit__(kind, error, trace)
         self.directory.release()
 
-    def resume(self, plan: str, data: dict[str, Any]) -> None:
+    def resume(self, data: dict[str, Any]) -> None:
         """Puts everything back as --resume_from_checkpoint names it, if it does, and begins the directory.
 
-        plan: what the run is about to do, to be printed; data: what run.json has to say of the corpus
+        data: what run.json has to say of the corpus
 
         Raises UserError where there is no such checkpoint, or it is another experiment's.
         """
@@ -117,7 +117,6 @@ class Run:
             self.accelerator.init_trackers("mlm", config=_for_trackers(described))
         if found and self.is_main and self.config.train.load_best_model_at_end:
             self.writer.remember_best(found.parent)
-        self.log.print(plan)
         batches, experiment = self.update.batches, self.experiment
         sizes = {"train_batch_size": batches.global_batch, "chunks": batches.num_chunks}
         self.log.event("start", self.progress.step, steps=experiment["steps"], **sizes)

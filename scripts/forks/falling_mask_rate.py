@@ -110,7 +110,8 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         trained = load_model(replace(config.model, model_name_or_path=str(run.folder)), tokenizer, 0)
         return Result(trained, tokenizer, results, run.folder)
     with run:
-        run.resume(plan(config, update, eval_sets, last_step), sizes(stores["train"], eval_sets))
+        run.resume(sizes(stores["train"], eval_sets))
+        run.log.print(plan(config, update, eval_sets, last_step))
         if progress.step == 0 and config.train.eval_on_start:
             before.update(run.measure(model, eval_sets, complete=True))
         elif run.missed_evaluation(last_step):
