@@ -19,7 +19,8 @@ from mlm.inference.fill_mask import Filler, fill, load
 from mlm.inference.sentences import MASK, own_mask
 from mlm.model.load import ModelConfig, load_model
 from mlm.model.sparse_head import SparseMaskedLM
-from mlm.report.report import Record, results_digest
+from mlm.report.report import unspaced
+from mlm.report.run_record import RunRecord, results_digest
 
 EXAMPLES = 6
 TOP_K = 5
@@ -38,8 +39,8 @@ BLANKS = (
 
 
 def with_examples(
-    run: Record, sentences: Sequence[str] | None, trust_remote_code: bool = False
-) -> tuple[Record, str]:
+    run: RunRecord, sentences: Sequence[str] | None, trust_remote_code: bool = False
+) -> tuple[RunRecord, str]:
     """A run with what its model, and the one that it began from, write at the masks of sentences.
 
     sentences: with masks in them; None: openings of held-out documents (`from_held_out`) of a run that has
@@ -70,7 +71,7 @@ def with_examples(
     return replace(run, examples=examples), ""
 
 
-def load_both(run: Record, trust_remote_code: bool) -> Pair:
+def load_both(run: RunRecord, trust_remote_code: bool) -> Pair:
     """The model that a run began from, the one that it ended with, and their tokenizer.
 
     Raises UserError where one cannot be loaded.
@@ -79,10 +80,10 @@ def load_both(run: Record, trust_remote_code: bool) -> Pair:
     about = run.about["configuration"]
     try:
         config = ModelConfig(**{**about["model"], "trust_remote_code": trust_remote_code})
-        seed = int(about["loop"]["seed"])
+        seed = int(about["train"]["seed"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"run.json has the flags of another version ({one_line(error)})") from None
-    # Of a model from nothing the seed draws the very weights from which training began.
+    # For a model from scratch the seed draws the very weights from which training began.
     base = SparseMaskedLM(load_model(config, tokenizer, seed).to(adapted.model.device))
     return base, adapted, tokenizer
 

@@ -22,19 +22,10 @@ from mlm.data.corpus import OutOfDomainConfig
 from mlm.errors import UserError
 from mlm.inference.fill_mask import fill, load
 from mlm.report.examples import from_held_out, readable
-from mlm.report.report import (
-    _chart,
-    breakdown_figure,
-    chance,
-    figure,
-    gain_figure,
-    loss_figure,
-    read_runs,
-    render,
-    share,
-    unlike,
-)
+from mlm.report.charts import breakdown_chart, event_chart, gain_chart, loss_chart
+from mlm.report.report import aligned, chance, duration, render, share, unlike, unspaced
 from mlm.report.run_directory import RunConfig
+from mlm.report.run_record import read_runs
 from mlm.train import train
 from tests.conftest import REPOSITORY
 from tests.scripts import load_script
@@ -269,8 +260,8 @@ def test_several_runs_stand_side_by_side(run, other, browser, tmp_path):
     [table, *_] = browser.js("return document.querySelectorAll('#settings table')")
     rows = [row.text.split() for row in table.find_elements("css selector", "tbody tr")]
     differing = {name: values for name, *values in rows}
-    assert differing["loop.learning_rate"] == ["0.005", "0.001"]
-    assert "loop.weight_decay" not in differing
+    assert differing["optimizer.learning_rate"] == ["0.005", "0.001"]
+    assert "optimizer.weight_decay" not in differing
 
 
 def text_of(page: str, of: str = "main") -> str:
@@ -289,9 +280,9 @@ def test_a_run_has_one_colour_wherever_it_is(run, other, tmp_path):
     shutil.copytree(run, tmp_path / "again")
     runs = read_runs([other, run, tmp_path / "again"])
     compared = [(r, r.comparison["held_out"]) for r in runs[1:]]
-    curves = [trace.line.color for trace in loss_figure(runs).data]
+    curves = [trace.line.color for trace in loss_chart(runs).data]
     assert curves == [f"var(--series-{i})" for i in (0, 0, 1, 1, 2, 2)]
-    for chart in (gain_figure(compared), breakdown_figure(compared, "word", "")):
+    for chart in (gain_chart(compared), breakdown_chart(compared, "word", "")):
         assert [trace.marker.color for trace in chart.data] == ["var(--series-1)", "var(--series-2)"]
     keys = re.findall(r'<span class="key key-(\d)"></span>(other|toy|again)', render(runs))
     assert len(keys) > 6
@@ -340,9 +331,9 @@ def test_general_texts_that_differ_are_told_where_they_are_compared(run):
 
 def test_curves_of_one_pass_beside_figures_of_several_say_so(run):
     [record] = read_runs([run])
-    assert "first mask pass alone" not in render([record])
+    assert "first mask round alone" not in render([record])
     for settings in ({"eval_mask_folds": 7}, {"eval_mask_seeds": 3}):
-        assert "first mask pass alone" in text_of(
+        assert "first mask round alone" in text_of(
             render([with_experiment(record, **settings)]), 'section id="training"'
         )
 
@@ -429,7 +420,7 @@ def test_a_run_that_compared_nothing_has_a_report_all_the_same(other, browser):
     browser.open(other / "report.html")
     assert not (other / "comparison.json").exists()
     perplexity = json.loads((other / "all_results.json").read_text())["perplexity"]
-    assert ("other", "perplexity", perplexity, figure(perplexity)) in browser.figures()
+    assert ("other", "perplexity", perplexity, aligned(perplexity)) in browser.figures()
     assert "nothing to compare" in browser.js("return document.querySelector('header').textContent")
 
 
@@ -558,7 +549,7 @@ def test_a_given_sentence_without_a_mask_is_still_a_mistake(run, tmp_path):
     assert not (tmp_path / "p.html").exists()
 
 
-@pytest.mark.parametrize("damage", ["a flag", "no loop", "documents"])
+@pytest.mark.parametrize("damage", ["a flag", "no seed", "documents"])
 def test_a_run_of_another_version_has_a_report_without_examples(run, tmp_path, capsys, damage):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
@@ -566,8 +557,8 @@ def test_a_run_of_another_version_has_a_report_without_examples(run, tmp_path, c
     about = json.loads((folder / "run.json").read_text())
     if damage == "a flag":
         about["configuration"]["model"]["from_the_future"] = 1
-    elif damage == "no loop":
-        del about["configuration"]["loop"]
+    elif damage == "no seed":
+        del about["configuration"]["train"]
     else:
         (folder / "documents.parquet").write_bytes(b"PAR")
     (folder / "run.json").write_text(json.dumps(about))
@@ -645,11 +636,11 @@ def test_a_report_runs_no_code_that_a_run_brings_along(run, tmp_path, capsys, wh
 
 @given(st.floats(-1e12, 1e12))
 def test_figures_are_rounded_to_four_digits(value):
-    assert number(figure(value)) == pytest.approx(value, rel=5.1e-4)
+    assert number(aligned(value)) == pytest.approx(value, rel=5.1e-4)
 
 
 def test_figures_align_and_small_shares_are_not_nothing():
-    assert [figure(v) for v in (92, 52.68123, 1.7462, 0.5, 1234.5, None)] == [
+    assert [aligned(v) for v in (92, 52.68123, 1.7462, 0.5, 1234.5, None)] == [
         "92.00",
         "52.68",
         "1.746",
@@ -675,7 +666,7 @@ def test_the_chance_of_a_word_is_the_geometric_mean_over_its_occurrences():
 def test_the_page_is_made_from_the_directory_alone_without_torch(run, tmp_path):
     program = (
         "import sys; from pathlib import Path\nsys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from mlm.report.report import read_runs, write_report\n"
+        "from mlm.report.report import write_report\nfrom mlm.report.run_record import read_runs\n"
         "write_report(read_runs([Path(sys.argv[1])]), Path(sys.argv[2]))"
     )
     command = [sys.executable, "-c", program, str(run), str(tmp_path / "page.html")]
@@ -690,6 +681,6 @@ def test_the_script_says_what_it_takes(capsys):
 
 
 def test_no_text_ends_the_script_that_holds_a_chart():
-    chart = go.Figure(layout={"title": {"text": NASTY}})
-    assert "<" not in _chart(chart)
-    assert json.loads(_chart(chart))["layout"]["title"]["text"] == NASTY
+    spec = go.Figure(layout={"title": {"text": NASTY}}).to_json()
+    assert "<" not in spec
+    assert json.loads(spec)["layout"]["title"]["text"] == NASTY
