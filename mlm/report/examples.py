@@ -140,8 +140,9 @@ def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 
 
 
 def readable(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A decoded text without blanks before punctuation and in it's, where a model sees the same tokens."""
-    closed = text
+    """A decoded text without the decoder's blanks before punctuation, in it's, and between the letters of
+    scripts that have none, where a model sees the same tokens."""
+    closed = unspaced(text)
     for blanks, instead in BLANKS:
         closed = blanks.sub(instead, closed)
     one, other = (tokenizer(own_mask(tokenizer, t), verbose=False)["input_ids"] for t in (text, closed))

@@ -21,8 +21,8 @@ from mlm import cli
 from mlm.data.corpus import OutOfDomainConfig
 from mlm.errors import UserError
 from mlm.inference.fill_mask import fill, load
-from mlm.report.examples import from_held_out, readable
 from mlm.report.charts import breakdown_chart, event_chart, gain_chart, loss_chart
+from mlm.report.examples import from_held_out, readable
 from mlm.report.report import aligned, chance, duration, render, share, unlike, unspaced
 from mlm.report.run_directory import RunConfig
 from mlm.report.run_record import read_runs
@@ -273,6 +273,192 @@ def text_of(page: str, of: str = "main") -> str:
 
 def with_experiment(record, **settings):
     return dataclasses.replace(record, about=record.about | {"experiment": settings})
+
+
+def with_about(record, **sections):
+    return dataclasses.replace(record, about=record.about | sections)
+
+
+def test_the_page_begins_with_what_a_run_is(run):
+    sizes = {"train": {"documents": 400, "tokens": 4000}, "held_out": {"documents": 1, "tokens": 600}}
+    command = ["scripts/train.py", "--train_file", "a b.txt", "--learning_rate", "5e-3"]
+    [record] = read_runs([run])
+    record = dataclasses.replace(record, seconds=133.4)
+    described = with_about(record, data=sizes, started="2026-01-31T18:20:33+01:00", command=command)
+    heading = text_of(render([described]), "header")
+    assert heading.startswith("toy Model checkpoint Training data")
+    for fact in (
+        "train.txt: 400 documents, 4,000 tokens",
+        "validation.txt: 1 document, 600 tokens",
+        "Learning rate 0.005, linear",
+        "Batch 8 chunks of 16 tokens",
+        "Steps 60",
+        "Epochs 1.920",
+        "Duration 2 min 13 s",
+        "Started 2026-01-31 18:20",
+        "Command scripts/train.py --train_file 'a b.txt' --learning_rate 5e-3",
+    ):
+        assert fact in heading
+        assert heading.index(fact) < heading.index("perplexity, held out")
+    assert "commit" not in heading
+
+
+def test_what_an_older_run_does_not_say_is_a_dash(run):
+    [record] = read_runs([run])
+    about = {k: v for k, v in record.about.items() if k not in ("data", "started", "command")}
+    configuration = {k: v for k, v in record.about["configuration"].items() if k in ("model", "corpus")}
+    older = dataclasses.replace(record, about=about | {"configuration": configuration}, seconds=None)
+    heading = text_of(render([older]), "header")
+    for fact in (
+        "train.txt: –",
+        "validation.txt: –",
+        "Learning rate –",
+        "Duration –",
+        "Started –",
+        "Command –",
+    ):
+        assert fact in heading
+
+
+def test_what_runs_share_stands_once(run, tmp_path):
+    """Three runs of one model on one text, one of them at another learning rate."""
+    for name in ("b", "c"):
+        shutil.copytree(run, tmp_path / name)
+    about = json.loads((run / "run.json").read_text())
+    about["configuration"]["optimizer"]["learning_rate"] = about["experiment"]["learning_rate"] = 0.001
+    (tmp_path / "c" / "run.json").write_text(json.dumps(about))
+    page = render(read_runs([run, tmp_path / "b", tmp_path / "c"]))
+    heading = text_of(page, "header")
+    assert heading.count("checkpoint") == 1
+    assert "Learning rate 0.005, linear 0.005, linear 0.001, linear" in heading
+    sentences = len(json.loads((run / "fill_mask.json").read_text())["sentences"])
+    for section, texts, times in (
+        ("held-out", ("mask seed", "paired bootstrap", "The interval lies above 1"), 1),
+        (
+            "settings",
+            ("1 process on", "optimizer.learning_rate", "optimizer.weight_decay", "run.logging_steps"),
+            1,
+        ),
+        ("examples", ("before",), sentences),
+    ):
+        shown = text_of(page, f'section id="{section}"')
+        assert {text: shown.count(text) for text in texts} == dict.fromkeys(texts, times)
+    [row] = re.findall(r'<tr><th scope="row">Perplexity</th>.*?</tr>', page, re.DOTALL)[:1]
+    assert row.count("<td>") == 4  # before, and after of each
+    [row] = re.findall(r'<tr><th scope="row">Masked tokens</th>.*?</tr>', page, re.DOTALL)[:1]
+    assert row.count("<data") == 1
+
+
+def test_zeros_of_what_no_run_did_are_left_out(run):
+    [record] = read_runs([run])
+    for skipped, shown in ((0, False), (3, True)):
+        results = record.results | {"skipped_steps": skipped, "checkpoint_seconds": 0.5 * skipped}
+        training = text_of(render([dataclasses.replace(record, results=results)]), 'section id="training"')
+        assert ("scaler skipped" in training) == shown
+        assert ("blocked by checkpoints" in training) == shown
+    results = record.results | {"accuracy_before": 0.0, "accuracy": 0.0}
+    page = text_of(render([dataclasses.replace(record, results=results)]))
+    assert re.search(r"Accuracy\s*0\.0%\s*0\.0%", page), "a figure of a measurement"
+
+
+def test_bars_of_gained_and_lost_words_share_one_scale(run):
+    [record] = read_runs([run])
+    row = {"text": "a", "count": 1, "nats_before": 40.0, "nats_after": 0.0}
+    comparison = json.loads(json.dumps(record.comparison))
+    lists = {"gained": [row], "lost": [row | {"nats_before": 0.0, "nats_after": 10.0}]}
+    comparison["held_out"] |= {"words": lists, "tokens": {"gained": [], "lost": []}}
+    page = render([dataclasses.replace(record, comparison=comparison)]).split('id="words"')[1]
+    assert re.findall(r'<span style="width:([\d.]+)%"></span>([\d.]+)', page)[:2] == [
+        ("50.0", "40.0"),
+        ("12.5", "10.0"),
+    ]
+
+
+def test_three_runs_on_a_phone_scroll_visibly(run, other, browser, tmp_path):
+    """A table that goes on says so and fades at its edge, until it has been scrolled to its end."""
+    shutil.copytree(run, tmp_path / "third")
+    script.main([str(run), str(other), str(tmp_path / "third"), "--output", str(tmp_path / "three.html")])
+    browser.open(tmp_path / "three.html", width=390)
+    look = "return new Promise(done => requestAnimationFrame(() => setTimeout(done, 300)))"
+    state = (
+        "[e.scrollWidth > e.clientWidth + 1, getComputedStyle(e, '::before').content.includes('scroll'), "
+        "getComputedStyle(e).maskImage !== 'none']"
+    )
+    browser.js(look)
+    before = browser.all(".scroll", state)
+    assert all(wide == says == fades for wide, says, fades in before)
+    assert sum(wide for wide, _, _ in before) >= 3
+    assert browser.all("#held-out .scroll", state) == [[True, True, True]]
+    browser.js("document.querySelectorAll('.scroll').forEach(e => e.scrollLeft = 9999)")
+    browser.js(look)
+    assert browser.all(".scroll", state) == [[wide, says, False] for wide, says, _ in before]
+    label = "e.querySelector('tbody th').getBoundingClientRect().left - e.getBoundingClientRect().left"
+    assert browser.all("#held-out .scroll", label) == [0], "the label stays where it can be read"
+
+
+def test_the_training_loss_is_not_called_what_it_may_not_be(run):
+    [record] = read_runs([run])
+    [training, _] = loss_chart([record]).data
+    assert training.name == "training (with dropout, under training masks)"
+    assert loss_chart([record]).layout.yaxis.title.text == "loss"
+    shown = text_of(render([record]), 'section id="training"')
+    assert "Their levels do not compare" in shown
+    assert "Training loss, with dropout, under training masks" in shown
+    assert "perplexity" not in shown
+
+
+def test_named_scalars_of_the_objective_have_a_chart_each(run):
+    [record] = read_runs([run])
+    train = [e | {"distance<b>": i, "note": "text", "on": True} for i, e in enumerate(record.train)]
+    page = render([dataclasses.replace(record, train=train)])
+    titles = re.findall(r"<h3>(.*?)</h3>", page.split('id="training"')[1].split("</section>")[0])
+    assert titles == ["Loss", "Learning rate", "distance&lt;b&gt;", "Throughput and memory"]
+    chart = event_chart([dataclasses.replace(record, train=train), record], "distance<b>")
+    assert [list(curve.y) for curve in chart.data] == [list(range(len(train)))]
+    assert chart.layout.yaxis.title.text == "distance&lt;b&gt;"
+
+
+def test_a_gain_from_a_handful_of_tokens_says_so_beside_it(run):
+    [record] = read_runs([run])
+    comparison = json.loads(json.dumps(record.comparison))
+    comparison["held_out"]["concentration"] = {"types": ["<br", "/>"], "share": 0.65, "gain_without": 1.23}
+    few = dataclasses.replace(record, comparison=comparison)
+    sentence = "65.0% of the gain comes from 2 token types (<br, />); without them the gain is 1.230×."
+    assert sentence in text_of(render([few]), "header")
+    assert text_of(render([few, record])).count(sentence) == 1
+    comparison["held_out"]["concentration"] = None
+    assert "token type" not in text_of(render([few]), "header")
+
+
+def test_scripts_without_spaces_are_not_spaced_apart(run):
+    for decoded, text in (
+        ("酒 店 很 好 ， 有 3 个 [MASK] 子 。 a good film", "酒店很好，有 3 个[MASK]子。 a good film"),
+        ("この [MASK] は 大 き い", "この[MASK]は大きい"),
+        ("한 국 어 and [MASK] too", "한 국 어 and [MASK] too"),
+    ):
+        assert unspaced(decoded) == text
+    tokenizer = wordpiece(["酒 店 很 好 ，", "film"])
+    assert readable("酒 店 [MASK] 好 ， film", tokenizer) == "酒店[MASK]好， film"
+    [record] = read_runs([run])
+    comparison = json.loads(json.dumps(record.comparison))
+    comparison["held_out"]["words"]["gained"][0]["text"] = "酒 店"
+    page = render([dataclasses.replace(record, comparison=comparison)])
+    assert '<th scope="row">酒店</th>' in page
+
+
+def test_durations_read_as_people_say_them():
+    seconds = (None, 8.44, 133.4, 59.96, 3599.7, 90061)
+    assert [duration(s) for s in seconds] == ["–", "8.4 s", "2 min 13 s", "60 s", "1 h 0 min", "25 h 1 min"]
+
+
+def test_a_run_lasts_as_long_as_its_training_where_it_was_resumed(run, tmp_path):
+    """The clock of metrics.jsonl starts anew with each process, train_seconds goes on."""
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+    assert read_runs([run])[0].seconds == last
+    shutil.copytree(run, tmp_path / "run")
+    results = json.loads((run / "all_results.json").read_text()) | {"train_seconds": last + 100}
+    (tmp_path / "run" / "all_results.json").write_text(json.dumps(results))
+    assert read_runs([tmp_path / "run"])[0].seconds == last + 100
 
 
 def test_a_run_has_one_colour_wherever_it_is(run, other, tmp_path):
