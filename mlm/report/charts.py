@@ -23,7 +23,8 @@ def loss_chart(runs: Sequence[RunRecord]) -> go.Figure:
     chart = _chart("tokens seen", "loss")
     for run in runs:
         name = f"{_label(run.name)}, " if several else ""
-        _curve(chart, run, "loss", f"{name}{'training' if several else TRAINING}", width=1.2, dash="dot")
+        training = f"{name}training" if several else TRAINING
+        _curve(chart, run, "loss", training, {"width": 1.2, "dash": "dot"}, showlegend=not several)
         chart.add_scatter(
             x=[event.get("tokens") for event in run.evaluations],
             y=[event["eval_loss"] for event in run.evaluations],
@@ -40,7 +41,7 @@ def event_chart(runs: Sequence[RunRecord], key: str) -> go.Figure:
     chart = _chart("tokens seen", _label(key.replace("_", " ")))
     for run in runs:
         if any(key in event for event in run.train):
-            _curve(chart, run, key, _label(run.name), width=2, dash=_dash(run.number))
+            _curve(chart, run, key, _label(run.name), {"width": 2, "dash": _dash(run.number)})
     chart.update_layout(showlegend=len(runs) > 1)
     if key == "learning_rate":
         chart.update_layout(yaxis={"rangemode": "tozero", "tickformat": ".1e"})
@@ -105,13 +106,16 @@ def mean(row: dict[str, Any], when: str) -> float | None:
     return None if nats is None else nats / row["count"]
 
 
-def _curve(chart: go.Figure, run: RunRecord, key: str, name: str, **line: Any) -> None:
+def _curve(
+    chart: go.Figure, run: RunRecord, key: str, name: str, line: dict[str, Any], showlegend: bool = True
+) -> None:
     chart.add_scatter(
         x=[event.get("tokens") for event in run.train],
         y=[event.get(key) for event in run.train],
         name=name,
         line={"color": _colour(run.number), **line},
         mode="lines" if len(run.train) > 1 else "markers",
+        showlegend=showlegend,
     )
 
 

@@ -125,7 +125,7 @@ def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 
         raise UserError(f"{folder / 'documents.parquet'} cannot be read: {one_line(error)}") from None
     openings = [row["opening"].split() for row in table.to_pylist() if row["text"] == "held_out"]
     openings = [openings[i] for i in np.random.default_rng(seed).permutation(len(openings))]
-    found: list[tuple[str, str]] = []
+    drawn: list[tuple[str, str]] = []
     gained = (compared["words"] or compared["tokens"])["gained"]
     for word in (row["text"] for row in sorted(gained, key=_gain, reverse=True)):
         ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
@@ -135,8 +135,8 @@ def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 
         openings.remove(opening)
         place = opening.index(word, EDGE)
         text = " ".join([*opening[:place], MASK, *opening[place + 1 :]])
-        found.append((readable(text, tokenizer), word))
-    return found[:EXAMPLES]
+        drawn.append((readable(text, tokenizer), word))
+    return drawn[:EXAMPLES]
 
 
 def readable(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

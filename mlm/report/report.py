@@ -24,7 +24,6 @@ from mlm.report.run_record import ABOUT, COMPARED, RunRecord
 
 SHOWN = 15  # words of a table before the rest is folded away
 LOGGED = {"event", "step", "seconds", "tokens", "loss", "learning_rate", "tokens_per_second"}
-BREAKDOWNS = {"frequency": "tenth of the training corpus", "position": "where in the chunk", "word": ""}
 
 # Chinese and Japanese, without Hangul: blanks between their letters come from a decoder, not from the text.
 UNSPACED = "[\u2e80-\u312f\u31a0-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
@@ -56,31 +55,22 @@ def render(runs: Sequence[RunRecord]) -> str:
     page = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    page.filters |= {f.__name__: f for f in (aligned, count, chance, short, counted, unspaced, grouped)}
-    page.filters["quoted"] = shlex.join
-    page.globals |= {f.__name__: f for f in (aligned, count, share, same, mean, duration, zip)}
+    filters = (aligned, count, chance, short, counted, unspaced, grouped)
+    page.filters |= {f.__name__: f for f in filters} | {"shlex_join": shlex.join}
+    charts = (breakdown_chart, event_chart, gain_chart, loss_chart)
+    page.globals |= {
+        f.__name__: f
+        for f in (*charts, aligned, count, share, same, mean, duration, unlike, largest_change, zip)
+    }
     held_out, general = (
         [(run, run.comparison[text]) for run in runs if run.comparison.get(text)] for text in COMPARED
     )
-    kinds = {kind for _, compared in held_out for kind in compared["breakdowns"]}
-    scalars = [key for run in runs for e in run.train for key in e.keys() - LOGGED if _is_number(e[key])]
+    logged = {key for run in runs for e in run.train for key in e if type(e[key]) in (int, float)}
     return page.get_template("report.html").render(
         runs=runs,
         held_out=held_out,
         general=general,
-        several_rounds=any(map(_several_rounds, runs)),
-        unlike=unlike(runs, "held_out"),
-        general_unlike=unlike(runs, "general"),
-        gain_chart=gain_chart(held_out) if len(held_out) > 1 else None,
-        loss_chart=loss_chart(runs),
-        rate_chart=event_chart(runs, "learning_rate"),
-        scalar_charts={key: event_chart(runs, key) for key in sorted(set(scalars))},
-        breakdown_charts={
-            kind: breakdown_chart(held_out, kind, title)
-            for kind, title in BREAKDOWNS.items()
-            if kind in kinds
-        },
-        largest=[_largest_change(compared) for compared in (held_out, general)],
+        scalars=sorted(logged - LOGGED),
         examples=_examples(runs),
         **_settings(runs),
         shown=SHOWN,
@@ -114,13 +104,6 @@ def unlike(runs: Sequence[RunRecord], text: str) -> str:
     else:
         advice = "a small difference between runs may come from that alone"
     return f"These runs were measured on different {listed}; {advice}."
-
-
-def _several_rounds(run: RunRecord) -> bool:
-    """Whether all_results.json is of more mask rounds than the evaluations during the run."""
-    experiment = run.about["experiment"]
-    rounds = (experiment.get("eval_mask_folds") or 1) * (experiment.get("eval_mask_seeds") or 1)
-    return rounds > 1 and bool(run.evaluations)
 
 
 # ---- text and figures for people
@@ -222,12 +205,8 @@ def _examples(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     return [{"text": text, "truth": truth, "columns": c} for (text, truth), c in sentences.items()]
 
 
-def _largest_change(compared: Compared) -> float:
+def largest_change(compared: Compared) -> float:
     """Nats of the word or token that changed most in any run, which the bars of all words are drawn to."""
     lists = [c[kind] for _, c in compared for kind in ("words", "tokens") if c[kind]]
     rows = [row for both in lists for row in (*both["gained"], *both["lost"])]
     return max((abs((row["nats_before"] or 0) - (row["nats_after"] or 0)) for row in rows), default=0)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

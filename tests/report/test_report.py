@@ -202,6 +202,8 @@ def test_a_phone_scrolls_tables_and_not_the_page(run, other, browser, tmp_path):
             "main > *, section > *, .chart, .scroll, p, h2", "e.getBoundingClientRect().right"
         )
         assert max(right) <= 390
+        drawn = "e.querySelector('.trace .point path, .trace .js-line').getBoundingClientRect().width > 0"
+        assert all(browser.all(".chart", drawn))
 
 
 def test_headings_and_tables_are_what_a_screen_reader_needs(run, browser):
@@ -421,11 +423,15 @@ def test_named_scalars_of_the_objective_have_a_chart_each(run):
 def test_a_gain_from_a_handful_of_tokens_says_so_beside_it(run):
     [record] = read_runs([run])
     comparison = json.loads(json.dumps(record.comparison))
-    comparison["held_out"]["concentration"] = {"types": ["<br", "/>"], "share": 0.65, "gain_without": 1.23}
+    concentration = {"types": ["<br", "/>"], "share": 0.65, "gain_without": 1.23}
+    comparison["held_out"]["concentration"] = concentration
     few = dataclasses.replace(record, comparison=comparison)
     sentence = "65.0% of the gain comes from 2 token types (<br, />); without them the gain is 1.230×."
     assert sentence in text_of(render([few]), "header")
     assert text_of(render([few, record])).count(sentence) == 1
+    concentration |= {"share": 1.2, "types": ["br"], "gain_without_interval": [0.9, 1.5]}
+    sentence = "All of the gain and more comes from 1 token type (br); without it the gain is 1.230×"
+    assert f"{sentence} (0.9000 to 1.500)." in text_of(render([few]), "header")
     comparison["held_out"]["concentration"] = None
     assert "token type" not in text_of(render([few]), "header")
 
