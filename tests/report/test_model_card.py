@@ -28,8 +28,8 @@ def test_the_hub_reads_the_figures_of_the_run_in_the_card(run):
     card = ModelCard.load(run / "README.md")
     assert card.data.model_name == "toy"
     assert card.data.pipeline_tag == "fill-mask"
-    found = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
-    assert found == {
+    figures = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert figures == {
         ("validation.txt", "perplexity"): results["perplexity"],
         ("validation.txt", "accuracy"): results["accuracy"],
         ("validation.txt", "bits_per_character"): results["bits_per_character"],

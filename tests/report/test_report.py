@@ -48,7 +48,7 @@ NASTY = '</script><img src=x onerror="window.broken=1"><b>&amp;'  # as a documen
 
 @pytest.fixture(scope="module")
 def run(toy, tmp_path_factory):
-    """A run that measured general text too, with its report."""
+    """A run that measured out-of-domain text too, with its report."""
     folder = tmp_path_factory.mktemp("runs") / "toy"
     out_of_domain = folder.parent / "general.txt"
     out_of_domain.write_text("a young owl and a small fox like every old day .\n" * 20)
@@ -113,8 +113,8 @@ class Browser:
 
     def figures(self) -> list[tuple[str, str, float | None, str]]:
         """Run, key of all_results.json, value and text of each figure on the page."""
-        found = self.all("data", "[e.dataset.run, e.dataset.key, e.value, e.textContent]")
-        return [(run, key, json.loads(value) if value else None, text) for run, key, value, text in found]
+        figures = self.all("data", "[e.dataset.run, e.dataset.key, e.value, e.textContent]")
+        return [(run, key, json.loads(value) if value else None, text) for run, key, value, text in figures]
 
 
 def number(text: str) -> float:
@@ -129,13 +129,13 @@ def test_the_figures_on_the_page_are_those_of_all_results_json(run, browser):
     for name, key, value, text in shown:
         assert (name, value) == ("toy", results[key]), key
         assert number(text) == pytest.approx(value, rel=2e-3, abs=6e-4), key
-    told = {key for _, key, _, _ in shown}
+    keys = {key for _, key, _, _ in shown}
     measured = {"perplexity", "eval_loss", "accuracy", "bits_per_character", "bits_per_word"}
-    assert told >= measured | {f"{name}_before" for name in measured}
-    assert told >= {"gain", "gain_low", "gain_high", "tokens_per_second", "peak_memory_mib", "steps"}
+    assert keys >= measured | {f"{name}_before" for name in measured}
+    assert keys >= {"gain", "gain_low", "gain_high", "tokens_per_second", "peak_memory_mib", "steps"}
     out_of_domain = {"perplexity", "eval_loss", "accuracy", "bits_per_character"}
-    assert told >= {f"general_{name}{when}" for name in out_of_domain for when in ("", "_before")}
-    assert told >= {"general_gain", "general_gain_low", "general_gain_high", "general_eval_masked_tokens"}
+    assert keys >= {f"general_{name}{when}" for name in out_of_domain for when in ("", "_before")}
+    assert keys >= {"general_gain", "general_gain_low", "general_gain_high", "general_eval_masked_tokens"}
 
 
 def test_the_charts_hold_the_measurements_of_the_run(run, browser):
@@ -501,11 +501,11 @@ def test_runs_that_do_not_compare_are_said_not_to(run, other):
         ({"max_seq_length": 32, "eval_mask_seed": 1}, "chunk lengths; a small difference"),
     ):
         pair = [with_experiment(runs[0], **same), with_experiment(runs[1], **same | different)]
-        told = unlike(pair, "held_out")
-        assert told.startswith(f"These runs were measured on different {words}")
-        assert told.endswith(".")
+        reason = unlike(pair, "held_out")
+        assert reason.startswith(f"These runs were measured on different {words}")
+        assert reason.endswith(".")
         page = text_of(render(pair))
-        assert page.index(told) < page.index("Of each run the same masks before and after")
+        assert page.index(reason) < page.index("Of each run the same masks before and after")
     folds = [
         with_experiment(r, eval_mask_folds=k, eval_mask_seeds=k or 1)
         for r, k in zip(runs, (None, 7), strict=True)
@@ -513,7 +513,7 @@ def test_runs_that_do_not_compare_are_said_not_to(run, other):
     assert "different numbers of mask seeds and mask folds;" in unlike(folds, "held_out")
 
 
-def test_general_texts_that_differ_are_told_where_they_are_compared(run):
+def test_out_of_domain_texts_that_differ_are_named_where_they_are_compared(run):
     runs = read_runs([run])
     pair = [with_experiment(runs[0], **{"general corpus": text}) for text in "ab"]
     page = render(pair)
@@ -521,7 +521,7 @@ def test_general_texts_that_differ_are_told_where_they_are_compared(run):
     assert "different texts" not in page.split('id="general"')[0]
 
 
-def test_curves_of_one_pass_beside_figures_of_several_say_so(run):
+def test_curves_of_one_mask_round_beside_figures_of_several_say_so(run):
     [record] = read_runs([run])
     assert "first mask round alone" not in render([record])
     for settings in ({"eval_mask_folds": 7}, {"eval_mask_seeds": 3}):
@@ -530,12 +530,12 @@ def test_curves_of_one_pass_beside_figures_of_several_say_so(run):
         )
 
 
-def test_the_general_text_is_described_as_the_held_out_one_is(run):
+def test_the_out_of_domain_text_is_described_as_the_held_out_one_is(run):
     page = render(read_runs([run]))
     for section in ("held-out", "general"):
-        told = text_of(page, f'section id="{section}"')
-        assert re.search(r"[\d,]+ masked tokens of [\d,]+ documents of .*, mask seed 0\.", told)
-        assert re.search(r"a paired bootstrap over [\d,]+ documents, 2,000 resamples\.", told)
+        shown = text_of(page, f'section id="{section}"')
+        assert re.search(r"[\d,]+ masked tokens of [\d,]+ documents of .*, mask seed 0\.", shown)
+        assert re.search(r"a paired bootstrap over [\d,]+ documents, 2,000 resamples\.", shown)
 
 
 @pytest.mark.parametrize(("units", "why"), [(1, "there is one chunk only"), (0, "nothing was masked")])
@@ -549,12 +549,12 @@ def test_no_interval_is_said_to_be_none(run, units, why):
     gone = [f"{prefix}gain_{end}" for prefix in ("", "general_") for end in ("low", "high")]
     results = record.results | dict.fromkeys(gone)
     page = render([dataclasses.replace(record, results=results, comparison=comparison)])
-    told = text_of(page)
+    shown = text_of(page)
     assert re.search(r"95% interval\s*none", text_of(page, "header"))
-    assert told.count(f"No interval can be given: {why}.") == 4
-    assert ("1 masked token of 1 document of" in told) == (units == 1)
+    assert shown.count(f"No interval can be given: {why}.") == 4
+    assert ("1 masked token of 1 document of" in shown) == (units == 1)
     for wrong in ("–––", "bootstrap over", "resamples", "1 documents", "1 chunks", "–×", "– to –"):
-        assert wrong not in told
+        assert wrong not in shown
 
 
 def test_a_figure_that_one_run_lacks_is_a_dash_before_and_after(run, other):
@@ -720,9 +720,9 @@ def test_a_base_that_is_gone_costs_the_fillers_of_given_sentences_and_no_more(ru
     move_base(folder, tmp_path / "gone")
     given.write_text("the zebra [MASK] .\n")
     script.main([str(folder), "--sentences_file", str(given), "--output", str(page)])
-    told = capsys.readouterr().out.splitlines()
-    assert "no examples of filled masks, as no such folder" in told[0]
-    assert told[1:] == [f"report: {page}"]
+    printed = capsys.readouterr().out.splitlines()
+    assert "no examples of filled masks, as no such folder" in printed[0]
+    assert printed[1:] == [f"report: {page}"]
     assert "zebra" not in page.read_text()
 
 
@@ -755,9 +755,9 @@ def test_a_run_of_another_version_has_a_report_without_examples(run, tmp_path, c
         (folder / "documents.parquet").write_bytes(b"PAR")
     (folder / "run.json").write_text(json.dumps(about))
     script.main([str(folder)])
-    told = capsys.readouterr().out.splitlines()
-    assert "no examples of filled masks, as" in told[0]
-    assert len(told) == 2
+    printed = capsys.readouterr().out.splitlines()
+    assert "no examples of filled masks, as" in printed[0]
+    assert len(printed) == 2
     assert 'id="examples"' not in (folder / "report.html").read_text()
 
 
@@ -844,9 +844,9 @@ def test_figures_align_and_small_shares_are_not_nothing():
 
 
 def test_the_page_says_what_a_chance_is(run):
-    told = text_of(render(read_runs([run])), 'section id="words"')
-    assert "of a word in pieces, the product over those of its pieces that were masked" in told
-    assert "probability of the right word" not in told
+    shown = text_of(render(read_runs([run])), 'section id="words"')
+    assert "of a word in pieces, the product over those of its pieces that were masked" in shown
+    assert "probability of the right word" not in shown
 
 
 def test_the_chance_of_a_word_is_the_geometric_mean_over_its_occurrences():
