@@ -13,7 +13,8 @@ with quick_imports():
     from mlm.model.load import load_model
     from mlm.model.sparse_head import SparseMaskedLM
     from mlm.report.examples import with_examples
-    from mlm.report.report import read_runs, write_report
+    from mlm.report.report import write_report
+    from mlm.report.run_record import read_runs
     from mlm.train import train
 
 DEMO = Path(__file__).with_name("demo.yaml")

@@ -11,7 +11,8 @@ with quick_imports():
     from mlm import cli
     from mlm.inference.sentences import read_sentences
     from mlm.report.examples import with_examples
-    from mlm.report.report import read_runs, write_report
+    from mlm.report.report import write_report
+    from mlm.report.run_record import read_runs
 
 
 @dataclass(frozen=True)

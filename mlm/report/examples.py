@@ -19,7 +19,8 @@ from mlm.inference.fill_mask import Filler, fill, load
 from mlm.inference.sentences import MASK, own_mask
 from mlm.model.load import ModelConfig, load_model
 from mlm.model.sparse_head import SparseMaskedLM
-from mlm.report.report import Record, results_digest
+from mlm.report.report import unspaced
+from mlm.report.run_record import RunRecord, results_digest
 
 EXAMPLES = 6
 TOP_K = 5
@@ -38,8 +39,8 @@ BLANKS = (
 
 
 def with_examples(
-    run: Record, sentences: Sequence[str] | None, trust_remote_code: bool = False
-) -> tuple[Record, str]:
+    run: RunRecord, sentences: Sequence[str] | None, trust_remote_code: bool = False
+) -> tuple[RunRecord, str]:
     """A run with what its model, and the one that it began from, write at the masks of sentences.
 
     sentences: with masks in them; None: openings of held-out documents (`from_held_out`) of a run that has
@@ -70,7 +71,7 @@ def with_examples(
     return replace(run, examples=examples), ""
 
 
-def load_both(run: Record, trust_remote_code: bool) -> Pair:
+def load_both(run: RunRecord, trust_remote_code: bool) -> Pair:
     """The model that a run began from, the one that it ended with, and their tokenizer.
 
     Raises UserError where one cannot be loaded.
@@ -79,10 +80,10 @@ def load_both(run: Record, trust_remote_code: bool) -> Pair:
     about = run.about["configuration"]
     try:
         config = ModelConfig(**{**about["model"], "trust_remote_code": trust_remote_code})
-        seed = int(about["loop"]["seed"])
+        seed = int(about["train"]["seed"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"run.json has the flags of another version ({one_line(error)})") from None
-    # Of a model from nothing the seed draws the very weights from which training began.
+    # For a model from scratch the seed draws the very weights from which training began.
     base = SparseMaskedLM(load_model(config, tokenizer, seed).to(adapted.model.device))
     return base, adapted, tokenizer
 
@@ -124,7 +125,7 @@ def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 
         raise UserError(f"{folder / 'documents.parquet'} cannot be read: {one_line(error)}") from None
     openings = [row["opening"].split() for row in table.to_pylist() if row["text"] == "held_out"]
     openings = [openings[i] for i in np.random.default_rng(seed).permutation(len(openings))]
-    found: list[tuple[str, str]] = []
+    drawn: list[tuple[str, str]] = []
     gained = (compared["words"] or compared["tokens"])["gained"]
     for word in (row["text"] for row in sorted(gained, key=_gain, reverse=True)):
         ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
@@ -134,13 +135,14 @@ def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 
         openings.remove(opening)
         place = opening.index(word, EDGE)
         text = " ".join([*opening[:place], MASK, *opening[place + 1 :]])
-        found.append((readable(text, tokenizer), word))
-    return found[:EXAMPLES]
+        drawn.append((readable(text, tokenizer), word))
+    return drawn[:EXAMPLES]
 
 
 def readable(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A decoded text without blanks before punctuation and in it's, where a model sees the same tokens."""
-    closed = text
+    """A decoded text without the decoder's blanks before punctuation, in it's, and between the letters of
+    scripts that have none, where a model sees the same tokens."""
+    closed = unspaced(text)
     for blanks, instead in BLANKS:
         closed = blanks.sub(instead, closed)
     one, other = (tokenizer(own_mask(tokenizer, t), verbose=False)["input_ids"] for t in (text, closed))

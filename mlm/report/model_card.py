@@ -12,15 +12,15 @@ METRICS = {"perplexity": "Perplexity", "accuracy": "Accuracy", "bits_per_charact
 
 
 def short(source: str, parts: int = 1) -> str:
-    """A Hub name as it is; of a local path, which says nothing elsewhere, its last parts."""
+    """A Hub name as it is; the last parts of a local path, whose beginning means nothing elsewhere."""
     local = source.startswith(("/", ".", "~")) or source.count("/") > 1 or Path(source).exists()
     return "/".join(Path(source).parts[-parts:]) if local else source
 
 
 def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
-    """The text of README.md. Its metadata hold the figures as the Hub's model-index has them.
+    """The text of README.md, with the figures in its metadata as the Hub's model-index takes them.
 
-    config: the run's train.Config
+    config: the run's config.Config, or a fork's
     results: as in all_results.json
     """
     base, text = config.model.model_name_or_path, config.corpus
@@ -51,7 +51,7 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
         ],
     )
     files = [short(source) for source in (text.dataset_name, text.train_file) if source]
-    learnt = files[0] if files else "the prose that every Python installation carries"
+    domain = files[0] if files else "the prose that every Python installation carries"
     model = Path(base).name if local else base or f"A {config.model.model_type or 'small BERT'} from scratch"
     rate, unigram = config.optimizer.learning_rate, figure(results["perplexity_unigram"])
     return f"""---
@@ -60,7 +60,7 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
 
 # {name}
 
-{model}, adapted to {learnt} by masked language modelling.
+{model}, adapted to {domain} by masked language modelling.
 
 On {results["eval_masked_tokens"]:,} masked tokens of held-out documents, under fixed masks:
 
@@ -73,15 +73,16 @@ from transformers import pipeline
 fill = pipeline("fill-mask", "{name}")
 ```
 
-- {results["steps"]:,} steps of AdamW ({results["epochs"]:.3g} epochs), learning rate {rate:g}
+- {results["steps"]:,} optimizer steps ({results["epochs"]:.3g} epochs), learning rate {rate:g}
 - {config.masking.mlm_probability:.3g} of the {"words" if config.masking.whole_word_mask else "tokens"} masked
-- training loss {figure(results["train_loss"])} nats, {results["tokens_per_second"]:,.0f} tokens/s
+- training loss {figure(results["train_loss"])} (with dropout, under training masks)
+- {results["tokens_per_second"]:,.0f} tokens/s
 """
 
 
 def _eval_results(results: dict[str, Any], prefix: str, source: str, part: str | None) -> list[EvalResult]:
-    """The figures that are numbers: the Hub takes no other. It tells data sets apart by type and config."""
-    name, kind = short(source), "general text" if prefix else None
+    """The figures that are numbers, as the Hub takes no null. It tells data sets apart by type and config."""
+    name, kind = short(source), "out-of-domain text" if prefix else None
     return [
         EvalResult(
             task_type="fill-mask",
@@ -121,4 +122,4 @@ def _forgotten(results: dict[str, Any], out_of_domain: Any) -> str:
         return ""
     source = short(corpus.origin(out_of_domain, "validation"))
     figures = f"{_table(results, 'general_')}\n{_gain(results, 'general_')}"
-    return f"\nOn text outside the domain, {source}:\n\n{figures}"
+    return f"\nOn out-of-domain text, {source}:\n\n{figures}"

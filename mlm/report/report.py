@@ -1,39 +1,38 @@
-"""What runs did, as one HTML file that opens without a network: from their directories alone.
+"""What runs did, as one HTML file that opens without a network, made from their directories alone.
 
-All text of a run is escaped: jinja2 does it on the page, `_label` in the charts. Every figure of
-all_results.json stands in a <data value="…" data-run="…" data-key="…">, whose value is the JSON number.
+jinja2 escapes all text of a run on the page. Every figure of all_results.json stands in a
+<data value="…" data-run="…" data-key="…">, whose value is the JSON number.
 """
 
-import hashlib
 import json
 import math
-import os
+import re
+import shlex
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader
 from plotly.offline import get_plotlyjs
 
-from mlm.errors import UserError, one_line
+from mlm.errors import UserError
+from mlm.figures import flat
+from mlm.files import write_text
+from mlm.report.charts import Compared, breakdown_chart, event_chart, gain_chart, loss_chart, mean
 from mlm.report.model_card import short
+from mlm.report.run_record import ABOUT, COMPARED, RunRecord
 
-SERIES = 6  # colours of the page; of more runs than that, the next ones are dashed
 SHOWN = 15  # words of a table before the rest is folded away
-HEIGHT = 320  # of a chart, in pixels
-Rows = list[dict[str, Any]]
+LOGGED = {"event", "step", "seconds", "tokens", "loss", "learning_rate", "tokens_per_second"}
 
-# What has to be in a file for a run to be shown, and in a line of metrics.jsonl for a point of a curve.
-ABOUT = ("configuration", "experiment", "environment")
-PARTS = ("gain", "bootstrap", "masks", "breakdowns", "tokens")
-EVENTS = {"train": ("loss", "learning_rate"), "eval": ("eval_loss",)}
-EXAMPLE = ("text", "truth", "before", "after")
+# Chinese and Japanese, without Hangul: blanks between their letters come from a decoder, not from the text.
+UNSPACED = "[\u2e80-\u312f\u31a0-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
+GAPS = re.compile(rf"(?<={UNSPACED}) +(?={UNSPACED}|\[MASK\])|(?<=\[MASK\]) +(?={UNSPACED})")
 
 # What figures depend on beside the model: key of run.json's experiment, and its name for people.
 MEASURED = {
+    "eval_mlm_probability": "shares of masked tokens",
+    "eval_whole_word_mask": "masked units (tokens or whole words)",
     "eval_mask_seed": "mask seeds",
     "eval_mask_seeds": "numbers of mask seeds",
     "eval_mask_folds": "mask folds",
@@ -42,163 +41,44 @@ MEASURED = {
 }
 
 
-@dataclass(frozen=True)
-class Record:
-    """What is in a run directory. A run that has not ended has no results and no comparison."""
-
-    folder: Path
-    name: str
-    number: int  # its place on the page, and so its colour
-    about: dict[str, Any]  # run.json
-    results: dict[str, Any]  # all_results.json
-    comparison: dict[str, Any]  # comparison.json
-    train: Rows  # events of metrics.jsonl
-    evaluations: Rows
-    examples: Rows | None  # fill_mask.json; None: there are none of these results
-
-
-def write_report(runs: Sequence[Record], output: Path) -> None:
+def write_report(runs: Sequence[RunRecord], output: Path) -> None:
     """Writes the page, whole or not at all. Raises UserError where `output` cannot be written."""
     page = render(runs)
-    partial = output.with_name(f"{output.name}.partial")
     try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(output)
+        write_text(output, page)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror})") from None
 
 
-def read_runs(folders: Sequence[Path]) -> list[Record]:
-    """Run directories, named so that they can be told apart.
-
-    Raises UserError where one holds no run, a file of it is damaged, or it is named twice.
-    """
-    return [
-        _read(folder, name, i) for i, (folder, name) in enumerate(zip(folders, _names(folders), strict=True))
-    ]
-
-
-def results_digest(folder: Path) -> str | None:
-    """A fingerprint of a run's results, times included; None where there are none."""
-    path = folder / "all_results.json"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def _read(folder: Path, name: str, number: int) -> Record:
-    if not (folder / "run.json").is_file():
-        raise UserError(f"{folder} holds no run.json; name the --output_dir of a training run")
-    found = {n: _json(folder / f"{n}.json") for n in ("run", "all_results", "comparison", "fill_mask")}
-    _needs(folder / "run.json", found["run"], ABOUT)
-    for section in ABOUT:
-        _needs(folder / "run.json", found["run"][section], ())
-    for part in ("model", "corpus"):
-        _needs(folder / "run.json", found["run"]["configuration"].get(part), ())
-    for compared in filter(None, found["comparison"].values()):
-        _needs(folder / "comparison.json", compared, ("text", "words", *PARTS))
-        for part in PARTS:
-            _needs(folder / "comparison.json", compared[part], ())
-    events, kept = _events(folder / "metrics.jsonl"), found["fill_mask"]
-    current = kept.get("results") == results_digest(folder)
-    return Record(
-        folder=folder,
-        name=name,
-        number=number,
-        about=found["run"],
-        results={n: v for n, v in found["all_results"].items() if v is None or isinstance(v, int | float)},
-        comparison=found["comparison"],
-        train=events["train"],
-        evaluations=events["eval"],
-        examples=[e for e in kept.get("sentences", []) if _has(e, EXAMPLE)] if kept and current else None,
-    )
-
-
-def _events(path: Path) -> dict[str, Rows]:
-    """The lines of metrics.jsonl for each of EVENTS, without those that are whole no more, or not yet."""
-    found: dict[str, Rows] = {event: [] for event in EVENTS}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:  # the line that a running, or killed, run was writing
-            continue
-        for kind, fields in EVENTS.items():
-            if _has(event, ("event", *fields)) and event["event"] == kind:
-                found[kind].append(event)
-    return found
-
-
-def _has(value: Any, names: Sequence[str]) -> bool:
-    return isinstance(value, dict) and value.keys() >= set(names)
-
-
-def _needs(path: Path, value: Any, names: Sequence[str]) -> None:
-    if not _has(value, names):
-        lacks = ", ".join(name for name in names if not (isinstance(value, dict) and name in value))
-        reason = f": it lacks {lacks}" if lacks else ""
-        raise UserError(f"{path} is damaged, or of another version or program{reason}")
-
-
-def render(runs: Sequence[Record]) -> str:
+def render(runs: Sequence[RunRecord]) -> str:
     """The page."""
-    rooms = Environment(
+    page = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    rooms.filters |= {"figure": figure, "count": count, "chance": chance, "short": short, "counted": counted}
-    rooms.globals |= {"figure": figure, "share": share, "zip": zip}
-    held_out = [(run, run.comparison["held_out"]) for run in runs if run.comparison.get("held_out")]
-    return rooms.get_template("report.html").render(
+    filters = (aligned, count, chance, short, counted, unspaced, grouped)
+    page.filters |= {f.__name__: f for f in filters} | {"shlex_join": shlex.join}
+    charts = (breakdown_chart, event_chart, gain_chart, loss_chart)
+    page.globals |= {
+        f.__name__: f
+        for f in (*charts, aligned, count, share, same, mean, duration, unlike, largest_change, zip)
+    }
+    held_out, general = (
+        [(run, run.comparison[text]) for run in runs if run.comparison.get(text)] for text in COMPARED
+    )
+    logged = {key for run in runs for e in run.train for key in e if type(e[key]) in (int, float)}
+    return page.get_template("report.html").render(
         runs=runs,
         held_out=held_out,
-        out_of_domain=[
-            (run, run.comparison["general"]) for run, _ in held_out if run.comparison.get("general")
-        ],
-        measures=_measures(runs, ""),
-        general_measures=_measures(runs, "general_"),
-        costs=_costs(runs),
-        differences=_differing(_settings(runs, ABOUT)) if len(runs) > 1 else {},
-        settings={section: _settings(runs, (section,)) for section in ABOUT},
-        first_pass_only=any(map(_several_passes, runs)),
-        unlike=unlike(runs, "held_out"),
-        general_unlike=unlike(runs, "general"),
-        gain_chart=_chart(gain_figure(held_out)) if len(held_out) > 1 else None,
-        loss_chart=_chart(loss_figure(runs)),
-        rate_chart=_chart(rate_figure(runs)),
-        breakdown_charts={
-            kind: _chart(breakdown_figure(held_out, kind, title))
-            for kind, title in (
-                ("frequency", "tenth of the training corpus"),
-                ("position", "where in the chunk"),
-                ("word", ""),
-            )
-            if any(kind in compared["breakdowns"] for _, compared in held_out)
-        },
+        general=general,
+        scalars=sorted(logged - LOGGED),
+        examples=_examples(runs),
+        **_settings(runs),
         shown=SHOWN,
         plotly=get_plotlyjs(),
     )
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, or as much of their paths as tells them apart."""
-    paths = [folder.resolve() for folder in folders]
-    if len(set(paths)) < len(paths):
-        raise UserError("a run is named twice")
-    names = [path.name for path in paths]
-    common = os.path.commonpath(paths)
-    return names if len(set(names)) == len(names) else [os.path.relpath(path, common) for path in paths]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} cannot be read: it holds no JSON object")
-    return value
-
-
-def unlike(runs: Sequence[Record], text: str) -> str:
+def unlike(runs: Sequence[RunRecord], text: str) -> str:
     """Why figures of these runs on "held_out" or "general" text do not compare: one sentence, or nothing."""
     differ = {
         key
@@ -206,9 +86,12 @@ def unlike(runs: Sequence[Record], text: str) -> str:
         if len({json.dumps(run.about["experiment"][key]) for run in runs if key in run.about["experiment"]})
         > 1
     }
-    # The fingerprint of the masks is of the tokenizer's vocabulary too.
     names = {f"{text} corpus": "texts", "tokenizer": "tokenizers", **MEASURED}
-    if "tokenizer" not in differ:
+    # The fingerprint of the masks is of the tokenizer's vocabulary too, and since evaluation has masks of its
+    # own, of training's masks alone.
+    if "tokenizer" not in differ and any(
+        "eval_mlm_probability" not in run.about["experiment"] for run in runs
+    ):
         names["masks"] = "ways of masking"
     what = [name for key, name in names.items() if key in differ]
     if not what:
@@ -223,17 +106,10 @@ def unlike(runs: Sequence[Record], text: str) -> str:
     return f"These runs were measured on different {listed}; {advice}."
 
 
-def _several_passes(run: Record) -> bool:
-    """Whether all_results.json is of more mask passes than the evaluations during the run."""
-    experiment = run.about["experiment"]
-    passes = (experiment.get("eval_mask_folds") or 1) * (experiment.get("eval_mask_seeds") or 1)
-    return passes > 1 and bool(run.evaluations)
+# ---- text and figures for people
 
 
-# ---- figures for people
-
-
-def figure(value: float | None, digits: int = 4) -> str:
+def aligned(value: float | None, digits: int = 4) -> str:
     """`value` to so many significant digits, trailing zeros kept, so that columns align; – for none."""
     if value is None:
         return "–"
@@ -264,220 +140,73 @@ def counted(number: int, noun: str) -> str:
 def chance(row: dict[str, Any], when: str) -> str:
     """exp(− nats / count): the geometric mean over the occurrences of the probability of what was masked.
 
-    Of a token that is the probability of the right one; of a word in pieces the product over those masked.
+    For a token that is the probability of the right one, for a word in pieces the product over those masked.
     """
-    nats = row[f"nats_{when}"]
-    return share(0.0 if nats is None else math.exp(-nats / row["count"]))
+    nats = mean(row, when)
+    return share(0.0 if nats is None else math.exp(-nats))
 
 
-Measure = tuple[str, str | None, str, Callable[[float | None], str]]
+def unspaced(text: str) -> str:
+    """Decoded Chinese and Japanese without the blanks that a decoder puts between tokens."""
+    return GAPS.sub("", text)
 
 
-def _measures(runs: Sequence[Record], prefix: str) -> list[Measure]:
-    """Rows of a table: label, key of all_results.json before (None: one figure only), key after, format."""
-    rows: list[Measure] = [
-        ("Perplexity", f"{prefix}perplexity_before", f"{prefix}perplexity", figure),
-        ("Loss, nats a masked token", f"{prefix}eval_loss_before", f"{prefix}eval_loss", figure),
-        ("Accuracy", f"{prefix}accuracy_before", f"{prefix}accuracy", share),
-        ("Bits per character", f"{prefix}bits_per_character_before", f"{prefix}bits_per_character", figure),
-        ("Bits per word", f"{prefix}bits_per_word_before", f"{prefix}bits_per_word", figure),
-        (
-            "Spread over mask seeds, perplexity",
-            f"{prefix}perplexity_spread_before",
-            f"{prefix}perplexity_spread",
-            figure,
-        ),
-        ("Perplexity of frequencies alone", None, f"{prefix}perplexity_unigram", figure),
-        ("Masked tokens", None, f"{prefix}eval_masked_tokens", count),
-    ]
-    return _present(runs, rows)
+def duration(seconds: float | None) -> str:
+    """1 h 5 min, 2 min 13 s, 8.4 s."""
+    if seconds is None or seconds < 60:
+        return "–" if seconds is None else f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
-def _costs(runs: Sequence[Record]) -> list[Measure]:
-    return _present(
-        runs,
-        [
-            ("Training tokens per second", None, "tokens_per_second", count),
-            ("Seconds in training steps", None, "train_seconds", figure),
-            ("Seconds stood still for checkpoints", None, "checkpoint_seconds", figure),
-            ("Peak memory, MiB", None, "peak_memory_mib", count),
-            ("Steps", None, "steps", count),
-            ("Epochs", None, "epochs", figure),
-            ("Steps that fp16's scaler skipped", None, "skipped_steps", count),
-            ("Training loss, nats a masked token", None, "train_loss", figure),
-        ],
-    )
+# ---- what several runs share is shown once
 
 
-def _present(runs: Sequence[Record], rows: list[Measure]) -> list[Measure]:
-    return [row for row in rows if any(run.results.get(row[2]) is not None for run in runs)]
+def same(runs: Sequence[RunRecord], key: str, form: Callable[[float | None], str]) -> bool:
+    """Whether a figure of all_results.json reads the same in all runs."""
+    return len({form(run.results.get(key)) for run in runs}) == 1
 
 
-def _settings(runs: Sequence[Record], sections: Sequence[str]) -> dict[str, list[str]]:
-    """{setting: its value in each run}, nested ones under dotted names."""
-    flat = [
-        dict(pair for section in sections for pair in _flat(run.about.get(section, {}), "")) for run in runs
-    ]
-    return {
-        name: [values.get(name, "–") for values in flat] for name in dict.fromkeys(n for f in flat for n in f)
-    }
+def grouped(items: Iterable[Any], describe: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:
+    """Each text that a macro of the page writes about the items, and the items that it holds for."""
+    groups: dict[str, tuple[Any, list[Any]]] = {}
+    for item in items:
+        text = describe(item)
+        groups.setdefault(text.striptags(), (text, []))[1].append(item)
+    return list(groups.values())
 
 
-def _flat(nested: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            yield f"{prefix}{key}", " ".join(map(str, value))
-        else:
-            yield f"{prefix}{key}", "–" if value is None else str(value)
+def _settings(runs: Sequence[RunRecord]) -> dict[str, dict[str, Any]]:
+    """Settings under dotted names: those that differ with a value for each run, the others by section."""
+    differences, alike = {}, {section: {} for section in ABOUT}
+    for section in ABOUT:
+        settings = [dict(flat(run.about[section])) for run in runs]
+        for name in dict.fromkeys(name for values in settings for name in values):
+            values = [of_run.get(name) for of_run in settings]
+            if all(value == values[0] for value in values):
+                alike[section][name] = values[0]
+            else:
+                differences[name] = values
+    # The experiment repeats flags, and each run has a folder of its own.
+    for name in {*(name.rpartition(".")[2] for name in differences if "." in name), "run.output_dir"}:
+        differences.pop(name, None)
+    return {"differences": differences, "settings": alike}
 
 
-def _differing(settings: dict[str, list[str]]) -> dict[str, list[str]]:
-    return {name: values for name, values in settings.items() if len(set(values)) > 1}
-
-
-# ---- charts
-
-
-def loss_figure(runs: Sequence[Record]) -> go.Figure:
-    """Loss against tokens seen: of training between two lines of the log, and of each evaluation."""
-    chart = _figure("tokens seen", "nats a masked token")
+def _examples(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """Each sentence once: [{"text", "truth", "columns": [(heading, [mask][rank] of fillers)]}]."""
+    sentences: dict[tuple[str, str], list[tuple[str, Any]]] = {}
     for run in runs:
-        chart.add_scatter(
-            x=[event.get("tokens") for event in run.train],
-            y=[event["loss"] for event in run.train],
-            name=_of(run, "training", runs),
-            line={"color": _colour(run.number), "width": 1.2, "dash": "dot"},
-            mode="lines" if len(run.train) > 1 else "markers",
-        )
-        chart.add_scatter(
-            x=[event.get("tokens") for event in run.evaluations],
-            y=[event["eval_loss"] for event in run.evaluations],
-            name=_of(run, "held out", runs),
-            line={"color": _colour(run.number), "width": 2, "dash": _dash(run.number)},
-            marker={"color": _colour(run.number), "size": 6},
-            mode="lines+markers",
-        )
-    return chart
+        for example in run.examples or ():
+            columns = sentences.setdefault((example["text"], example["truth"]), [])
+            if all(fillers != example["before"] for _, fillers in columns):
+                columns.append((f"before {run.name}" if columns else "before", example["before"]))
+            columns.append((run.name if len(runs) > 1 else "after", example["after"]))
+    return [{"text": text, "truth": truth, "columns": c} for (text, truth), c in sentences.items()]
 
 
-def rate_figure(runs: Sequence[Record]) -> go.Figure:
-    """The learning rate against tokens seen."""
-    chart = _figure("tokens seen", "learning rate")
-    for run in runs:
-        chart.add_scatter(
-            x=[event.get("tokens") for event in run.train],
-            y=[event["learning_rate"] for event in run.train],
-            name=_label(run.name),
-            line={"color": _colour(run.number), "width": 2, "dash": _dash(run.number)},
-            mode="lines" if len(run.train) > 1 else "markers",
-        )
-    chart.update_layout(showlegend=len(runs) > 1, yaxis={"rangemode": "tozero", "tickformat": ".1e"})
-    return chart
-
-
-def gain_figure(compared: Sequence[tuple[Record, dict[str, Any]]]) -> go.Figure:
-    """The gain of each run with its interval; a line at 1, where nothing is gained."""
-    chart = _figure("perplexity before / after", "")
-    for run, comparison in compared:
-        gain = comparison["gain"]
-        low, high = gain["interval"]
-        known = None not in (gain["value"], low, high)
-        error = {"array": [high - gain["value"]], "arrayminus": [gain["value"] - low]} if known else {}
-        chart.add_scatter(
-            x=[gain["value"]],
-            y=[_label(run.name)],
-            error_x={"color": _colour(run.number), "thickness": 2, **error},
-            marker={"color": _colour(run.number), "size": 9},
-            mode="markers",
-            showlegend=False,
-        )
-    chart.add_vline(x=1, line={"color": "var(--muted)", "width": 1})
-    chart.update_layout(
-        height=110 + 36 * len(compared),
-        yaxis={"autorange": "reversed", "automargin": True, "type": "category"},
-    )
-    return chart
-
-
-def breakdown_figure(compared: Sequence[tuple[Record, dict[str, Any]]], kind: str, title: str) -> go.Figure:
-    """Of one run the loss before and after by kind of token; of several what each has gained."""
-    several = len(compared) > 1
-    chart = _figure(title, "nats gained a masked token" if several else "nats a masked token")
-    for run, comparison in compared:
-        rows = [row for row in comparison["breakdowns"].get(kind, []) if row["count"]]
-        names = [
-            _label(row["name"].partition(" ")[0] if kind == "frequency" else row["name"]) for row in rows
-        ]
-        before, after = ([_mean(row, when) for row in rows] for when in ("before", "after"))
-        counts = [row["count"] for row in rows]
-        if several:
-            gained = [None if None in pair else pair[0] - pair[1] for pair in zip(before, after, strict=True)]
-            bars = [(_label(run.name), gained, _colour(run.number))]
-        else:
-            bars = [("before", before, "var(--faint)"), ("after", after, _colour(run.number))]
-        for name, values, colour in bars:
-            chart.add_bar(
-                x=names,
-                y=values,
-                name=name,
-                marker={"color": colour},
-                customdata=counts,
-                hovertemplate="%{y:.3f} nats, %{customdata:,} masked<extra>%{fullData.name}</extra>",
-            )
-    chart.update_layout(barmode="group", bargap=0.3, xaxis={"type": "category", "automargin": True})
-    return chart
-
-
-def _mean(row: dict[str, Any], when: str) -> float | None:
-    nats = row[f"nats_{when}"]
-    return None if nats is None else nats / row["count"]
-
-
-def _figure(x: str, y: str) -> go.Figure:
-    """An empty chart in the page's own colours, which report.html fills in for light and dark."""
-    axis = {"gridcolor": "var(--line)", "linecolor": "var(--line)", "zerolinecolor": "var(--line)"}
-    small = {"font": {"size": 13}}
-    return go.Figure(
-        layout={
-            "template": "none",
-            "height": HEIGHT,
-            "margin": {"l": 56, "r": 12, "t": 8, "b": 48},
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "font": {"family": "system-ui, sans-serif", "size": 13, "color": "var(--text)"},
-            "hoverlabel": {
-                "bgcolor": "var(--page)",
-                "font": {"color": "var(--text)"},
-                "bordercolor": "var(--line)",
-            },
-            "xaxis": {"title": {"text": x, **small}, "showgrid": False, **axis, "zeroline": False},
-            "yaxis": {"title": {"text": y, **small}, "automargin": True, **axis},
-            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "xanchor": "left"},
-            "hovermode": "x unified" if x == "tokens seen" else "closest",
-            "dragmode": False,
-        }
-    )
-
-
-def _chart(chart: go.Figure) -> str:
-    """Its JSON, in which plotly writes < so that it cannot end the <script> around it."""
-    return chart.to_json()
-
-
-def _colour(i: int) -> str:
-    return f"var(--series-{i % SERIES})"
-
-
-def _dash(i: int) -> str:
-    return ("solid", "dash", "dashdot")[i // SERIES % 3]
-
-
-def _of(run: Record, what: str, runs: Sequence[Record]) -> str:
-    return f"{_label(run.name)}, {what}" if len(runs) > 1 else what
-
-
-def _label(text: str) -> str:
-    """Text for a chart, where plotly would read tags in it."""
-    return escape(text, quote=False)
+def largest_change(compared: Compared) -> float:
+    """Nats of the word or token that changed most in any run, which the bars of all words are drawn to."""
+    lists = [c[kind] for _, c in compared for kind in ("words", "tokens") if c[kind]]
+    rows = [row for both in lists for row in (*both["gained"], *both["lost"])]
+    return max((abs((row["nats_before"] or 0) - (row["nats_after"] or 0)) for row in rows), default=0)

@@ -6,7 +6,6 @@ import pytest
 from huggingface_hub import ModelCard
 
 from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
-from mlm.data.masking import MaskingConfig
 from mlm.report.model_card import model_card
 from mlm.train import train
 
@@ -29,13 +28,13 @@ def test_the_hub_reads_the_figures_of_the_run_in_the_card(run):
     card = ModelCard.load(run / "README.md")
     assert card.data.model_name == "toy"
     assert card.data.pipeline_tag == "fill-mask"
-    found = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
-    assert found == {
+    figures = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert figures == {
         ("validation.txt", "perplexity"): results["perplexity"],
         ("validation.txt", "accuracy"): results["accuracy"],
         ("validation.txt", "bits_per_character"): results["bits_per_character"],
         **{
-            ("validation.txt (general text)", metric): results[f"general_{metric}"]
+            ("validation.txt (out-of-domain text)", metric): results[f"general_{metric}"]
             for metric in ("perplexity", "accuracy", "bits_per_character")
         },
     }
@@ -46,7 +45,7 @@ def test_the_hub_reads_the_figures_of_the_run_in_the_card(run):
 def test_the_card_tells_people_the_gain_and_what_was_forgotten(run):
     results = json.loads((run / "all_results.json").read_text())
     domain, out_of_domain = ModelCard.load(run / "README.md").text.split(
-        "On text outside the domain, validation.txt:"
+        "On out-of-domain text, validation.txt:"
     )
     for text, prefix in ((domain, ""), (out_of_domain, "general_")):
         gain, low, high = (f"{results[prefix + name]:.4g}" for name in ("gain", "gain_low", "gain_high"))
@@ -60,11 +59,7 @@ def test_the_card_tells_people_the_gain_and_what_was_forgotten(run):
 
 def test_figures_that_do_not_exist_are_left_out_of_the_metadata(toy, tmp_path):
     """The Hub's model-index takes no null: a run in which nothing was masked has a card without it."""
-    train(
-        toy.config(
-            tmp_path / "run", modules={"masking": MaskingConfig(mlm_probability=0.0)}, max_train_steps=1
-        )
-    )
+    train(toy.config(tmp_path / "run", eval_mlm_probability=0.0, max_train_steps=1))
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert not card.data.eval_results
     assert "undefined" in card.text

@@ -21,20 +21,11 @@ from mlm import cli
 from mlm.data.corpus import OutOfDomainConfig
 from mlm.errors import UserError
 from mlm.inference.fill_mask import fill, load
+from mlm.report.charts import breakdown_chart, event_chart, gain_chart, loss_chart
 from mlm.report.examples import from_held_out, readable
-from mlm.report.report import (
-    _chart,
-    breakdown_figure,
-    chance,
-    figure,
-    gain_figure,
-    loss_figure,
-    read_runs,
-    render,
-    share,
-    unlike,
-)
+from mlm.report.report import aligned, chance, duration, render, share, unlike, unspaced
 from mlm.report.run_directory import RunConfig
+from mlm.report.run_record import read_runs
 from mlm.train import train
 from tests.conftest import REPOSITORY
 from tests.scripts import load_script
@@ -57,7 +48,7 @@ NASTY = '</script><img src=x onerror="window.broken=1"><b>&amp;'  # as a documen
 
 @pytest.fixture(scope="module")
 def run(toy, tmp_path_factory):
-    """A run that measured general text too, with its report."""
+    """A run that measured out-of-domain text too, with its report."""
     folder = tmp_path_factory.mktemp("runs") / "toy"
     out_of_domain = folder.parent / "general.txt"
     out_of_domain.write_text("a young owl and a small fox like every old day .\n" * 20)
@@ -122,8 +113,8 @@ class Browser:
 
     def figures(self) -> list[tuple[str, str, float | None, str]]:
         """Run, key of all_results.json, value and text of each figure on the page."""
-        found = self.all("data", "[e.dataset.run, e.dataset.key, e.value, e.textContent]")
-        return [(run, key, json.loads(value) if value else None, text) for run, key, value, text in found]
+        figures = self.all("data", "[e.dataset.run, e.dataset.key, e.value, e.textContent]")
+        return [(run, key, json.loads(value) if value else None, text) for run, key, value, text in figures]
 
 
 def number(text: str) -> float:
@@ -138,13 +129,13 @@ def test_the_figures_on_the_page_are_those_of_all_results_json(run, browser):
     for name, key, value, text in shown:
         assert (name, value) == ("toy", results[key]), key
         assert number(text) == pytest.approx(value, rel=2e-3, abs=6e-4), key
-    told = {key for _, key, _, _ in shown}
+    keys = {key for _, key, _, _ in shown}
     measured = {"perplexity", "eval_loss", "accuracy", "bits_per_character", "bits_per_word"}
-    assert told >= measured | {f"{name}_before" for name in measured}
-    assert told >= {"gain", "gain_low", "gain_high", "tokens_per_second", "peak_memory_mib", "steps"}
+    assert keys >= measured | {f"{name}_before" for name in measured}
+    assert keys >= {"gain", "gain_low", "gain_high", "tokens_per_second", "peak_memory_mib", "steps"}
     out_of_domain = {"perplexity", "eval_loss", "accuracy", "bits_per_character"}
-    assert told >= {f"general_{name}{when}" for name in out_of_domain for when in ("", "_before")}
-    assert told >= {"general_gain", "general_gain_low", "general_gain_high", "general_eval_masked_tokens"}
+    assert keys >= {f"general_{name}{when}" for name in out_of_domain for when in ("", "_before")}
+    assert keys >= {"general_gain", "general_gain_low", "general_gain_high", "general_eval_masked_tokens"}
 
 
 def test_the_charts_hold_the_measurements_of_the_run(run, browser):
@@ -211,6 +202,8 @@ def test_a_phone_scrolls_tables_and_not_the_page(run, other, browser, tmp_path):
             "main > *, section > *, .chart, .scroll, p, h2", "e.getBoundingClientRect().right"
         )
         assert max(right) <= 390
+        drawn = "e.querySelector('.trace .point path, .trace .js-line').getBoundingClientRect().width > 0"
+        assert all(browser.all(".chart", drawn))
 
 
 def test_headings_and_tables_are_what_a_screen_reader_needs(run, browser):
@@ -269,8 +262,8 @@ def test_several_runs_stand_side_by_side(run, other, browser, tmp_path):
     [table, *_] = browser.js("return document.querySelectorAll('#settings table')")
     rows = [row.text.split() for row in table.find_elements("css selector", "tbody tr")]
     differing = {name: values for name, *values in rows}
-    assert differing["loop.learning_rate"] == ["0.005", "0.001"]
-    assert "loop.weight_decay" not in differing
+    assert differing["optimizer.learning_rate"] == ["0.005", "0.001"]
+    assert "optimizer.weight_decay" not in differing
 
 
 def text_of(page: str, of: str = "main") -> str:
@@ -284,14 +277,204 @@ def with_experiment(record, **settings):
     return dataclasses.replace(record, about=record.about | {"experiment": settings})
 
 
+def with_about(record, **sections):
+    return dataclasses.replace(record, about=record.about | sections)
+
+
+def test_the_page_begins_with_what_a_run_is(run):
+    sizes = {"train": {"documents": 400, "tokens": 4000}, "held_out": {"documents": 1, "tokens": 600}}
+    command = ["scripts/train.py", "--train_file", "a b.txt", "--learning_rate", "5e-3"]
+    [record] = read_runs([run])
+    record = dataclasses.replace(record, seconds=133.4)
+    described = with_about(record, data=sizes, started="2026-01-31T18:20:33+01:00", command=command)
+    heading = text_of(render([described]), "header")
+    assert heading.startswith("toy Model checkpoint Training data")
+    for fact in (
+        "train.txt: 400 documents, 4,000 tokens",
+        "validation.txt: 1 document, 600 tokens",
+        "Learning rate 0.005, linear",
+        "Batch 8 chunks of 16 tokens",
+        "Steps 60",
+        "Epochs 1.920",
+        "Duration 2 min 13 s",
+        "Started 2026-01-31 18:20",
+        "Command scripts/train.py --train_file 'a b.txt' --learning_rate 5e-3",
+    ):
+        assert fact in heading
+        assert heading.index(fact) < heading.index("perplexity, held out")
+    assert "commit" not in heading
+
+
+def test_what_an_older_run_does_not_say_is_a_dash(run):
+    [record] = read_runs([run])
+    about = {k: v for k, v in record.about.items() if k not in ("data", "started", "command")}
+    configuration = {k: v for k, v in record.about["configuration"].items() if k in ("model", "corpus")}
+    older = dataclasses.replace(record, about=about | {"configuration": configuration}, seconds=None)
+    heading = text_of(render([older]), "header")
+    for fact in (
+        "train.txt: –",
+        "validation.txt: –",
+        "Learning rate –",
+        "Duration –",
+        "Started –",
+        "Command –",
+    ):
+        assert fact in heading
+
+
+def test_what_runs_share_stands_once(run, tmp_path):
+    """Three runs of one model on one text, one of them at another learning rate."""
+    for name in ("b", "c"):
+        shutil.copytree(run, tmp_path / name)
+    about = json.loads((run / "run.json").read_text())
+    about["configuration"]["optimizer"]["learning_rate"] = about["experiment"]["learning_rate"] = 0.001
+    (tmp_path / "c" / "run.json").write_text(json.dumps(about))
+    page = render(read_runs([run, tmp_path / "b", tmp_path / "c"]))
+    heading = text_of(page, "header")
+    assert heading.count("checkpoint") == 1
+    assert "Learning rate 0.005, linear 0.005, linear 0.001, linear" in heading
+    sentences = len(json.loads((run / "fill_mask.json").read_text())["sentences"])
+    for section, texts, times in (
+        ("held-out", ("mask seed", "paired bootstrap", "The interval lies above 1"), 1),
+        (
+            "settings",
+            ("1 process on", "optimizer.learning_rate", "optimizer.weight_decay", "run.logging_steps"),
+            1,
+        ),
+        ("examples", ("before",), sentences),
+    ):
+        shown = text_of(page, f'section id="{section}"')
+        assert {text: shown.count(text) for text in texts} == dict.fromkeys(texts, times)
+    [row] = re.findall(r'<tr><th scope="row">Perplexity</th>.*?</tr>', page, re.DOTALL)[:1]
+    assert row.count("<td>") == 4  # before, and after of each
+    [row] = re.findall(r'<tr><th scope="row">Masked tokens</th>.*?</tr>', page, re.DOTALL)[:1]
+    assert row.count("<data") == 1
+
+
+def test_zeros_of_what_no_run_did_are_left_out(run):
+    [record] = read_runs([run])
+    for skipped, shown in ((0, False), (3, True)):
+        results = record.results | {"skipped_steps": skipped, "checkpoint_seconds": 0.5 * skipped}
+        training = text_of(render([dataclasses.replace(record, results=results)]), 'section id="training"')
+        assert ("scaler skipped" in training) == shown
+        assert ("blocked by checkpoints" in training) == shown
+    results = record.results | {"accuracy_before": 0.0, "accuracy": 0.0}
+    page = text_of(render([dataclasses.replace(record, results=results)]))
+    assert re.search(r"Accuracy\s*0\.0%\s*0\.0%", page), "a figure of a measurement"
+
+
+def test_bars_of_gained_and_lost_words_share_one_scale(run):
+    [record] = read_runs([run])
+    row = {"text": "a", "count": 1, "nats_before": 40.0, "nats_after": 0.0}
+    comparison = json.loads(json.dumps(record.comparison))
+    lists = {"gained": [row], "lost": [row | {"nats_before": 0.0, "nats_after": 10.0}]}
+    comparison["held_out"] |= {"words": lists, "tokens": {"gained": [], "lost": []}}
+    page = render([dataclasses.replace(record, comparison=comparison)]).split('id="words"')[1]
+    assert re.findall(r'<span style="width:([\d.]+)%"></span>([\d.]+)', page)[:2] == [
+        ("50.0", "40.0"),
+        ("12.5", "10.0"),
+    ]
+
+
+def test_three_runs_on_a_phone_scroll_visibly(run, other, browser, tmp_path):
+    """A table that goes on says so and fades at its edge, until it has been scrolled to its end."""
+    shutil.copytree(run, tmp_path / "third")
+    script.main([str(run), str(other), str(tmp_path / "third"), "--output", str(tmp_path / "three.html")])
+    browser.open(tmp_path / "three.html", width=390)
+    look = "return new Promise(done => requestAnimationFrame(() => setTimeout(done, 300)))"
+    state = (
+        "[e.scrollWidth > e.clientWidth + 1, getComputedStyle(e, '::before').content.includes('scroll'), "
+        "getComputedStyle(e).maskImage !== 'none']"
+    )
+    browser.js(look)
+    before = browser.all(".scroll", state)
+    assert all(wide == says == fades for wide, says, fades in before)
+    assert sum(wide for wide, _, _ in before) >= 3
+    assert browser.all("#held-out .scroll", state) == [[True, True, True]]
+    browser.js("document.querySelectorAll('.scroll').forEach(e => e.scrollLeft = 9999)")
+    browser.js(look)
+    assert browser.all(".scroll", state) == [[wide, says, False] for wide, says, _ in before]
+    label = "e.querySelector('tbody th').getBoundingClientRect().left - e.getBoundingClientRect().left"
+    assert browser.all("#held-out .scroll", label) == [0], "the label stays where it can be read"
+
+
+def test_the_training_loss_is_not_called_what_it_may_not_be(run):
+    [record] = read_runs([run])
+    [training, _] = loss_chart([record]).data
+    assert training.name == "training (with dropout, under training masks)"
+    assert loss_chart([record]).layout.yaxis.title.text == "loss"
+    shown = text_of(render([record]), 'section id="training"')
+    assert "Their levels do not compare" in shown
+    assert "Training loss, with dropout, under training masks" in shown
+    assert "perplexity" not in shown
+
+
+def test_named_scalars_of_the_objective_have_a_chart_each(run):
+    [record] = read_runs([run])
+    train = [e | {"distance<b>": i, "note": "text", "on": True} for i, e in enumerate(record.train)]
+    page = render([dataclasses.replace(record, train=train)])
+    titles = re.findall(r"<h3>(.*?)</h3>", page.split('id="training"')[1].split("</section>")[0])
+    assert titles == ["Loss", "Learning rate", "distance&lt;b&gt;", "Throughput and memory"]
+    chart = event_chart([dataclasses.replace(record, train=train), record], "distance<b>")
+    assert [list(curve.y) for curve in chart.data] == [list(range(len(train)))]
+    assert chart.layout.yaxis.title.text == "distance&lt;b&gt;"
+
+
+def test_a_gain_from_a_handful_of_tokens_says_so_beside_it(run):
+    [record] = read_runs([run])
+    comparison = json.loads(json.dumps(record.comparison))
+    concentration = {"types": ["<br", "/>"], "share": 0.65, "gain_without": 1.23}
+    comparison["held_out"]["concentration"] = concentration
+    few = dataclasses.replace(record, comparison=comparison)
+    sentence = "65.0% of the gain comes from 2 token types (<br, />); without them the gain is 1.230×."
+    assert sentence in text_of(render([few]), "header")
+    assert text_of(render([few, record])).count(sentence) == 1
+    concentration |= {"share": 1.2, "types": ["br"], "gain_without_interval": [0.9, 1.5]}
+    sentence = "All of the gain and more comes from 1 token type (br); without it the gain is 1.230×"
+    assert f"{sentence} (0.9000 to 1.500)." in text_of(render([few]), "header")
+    comparison["held_out"]["concentration"] = None
+    assert "token type" not in text_of(render([few]), "header")
+
+
+def test_scripts_without_spaces_are_not_spaced_apart(run):
+    for decoded, text in (
+        ("酒 店 很 好 ， 有 3 个 [MASK] 子 。 a good film", "酒店很好，有 3 个[MASK]子。 a good film"),
+        ("この [MASK] は 大 き い", "この[MASK]は大きい"),
+        ("한 국 어 and [MASK] too", "한 국 어 and [MASK] too"),
+    ):
+        assert unspaced(decoded) == text
+    tokenizer = wordpiece(["酒 店 很 好 ，", "film"])
+    assert readable("酒 店 [MASK] 好 ， film", tokenizer) == "酒店[MASK]好， film"
+    [record] = read_runs([run])
+    comparison = json.loads(json.dumps(record.comparison))
+    comparison["held_out"]["words"]["gained"][0]["text"] = "酒 店"
+    page = render([dataclasses.replace(record, comparison=comparison)])
+    assert '<th scope="row">酒店</th>' in page
+
+
+def test_durations_read_as_people_say_them():
+    seconds = (None, 8.44, 133.4, 59.96, 3599.7, 90061)
+    assert [duration(s) for s in seconds] == ["–", "8.4 s", "2 min 13 s", "60 s", "1 h 0 min", "25 h 1 min"]
+
+
+def test_a_run_lasts_as_long_as_its_training_where_it_was_resumed(run, tmp_path):
+    """The clock of metrics.jsonl starts anew with each process, train_seconds goes on."""
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+    assert read_runs([run])[0].seconds == last
+    shutil.copytree(run, tmp_path / "run")
+    results = json.loads((run / "all_results.json").read_text()) | {"train_seconds": last + 100}
+    (tmp_path / "run" / "all_results.json").write_text(json.dumps(results))
+    assert read_runs([tmp_path / "run"])[0].seconds == last + 100
+
+
 def test_a_run_has_one_colour_wherever_it_is(run, other, tmp_path):
     """The first one was not measured at the start: it is in no comparison, and has its colour still."""
     shutil.copytree(run, tmp_path / "again")
     runs = read_runs([other, run, tmp_path / "again"])
     compared = [(r, r.comparison["held_out"]) for r in runs[1:]]
-    curves = [trace.line.color for trace in loss_figure(runs).data]
+    curves = [trace.line.color for trace in loss_chart(runs).data]
     assert curves == [f"var(--series-{i})" for i in (0, 0, 1, 1, 2, 2)]
-    for chart in (gain_figure(compared), breakdown_figure(compared, "word", "")):
+    for chart in (gain_chart(compared), breakdown_chart(compared, "word", "")):
         assert [trace.marker.color for trace in chart.data] == ["var(--series-1)", "var(--series-2)"]
     keys = re.findall(r'<span class="key key-(\d)"></span>(other|toy|again)', render(runs))
     assert len(keys) > 6
@@ -318,11 +501,11 @@ def test_runs_that_do_not_compare_are_said_not_to(run, other):
         ({"max_seq_length": 32, "eval_mask_seed": 1}, "chunk lengths; a small difference"),
     ):
         pair = [with_experiment(runs[0], **same), with_experiment(runs[1], **same | different)]
-        told = unlike(pair, "held_out")
-        assert told.startswith(f"These runs were measured on different {words}")
-        assert told.endswith(".")
+        reason = unlike(pair, "held_out")
+        assert reason.startswith(f"These runs were measured on different {words}")
+        assert reason.endswith(".")
         page = text_of(render(pair))
-        assert page.index(told) < page.index("Of each run the same masks before and after")
+        assert page.index(reason) < page.index("Of each run the same masks before and after")
     folds = [
         with_experiment(r, eval_mask_folds=k, eval_mask_seeds=k or 1)
         for r, k in zip(runs, (None, 7), strict=True)
@@ -330,7 +513,7 @@ def test_runs_that_do_not_compare_are_said_not_to(run, other):
     assert "different numbers of mask seeds and mask folds;" in unlike(folds, "held_out")
 
 
-def test_general_texts_that_differ_are_told_where_they_are_compared(run):
+def test_out_of_domain_texts_that_differ_are_named_where_they_are_compared(run):
     runs = read_runs([run])
     pair = [with_experiment(runs[0], **{"general corpus": text}) for text in "ab"]
     page = render(pair)
@@ -338,21 +521,21 @@ def test_general_texts_that_differ_are_told_where_they_are_compared(run):
     assert "different texts" not in page.split('id="general"')[0]
 
 
-def test_curves_of_one_pass_beside_figures_of_several_say_so(run):
+def test_curves_of_one_mask_round_beside_figures_of_several_say_so(run):
     [record] = read_runs([run])
-    assert "first mask pass alone" not in render([record])
+    assert "first mask round alone" not in render([record])
     for settings in ({"eval_mask_folds": 7}, {"eval_mask_seeds": 3}):
-        assert "first mask pass alone" in text_of(
+        assert "first mask round alone" in text_of(
             render([with_experiment(record, **settings)]), 'section id="training"'
         )
 
 
-def test_the_general_text_is_described_as_the_held_out_one_is(run):
+def test_the_out_of_domain_text_is_described_as_the_held_out_one_is(run):
     page = render(read_runs([run]))
     for section in ("held-out", "general"):
-        told = text_of(page, f'section id="{section}"')
-        assert re.search(r"[\d,]+ masked tokens of [\d,]+ documents of .*, mask seed 0\.", told)
-        assert re.search(r"a paired bootstrap over [\d,]+ documents, 2,000 resamples\.", told)
+        shown = text_of(page, f'section id="{section}"')
+        assert re.search(r"[\d,]+ masked tokens of [\d,]+ documents of .*, mask seed 0\.", shown)
+        assert re.search(r"a paired bootstrap over [\d,]+ documents, 2,000 resamples\.", shown)
 
 
 @pytest.mark.parametrize(("units", "why"), [(1, "there is one chunk only"), (0, "nothing was masked")])
@@ -366,12 +549,12 @@ def test_no_interval_is_said_to_be_none(run, units, why):
     gone = [f"{prefix}gain_{end}" for prefix in ("", "general_") for end in ("low", "high")]
     results = record.results | dict.fromkeys(gone)
     page = render([dataclasses.replace(record, results=results, comparison=comparison)])
-    told = text_of(page)
+    shown = text_of(page)
     assert re.search(r"95% interval\s*none", text_of(page, "header"))
-    assert told.count(f"No interval can be given: {why}.") == 4
-    assert ("1 masked token of 1 document of" in told) == (units == 1)
+    assert shown.count(f"No interval can be given: {why}.") == 4
+    assert ("1 masked token of 1 document of" in shown) == (units == 1)
     for wrong in ("–––", "bootstrap over", "resamples", "1 documents", "1 chunks", "–×", "– to –"):
-        assert wrong not in told
+        assert wrong not in shown
 
 
 def test_a_figure_that_one_run_lacks_is_a_dash_before_and_after(run, other):
@@ -429,7 +612,7 @@ def test_a_run_that_compared_nothing_has_a_report_all_the_same(other, browser):
     browser.open(other / "report.html")
     assert not (other / "comparison.json").exists()
     perplexity = json.loads((other / "all_results.json").read_text())["perplexity"]
-    assert ("other", "perplexity", perplexity, figure(perplexity)) in browser.figures()
+    assert ("other", "perplexity", perplexity, aligned(perplexity)) in browser.figures()
     assert "nothing to compare" in browser.js("return document.querySelector('header').textContent")
 
 
@@ -537,9 +720,9 @@ def test_a_base_that_is_gone_costs_the_fillers_of_given_sentences_and_no_more(ru
     move_base(folder, tmp_path / "gone")
     given.write_text("the zebra [MASK] .\n")
     script.main([str(folder), "--sentences_file", str(given), "--output", str(page)])
-    told = capsys.readouterr().out.splitlines()
-    assert "no examples of filled masks, as no such folder" in told[0]
-    assert told[1:] == [f"report: {page}"]
+    printed = capsys.readouterr().out.splitlines()
+    assert "no examples of filled masks, as no such folder" in printed[0]
+    assert printed[1:] == [f"report: {page}"]
     assert "zebra" not in page.read_text()
 
 
@@ -558,7 +741,7 @@ def test_a_given_sentence_without_a_mask_is_still_a_mistake(run, tmp_path):
     assert not (tmp_path / "p.html").exists()
 
 
-@pytest.mark.parametrize("damage", ["a flag", "no loop", "documents"])
+@pytest.mark.parametrize("damage", ["a flag", "no seed", "documents"])
 def test_a_run_of_another_version_has_a_report_without_examples(run, tmp_path, capsys, damage):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
@@ -566,15 +749,15 @@ def test_a_run_of_another_version_has_a_report_without_examples(run, tmp_path, c
     about = json.loads((folder / "run.json").read_text())
     if damage == "a flag":
         about["configuration"]["model"]["from_the_future"] = 1
-    elif damage == "no loop":
-        del about["configuration"]["loop"]
+    elif damage == "no seed":
+        del about["configuration"]["train"]
     else:
         (folder / "documents.parquet").write_bytes(b"PAR")
     (folder / "run.json").write_text(json.dumps(about))
     script.main([str(folder)])
-    told = capsys.readouterr().out.splitlines()
-    assert "no examples of filled masks, as" in told[0]
-    assert len(told) == 2
+    printed = capsys.readouterr().out.splitlines()
+    assert "no examples of filled masks, as" in printed[0]
+    assert len(printed) == 2
     assert 'id="examples"' not in (folder / "report.html").read_text()
 
 
@@ -645,11 +828,11 @@ def test_a_report_runs_no_code_that_a_run_brings_along(run, tmp_path, capsys, wh
 
 @given(st.floats(-1e12, 1e12))
 def test_figures_are_rounded_to_four_digits(value):
-    assert number(figure(value)) == pytest.approx(value, rel=5.1e-4)
+    assert number(aligned(value)) == pytest.approx(value, rel=5.1e-4)
 
 
 def test_figures_align_and_small_shares_are_not_nothing():
-    assert [figure(v) for v in (92, 52.68123, 1.7462, 0.5, 1234.5, None)] == [
+    assert [aligned(v) for v in (92, 52.68123, 1.7462, 0.5, 1234.5, None)] == [
         "92.00",
         "52.68",
         "1.746",
@@ -661,9 +844,9 @@ def test_figures_align_and_small_shares_are_not_nothing():
 
 
 def test_the_page_says_what_a_chance_is(run):
-    told = text_of(render(read_runs([run])), 'section id="words"')
-    assert "of a word in pieces, the product over those of its pieces that were masked" in told
-    assert "probability of the right word" not in told
+    shown = text_of(render(read_runs([run])), 'section id="words"')
+    assert "of a word in pieces, the product over those of its pieces that were masked" in shown
+    assert "probability of the right word" not in shown
 
 
 def test_the_chance_of_a_word_is_the_geometric_mean_over_its_occurrences():
@@ -675,7 +858,7 @@ def test_the_chance_of_a_word_is_the_geometric_mean_over_its_occurrences():
 def test_the_page_is_made_from_the_directory_alone_without_torch(run, tmp_path):
     program = (
         "import sys; from pathlib import Path\nsys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from mlm.report.report import read_runs, write_report\n"
+        "from mlm.report.report import write_report\nfrom mlm.report.run_record import read_runs\n"
         "write_report(read_runs([Path(sys.argv[1])]), Path(sys.argv[2]))"
     )
     command = [sys.executable, "-c", program, str(run), str(tmp_path / "page.html")]
@@ -690,6 +873,6 @@ def test_the_script_says_what_it_takes(capsys):
 
 
 def test_no_text_ends_the_script_that_holds_a_chart():
-    chart = go.Figure(layout={"title": {"text": NASTY}})
-    assert "<" not in _chart(chart)
-    assert json.loads(_chart(chart))["layout"]["title"]["text"] == NASTY
+    spec = go.Figure(layout={"title": {"text": NASTY}}).to_json()
+    assert "<" not in spec
+    assert json.loads(spec)["layout"]["title"]["text"] == NASTY

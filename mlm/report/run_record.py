@@ -1,0 +1,134 @@
+"""What a run directory holds, read for the report without torch: a run that has ended, or is under way."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlm.errors import UserError, one_line
+
+Rows = list[dict[str, Any]]
+
+# The keys that a file needs for its run to be shown, and a line of metrics.jsonl to be a point of a curve.
+ABOUT = ("configuration", "experiment", "environment")
+COMPARED = ("held_out", "general")
+PARTS = ("gain", "bootstrap", "masks", "breakdowns", "tokens")
+EVENTS = {"train": ("loss", "learning_rate"), "eval": ("eval_loss",)}
+EXAMPLE = ("text", "truth", "before", "after")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run directory. A run that has not ended has no results and no comparison."""
+
+    folder: Path
+    name: str
+    number: int  # its place on the page, and so its colour
+    about: dict[str, Any]  # run.json
+    results: dict[str, Any]  # all_results.json
+    comparison: dict[str, Any]  # comparison.json
+    train: Rows  # events of metrics.jsonl
+    evaluations: Rows
+    seconds: float | None  # from the start to the last event, all training of a resumed run included
+    examples: Rows | None  # fill_mask.json; None: it has none, or those of other results
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
+    """Reads run directories, and names them so that they can be told apart.
+
+    Raises UserError where one holds no run, a file of it is damaged, or it is named twice.
+    """
+    return [
+        _read(folder, name, i) for i, (folder, name) in enumerate(zip(folders, _names(folders), strict=True))
+    ]
+
+
+def results_digest(folder: Path) -> str | None:
+    """A fingerprint of a run's results, times included; None where there are none."""
+    path = folder / "all_results.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _read(folder: Path, name: str, number: int) -> RunRecord:
+    if not (folder / "run.json").is_file():
+        raise UserError(f"{folder} holds no run.json; name the --output_dir of a training run")
+    files = {n: _json(folder / f"{n}.json") for n in ("run", "all_results", "comparison", "fill_mask")}
+    about, comparison, kept = files["run"], files["comparison"], files["fill_mask"]
+    _needs(folder / "run.json", about, ABOUT)
+    for section in ABOUT:
+        _needs(folder / "run.json", about[section], ())
+    for part in ("model", "corpus"):
+        _needs(folder / "run.json", about["configuration"].get(part), ())
+    for compared in filter(None, map(comparison.get, COMPARED)):
+        _needs(folder / "comparison.json", compared, ("text", "words", *PARTS))
+        for part in PARTS:
+            _needs(folder / "comparison.json", compared[part], ())
+    results = {n: v for n, v in files["all_results"].items() if v is None or isinstance(v, int | float)}
+    events = _events(folder / "metrics.jsonl")
+    ends = [e["seconds"] for e in events if isinstance(e.get("seconds"), int | float)][-1:]
+    curves = {
+        kind: [e for e in events if e["event"] == kind and e.keys() >= set(fields)]
+        for kind, fields in EVENTS.items()
+    }
+    current = kept.get("results") == results_digest(folder)
+    return RunRecord(
+        folder=folder,
+        name=name,
+        number=number,
+        about=about,
+        results=results,
+        comparison=comparison,
+        train=curves["train"],
+        evaluations=curves["eval"],
+        seconds=max([*ends, *filter(None, [results.get("train_seconds")])], default=None),
+        examples=[e for e in kept.get("sentences", []) if _has(e, EXAMPLE)] if kept and current else None,
+    )
+
+
+def _events(path: Path) -> Rows:
+    """The lines of metrics.jsonl, without those that are damaged or being written."""
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:  # the line that a running, or killed, run was writing
+            continue
+        if _has(event, ("event",)):
+            events.append(event)
+    return events
+
+
+def _has(value: Any, names: Sequence[str]) -> bool:
+    return isinstance(value, dict) and value.keys() >= set(names)
+
+
+def _needs(path: Path, value: Any, names: Sequence[str]) -> None:
+    if not _has(value, names):
+        lacks = ", ".join(name for name in names if not (isinstance(value, dict) and name in value))
+        reason = f": it lacks {lacks}" if lacks else ""
+        raise UserError(f"{path} is damaged, or of another version or program{reason}")
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names, or as much of their paths as tells them apart."""
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise UserError("a run is named twice")
+    names = [path.name for path in paths]
+    common = os.path.commonpath(paths)
+    return names if len(set(names)) == len(names) else [os.path.relpath(path, common) for path in paths]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} cannot be read: it holds no JSON object")
+    return value
