@@ -122,7 +122,6 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         elif run.missed_evaluation(last_step):
             run.measure(model, eval_sets, complete=False)
 
-        # The loop.
         model.train()
         progress.restart()
         while progress.step < last_step:

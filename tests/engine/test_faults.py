@@ -249,9 +249,10 @@ cli.run(lambda argv: train(cli.parse_config(Config, argv)).results)
 """)
     status, _, errors = run(PYTHON, toy.flags(tmp_path / "run"), str(program))
     assert status == 2
-    assert errors.count("\n") == 1
-    assert "error: out of memory (" in errors
-    assert "--per_device_eval_batch_size" in errors
+    *notes, mistake = errors.splitlines()
+    assert mistake.startswith("error: out of memory evaluating one chunk of 16 tokens")
+    assert "--per_device_eval_batch_size" in mistake
+    assert [int(note.split()[-5]) for note in notes] == [16, 8, 4, 2, 1], "halved until nothing is left"
 
 
 def test_auto_asks_for_the_batch_itself(toy, tmp_path):
