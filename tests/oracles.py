@@ -1,6 +1,9 @@
 """Slow and obvious versions of what the modules do fast. Nothing here uses the modules."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+Grid = Sequence[Sequence[int]]  # [B][T]
 
 # The token store and its chunks
 
@@ -38,3 +41,75 @@ def course_chunks(batch: dict[str, list[list]], chunk_size: int) -> dict[str, li
         name: [column[start : start + chunk_size] for start in range(0, whole, chunk_size)]
         for name, column in columns.items()
     }
+
+
+# Masks, a token at a time, in Python integers
+
+GOLDEN, BITS = 0x9E3779B97F4A7C15, 2**64
+
+
+def splitmix64(x: int) -> int:
+    """The finalizer of https://prng.di.unimi.it/splitmix64.c."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % BITS
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % BITS
+    return x ^ (x >> 31)
+
+
+def slow_draw(seed: int, epoch: int, chunk_ids: Iterable[int], length: int) -> list[list[int]]:
+    """Number t + 1 of the chunk's sequence for the token at t; the chunk's key is a number of the epoch's."""
+    key = 0
+    for word in (seed, epoch, 1):  # 1: draws for masks
+        key = splitmix64((key + GOLDEN + word) % BITS)
+    keys = [splitmix64((key + chunk * GOLDEN) % BITS) for chunk in chunk_ids]
+    return [[splitmix64((key + (t + 1) * GOLDEN) % BITS) for t in range(length)] for key in keys]
+
+
+def slow_select(maskable: Grid, draws: Grid, rate: float, starts: Grid | None = None) -> list[list[bool]]:
+    """A token is selected where the draw of its own (or, with `starts`, of its word's first token) is low."""
+    selected = [[False] * len(row) for row in maskable]
+    for b, row in enumerate(maskable):
+        for t, may_be in enumerate(row):
+            deciding = t if starts is None else _head(starts[b], t)
+            selected[b][t] = bool(may_be) and draws[b][deciding] >> 32 < round(rate * 2**32)
+    return selected
+
+
+def slow_select_fold(
+    maskable: Grid, draws: Grid, starts: Grid | None, fold: int, folds: int
+) -> list[list[bool]]:
+    """Deals a chunk's maskable tokens (or the words that have one) out to the folds, by rising draws."""
+    selected = [[False] * len(row) for row in maskable]
+    for b, row in enumerate(maskable):
+        heads = [t if starts is None else _head(starts[b], t) for t in range(len(row))]
+        units = {head for head, may_be in zip(heads, row, strict=True) if may_be}
+        ranked = sorted(units, key=lambda head: (draws[b][head], head))
+        turn = {head: (rank + draws[b][0] % 2**32) % folds for rank, head in enumerate(ranked)}
+        selected[b] = [bool(m) and turn[head] == fold for head, m in zip(heads, row, strict=True)]
+    return selected
+
+
+def _head(starts: Sequence[bool], t: int) -> int:
+    """Where the word of the token at `t` begins in the chunk, which may begin inside a word."""
+    while t and not starts[t]:
+        t -= 1
+    return t
+
+
+def slow_corrupt(
+    ids: Grid, selected: Grid, draws: Grid, recipe: Any
+) -> tuple[list[list[int]], list[int], list[int]]:
+    """(ids, positions, targets) as `corrupt` gives them."""
+    seen, positions, targets = [list(row) for row in ids], [], []
+    replacements = list(map(int, recipe.maskable_ids))
+    for b, row in enumerate(ids):
+        for t, token in enumerate(row):
+            if not selected[b][t]:
+                continue
+            positions.append(b * len(row) + t)
+            targets.append(token)
+            second = splitmix64(draws[b][t])
+            if second >> 32 < recipe.replace:
+                seen[b][t] = recipe.mask_id
+            elif second >> 32 < recipe.randomise:
+                seen[b][t] = replacements[second % 2**32 * len(replacements) >> 32]
+    return seen, positions, targets

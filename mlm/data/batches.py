@@ -1,8 +1,12 @@
 """Which chunks a step sees, and with which masks: a pure function of (seed, step).
 
-epochs             | epoch 0: 3 0 4 1 2 | epoch 1: 1 4 2 0 3 | …    a permutation each, by (seed, epoch)
-global batch of 4  | 3 0 4 1 | 2 1 4 2 | 0 3 …                      step s takes places 4s … 4s + 3
-2 processes        | 3 0, 4 1 | …                                   contiguous shares, as even as they come
+Five chunks under seed 1, in global batches of four, on two processes:
+
+epochs            | epoch 0: 0 3 1 2 4 | epoch 1: 2 0 1 4 3 | …    a permutation each, by (seed, epoch)
+global batches    | 0 3 1 2 | 4 2 0 1 | 4 3 …                      step s takes places 4s … 4s + 3
+rank 0, rank 1    | 0 3, 1 2 | 4 2, 0 1 | …                        contiguous shares, as even as they come
+
+A chunk's masks are keyed by the epoch in which it is seen, so that it has new ones in each.
 """
 
 from collections.abc import Callable
@@ -18,21 +22,21 @@ from mlm.data.order import epoch_order
 
 
 class Batch(NamedTuple):
-    """B masked chunks on the host; M tokens of them are predicted."""
+    """B masked chunks, M tokens of which are predicted."""
 
-    input_ids: torch.Tensor  # [B, T] int64
-    positions: torch.Tensor  # [M] int64 into the flat B * T
-    targets: torch.Tensor  # [M] int64
+    input_ids: torch.Tensor  # [B, T] int64, corrupted
+    positions: torch.Tensor  # [M] int64 into the flat B * T, ascending
+    targets: torch.Tensor  # [M] int64, the tokens that stood there
     attention_mask: torch.Tensor | None  # [B, T] int64, 0: padding; None: every row is full
 
     def to(self, device: torch.device) -> "Batch":
-        pin = device.type == "cuda"  # a copy from other memory waits for all that the device has to do
+        pin = device.type == "cuda"  # a copy from memory that is not pinned synchronises the device
         ready = (t.pin_memory() if pin and t is not None else t for t in self)
         return Batch(*(t if t is None else t.to(device, non_blocking=pin) for t in ready))
 
 
 Select = Callable[[np.ndarray, np.ndarray, float, np.ndarray], np.ndarray]
-"""maskable [B, T] bool, draws [B, T] uint64, rate, word_starts [B, T] bool -> [B, T] bool, 1: predicted"""
+"""(maskable [B, T] bool, draws [B, T] uint64, rate, word_starts [B, T] bool) -> [B, T] bool, 1: predicted"""
 
 
 def mask_chunks(
@@ -44,10 +48,12 @@ def mask_chunks(
     recipe: Recipe,
     select: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
 ) -> Batch:
-    """chunk_ids [B], epochs [B] in which each is seen -> a Batch.
+    """Takes chunks from the store and masks them.
 
-    maskable: [V] bool, 1: may be masked
-    select: maskable [B, T], draws [B, T], word_starts [B, T] -> [B, T] bool, 1: predicted
+    chunk_ids: [B] int64
+    epochs:    [B] int64, in which each chunk is seen
+    maskable:  [V] bool, 1: may be masked
+    select:    (maskable [B, T], draws [B, T], word_starts [B, T]) -> [B, T] bool, 1: predicted
     """
     rows = chunks.take(chunk_ids)
     draws = _draw_rows(seed, epochs, chunk_ids, rows.ids.shape[1])
@@ -62,12 +68,13 @@ def mask_chunks(
 
 @dataclass(frozen=True)
 class Batches:
-    """The training batches of one process among `world`.
+    """The training batches of process `rank` of `world`.
 
-    maskable: [V] bool, 1: may be masked
-    select: which tokens of a chunk are predicted, at a rate
-    rate: the share of tokens that are predicted in a step
-    samples: train on that many chunks only, drawn by the seed
+    maskable:     [V] bool, 1: may be masked
+    select:       selects the tokens to predict, at a rate
+    rate:         the rate at a step
+    global_batch: chunks a step, over all processes
+    samples:      train on this many chunks only, drawn by the seed
     """
 
     chunks: Chunks
@@ -83,55 +90,48 @@ class Batches:
 
     @property
     def num_chunks(self) -> int:
-        """Chunks an epoch."""
+        """Chunks in an epoch."""
         return min(self.samples or len(self.chunks), len(self.chunks))
 
     def tokens(self, step: int) -> int:
-        """Tokens of a global batch, padding not counted."""
+        """Tokens in the global batch of a step, padding not counted."""
         if self.chunks.lengths is None:
             return self.global_batch * self.chunks.chunk_size
         return int(self.chunks.lengths[self.places(step)[0]].sum())
 
     def due(self, every: int | Literal["epoch"] | None, step: int) -> bool:
-        """Whether what is done every so many steps, or after each epoch, comes after `step` steps."""
+        """Whether something done every so many steps (or after every epoch) is due after `step` steps."""
         if every == "epoch":
-            return (
-                step * self.global_batch // self.num_chunks
-                > (step - 1) * self.global_batch // self.num_chunks
-            )
+            done, before = (s * self.global_batch // self.num_chunks for s in (step, step - 1))  # epochs
+            return done > before
         return every is not None and step % every == 0
 
     def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Step s's global batch: its chunk ids [G] and the epoch of each [G], int64."""
+        """The global batch of a step: its chunk ids [G] int64, and the epoch [G] int64 of each."""
         epochs, index = np.divmod(step * self.global_batch + np.arange(self.global_batch), self.num_chunks)
         chunk_ids = np.empty_like(index)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            chunk_ids[here] = epoch_order(self.seed, int(epoch), len(self.chunks), self.num_chunks)[
-                index[here]
-            ]
+            order = epoch_order(self.seed, int(epoch), len(self.chunks), self.num_chunks)
+            chunk_ids[here] = order[index[here]]
         return chunk_ids, epochs
 
     def load(self, step: int, micro_batch: int) -> tuple[list[Batch], int]:
-        """This process's share of step s, at most `micro_batch` chunks at a time (none if it is empty).
+        """This process's share of a step, and the number of masked tokens in the whole global batch.
 
-        And how many tokens are masked in the whole batch, which the mean loss is over: each process counts
-        for itself, none has to ask.
+        The share is cut into micro-batches of at most `micro_batch` chunks; an empty share has none. The mean
+        loss divides by the number, which each process counts for itself, without communication.
         """
         chunk_ids, epochs = self.places(step)
         start, end = (-(-self.global_batch * r // self.world) for r in (self.rank, self.rank + 1))
-        share = [
-            self.mask(step, chunk_ids[i : min(i + micro_batch, end)], epochs[i : min(i + micro_batch, end)])
-            for i in range(start, end, micro_batch)
-        ]
+        cuts = [slice(i, min(i + micro_batch, end)) for i in range(start, end, micro_batch)]
+        share = [self.mask(step, chunk_ids[cut], epochs[cut]) for cut in cuts]
         others = np.r_[0:start, end : self.global_batch]
-        masked = sum(len(batch.positions) for batch in share) + self._count(
-            step, chunk_ids[others], epochs[others]
-        )
-        return share, masked
+        masked = sum(len(batch.positions) for batch in share)
+        return share, masked + self._count(step, chunk_ids[others], epochs[others])
 
     def mask(self, step: int, chunk_ids: np.ndarray, epochs: np.ndarray) -> Batch:
-        """These chunks, at the mask rate of a step."""
+        """Masks chunks at the rate of a step. chunk_ids, epochs: [B] int64, as in `mask_chunks`"""
         rate = self.rate(step)
         return mask_chunks(
             self.chunks,
@@ -152,7 +152,7 @@ class Batches:
 
 
 def _draw_rows(seed: int, epochs: np.ndarray, chunk_ids: np.ndarray, length: int) -> np.ndarray:
-    """Draws [B, length] for rows that may belong to different epochs."""
+    """Draws [B, length] uint64 of chunks that may be seen in different epochs."""
     distinct = np.unique(epochs)
     if len(distinct) == 1:
         return draw(seed, int(distinct[0]), chunk_ids, length)

@@ -1,14 +1,25 @@
-"""Masks from a counter-based hash: drawing is apart from corrupting.
+"""Masks from a counter-based hash: drawing, selecting and corrupting are three pure functions.
 
-    draws = draw(seed, epoch, chunk_ids, length)            64 random bits for each token's place
-    selected = select_tokens(maskable, draws, rate)         which tokens are predicted
-    corrupted = corrupt(ids, selected, draws, recipe)       what the model sees: a pure function of these
+    draws = draw(seed, epoch, chunk_ids, length)          [B, T] 64 random bits a token
+    selected = select_tokens(maskable, draws, rate)       [B, T] which tokens are predicted
+    corrupted = corrupt(ids, selected, draws, recipe)     what the model sees, where, and what stood there
 
-No generator carries state: a mask depends on (seed, epoch, chunk id, position) and the recipe alone, not on
-batch size, worker, process, device or restart. NumPy and torch compute the same bits: both wrap at 64.
+    ids                      [CLS]  the     film  ##s     [SEP]
+    maskable                 0      1       1     1       0
+    word_starts              1      1       1     0       1
+    draws, in shares         0.1    0.2     0.9   0.3     0.4
+    select_tokens, rate 0.5  .      x       .     x       .         maskable, and a draw below the rate
+    select_words, rate 0.5   .      x       .     .       .         "films" has the draw of "film"
+    select_fold 0 of 2       .      x       x     .       .         ranks of the draws: the 0, ##s 1, film 2
+    select_fold 1 of 2       .      .       .     x       .
+    corrupt(select_tokens)   [CLS]  [MASK]  film  [MASK]  [SEP]     positions 1 3, targets the ##s
+
+No generator carries state: a mask depends on (seed, epoch, chunk id, position), the rate and the recipe
+alone, not on batch size, worker, process, device or restart. NumPy and torch compute the same bits: the
+integer arithmetic of both wraps at 64 bits.
 
 The mixing is SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014):
-position t of a stream is mix(key + (t + 1) * GOLDEN), with the finalizer of Stafford's variant 13.
+number t of the sequence with a key is mix(key + (t + 1) * GOLDEN), and mix is Stafford's variant 13.
 """
 
 import hashlib
@@ -24,10 +35,10 @@ from mlm.errors import UserError
 GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 SHIFTS = (30, 27, 31)
-# What a stream is for, so that the order of chunks tells nothing of their masks. DROPOUT + rank comes last.
+# What draws are for: the order of chunks must be independent of their masks. DROPOUT + rank comes last.
 MASKS, ORDER, SUBSET, DROPOUT = 1, 2, 3, 4
 ALL_BITS = 2**64 - 1
-SCALE = 1 << 32
+SCALE = 1 << 32  # thresholds are shares of it, compared with 32 bits of a draw; 1 takes all
 
 
 @dataclass(frozen=True)
@@ -35,9 +46,9 @@ class MaskingConfig:
     """How many tokens are predicted, and what the model sees in their place."""
 
     mlm_probability: float = 0.15  # share of the tokens (or of the words) that are predicted
-    mask_replace_prob: float = 0.8  # ... of these, the share that becomes the mask token
-    random_replace_prob: float = 0.1  # ... and the share that becomes a random token; the rest stays as it is
-    whole_word_mask: bool = False  # all tokens of a word are masked together
+    mask_replace_prob: float = 0.8  # share of the predicted tokens that becomes the mask token
+    random_replace_prob: float = 0.1  # share of the predicted tokens that becomes a random token
+    whole_word_mask: bool = False  # mask all tokens of a word together
 
     def __post_init__(self) -> None:
         for name in ("mlm_probability", "mask_replace_prob", "random_replace_prob"):
@@ -52,32 +63,32 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a predicted token is replaced by, in integers: thresholds are shares of 2**32, so that 1 takes all."""
+    """What a predicted token is replaced by, decided by a second draw."""
 
-    replace: int  # a predicted token becomes the mask token where its second draw lies below this,
-    randomise: int  # a random maskable token where it lies below that; otherwise it stays
+    replace: int  # of SCALE; a second draw below this: the mask token,
+    randomise: int  # of SCALE; else below this: a random maskable token; else the token stays
     mask_id: int
-    maskable_ids: np.ndarray  # [R] int64, the ids a random replacement is drawn from
+    maskable_ids: np.ndarray  # [R] int64, the ids that a random replacement is drawn from
 
     @property
     def digest(self) -> str:
-        """A fingerprint: with equal digests `corrupt` does the same to the same tokens."""
+        """A fingerprint: recipes with equal digests corrupt alike."""
         thresholds = f"{self.replace} {self.randomise} {self.mask_id} "
         return hashlib.sha256(thresholds.encode() + self.maskable_ids.tobytes()).hexdigest()[:16]
 
 
 class Corrupted(NamedTuple):
-    """A corrupted batch, M tokens of it to be predicted: NumPy arrays or torch tensors, as the input was."""
+    """A corrupted batch with M predicted tokens: NumPy arrays or torch tensors, as the input was."""
 
     ids: np.ndarray  # [B, T] int64, what the model sees
     positions: np.ndarray  # [M] int64 into the flat B * T, ascending
-    targets: np.ndarray  # [M] int64, what stood there
+    targets: np.ndarray  # [M] int64, the tokens that stood there
 
 
 def make_recipe(info: TokenizerInfo, mask: float = 0.8, randomise: float = 0.1) -> Recipe:
-    """The shares of predicted tokens that become the mask token, and a random one, as integer thresholds.
+    """The shares of the predicted tokens that become the mask token, and a random token, as thresholds.
 
-    By default BERT's own (Devlin et al. 2019, section 3.1): 80% masked, 10% random, 10% as they are.
+    The defaults are BERT's (Devlin et al. 2019, section 3.1): 80% masked, 10% random, 10% unchanged.
     """
     return Recipe(
         replace=_threshold(mask),
@@ -88,14 +99,14 @@ def make_recipe(info: TokenizerInfo, mask: float = 0.8, randomise: float = 0.1) 
 
 
 def mix(x: int) -> int:
-    """SplitMix64's finalizer on a Python integer, modulo 2**64: the definition that both kernels follow."""
+    """SplitMix64's finalizer on a Python integer, modulo 2**64; `_mix` and `_mix_torch` follow it."""
     x = (x ^ (x >> SHIFTS[0])) * MULTIPLIERS[0] & ALL_BITS
     x = (x ^ (x >> SHIFTS[1])) * MULTIPLIERS[1] & ALL_BITS
     return x ^ (x >> SHIFTS[2])
 
 
 def stream_key(seed: int, epoch: int, purpose: int) -> int:
-    """The 64-bit key of all draws of (seed, epoch) for one purpose."""
+    """The 64-bit key of the draws of (seed, epoch) for one purpose. Any integer is a seed, modulo 2**64."""
     key = 0
     for word in (seed, epoch, purpose):
         key = mix((key + GOLDEN + (word & ALL_BITS)) & ALL_BITS)
@@ -103,7 +114,7 @@ def stream_key(seed: int, epoch: int, purpose: int) -> int:
 
 
 def draw(seed: int, epoch: int, chunk_ids: np.ndarray, length: int, purpose: int = MASKS) -> np.ndarray:
-    """chunk_ids [B] -> [B, length] uint64, uniform; `draw_torch` has the same bits in int64."""
+    """chunk_ids [B] -> draws [B, length] uint64, uniform over all 64 bits."""
     chunk_keys = np.asarray(chunk_ids).astype(np.uint64) * np.uint64(GOLDEN)
     chunk_keys = _mix(chunk_keys + np.uint64(stream_key(seed, epoch, purpose)))  # [B]
     steps = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(GOLDEN)  # [T]
@@ -119,21 +130,21 @@ def draw_torch(seed: int, epoch: int, chunk_ids: torch.Tensor, length: int) -> t
 
 
 def select_tokens(maskable: np.ndarray, draws: np.ndarray, rate: float) -> np.ndarray:
-    """Each maskable token with probability `rate`, on its own: [B, T] bool, 1: predicted.
+    """Selects each maskable token with probability `rate`, independently: [B, T] bool, 1: predicted.
 
     maskable: [B, T] bool, 1: no special or unused token
     draws:    [B, T] uint64
-
-    What is selected at a lower rate is selected at any higher one.
+    rate:     in [0, 1]; the tokens selected at a lower rate are a subset of those at a higher one
     """
     return (draws >> np.uint64(32) < _threshold(rate)) & maskable
 
 
 def select_words(maskable: np.ndarray, draws: np.ndarray, rate: float, word_starts: np.ndarray) -> np.ndarray:
-    """Each word with probability `rate`, all of its maskable tokens together: [B, T] bool, 1: predicted.
+    """Selects each word with probability `rate`, its maskable tokens together: [B, T] bool, 1: predicted.
 
-    A word has the draw of its first token in the chunk. Arguments as in `select_tokens`, and
-    word_starts: [B, T] bool, 1: a word begins here.
+    A word has the draw of its first token in the chunk.
+
+    word_starts: [B, T] bool, 1: a word begins here; the other arguments as in `select_tokens`
     """
     hit = draws >> np.uint64(32) < _threshold(rate)
     starts = word_starts.copy()
@@ -144,17 +155,19 @@ def select_words(maskable: np.ndarray, draws: np.ndarray, rate: float, word_star
 def select_fold(
     maskable: np.ndarray, draws: np.ndarray, word_starts: np.ndarray | None, fold: int, folds: int
 ) -> np.ndarray:
-    """Which tokens are predicted in pass `fold` of `folds`: [B, T] bool, one pass for each maskable token.
+    """Selects one fold of several, which partition the maskable tokens: [B, T] bool, 1: predicted.
 
-    The order of its draw among the chunk's tokens decides, dealt out in turn from a fold that the chunk's
-    draws name. So the folds of a chunk differ by one token or word at most. Words stay together where
-    `word_starts` is given. Arguments as in `select_words`.
+    The chunk's tokens are ranked by their draws and dealt out to the folds in turn, beginning at a fold that
+    depends on the chunk's first draw. So the folds of a chunk differ by at most one token, or one word.
+
+    word_starts: [B, T] bool to keep words together, None to deal out single tokens
+    fold, folds: which fold, in [0, folds), of how many; the other arguments as in `select_tokens`
     """
     rows, length = draws.shape
     head = (
         np.broadcast_to(np.arange(length), draws.shape) if word_starts is None else _word_heads(word_starts)
     )
-    units = np.zeros((rows, length), bool)  # 1: a token, or a word, to be dealt out
+    units = np.zeros((rows, length), bool)  # 1: a token, or the head of a word, to deal out
     row, column = np.nonzero(maskable)
     units[row, head[row, column]] = True
     order = np.argsort(np.where(units, draws, ALL_BITS), axis=1, kind="stable")
@@ -165,9 +178,9 @@ def select_fold(
 
 
 def corrupt(ids: np.ndarray, selected: np.ndarray, draws: np.ndarray, recipe: Recipe) -> Corrupted:
-    """What the model sees, where it predicts, and what stood there.
+    """Replaces the selected tokens by the recipe.
 
-    ids:      [B, T] int64
+    ids:      [B, T] int64, left unchanged
     selected: [B, T] bool, 1: predicted
     draws:    [B, T] uint64
     """
@@ -183,19 +196,19 @@ def corrupt(ids: np.ndarray, selected: np.ndarray, draws: np.ndarray, recipe: Re
     return Corrupted(corrupted, positions, targets)
 
 
-# The same on torch tensors of any device, to the bit. Training masks on the host, while the device computes;
-# these are for masking on the device instead, which benchmarks/gpu.py times.
+# The same to the bit on torch tensors of any device. The product masks on the host while the device computes;
+# these functions mask on the device instead, and show that the masks are no property of one library.
 
 
 def select_tokens_torch(maskable: torch.Tensor, draws: torch.Tensor, rate: float) -> torch.Tensor:
-    """`select_tokens` of draws [B, T] int64."""
+    """`select_tokens` on tensors; draws [B, T] int64."""
     return (_shift(draws, 32) < _threshold(rate)) & maskable
 
 
 def select_words_torch(
     maskable: torch.Tensor, draws: torch.Tensor, rate: float, word_starts: torch.Tensor
 ) -> torch.Tensor:
-    """`select_words` of draws [B, T] int64."""
+    """`select_words` on tensors; draws [B, T] int64."""
     column = torch.arange(draws.shape[1], device=draws.device)
     first = torch.where(word_starts, column, 0).cummax(dim=1).values  # [B, T]
     return select_tokens_torch(maskable, draws.gather(1, first), rate)
@@ -204,7 +217,7 @@ def select_words_torch(
 def corrupt_torch(
     ids: torch.Tensor, selected: torch.Tensor, draws: torch.Tensor, recipe: Recipe
 ) -> Corrupted:
-    """`corrupt` of draws [B, T] int64. `nonzero` synchronises the device."""
+    """`corrupt` on tensors; draws [B, T] int64. `nonzero` synchronises the device."""
     positions = selected.reshape(-1).nonzero().squeeze(1)  # [M]
     targets = ids.reshape(-1)[positions]
     second = _mix_torch(draws.reshape(-1)[positions])
@@ -222,16 +235,16 @@ def _threshold(share: float) -> int:
 
 
 def _word_heads(word_starts: np.ndarray) -> np.ndarray:
-    """[B, T] int64, the column where each token's word begins in its chunk."""
+    """[B, T] int64, the column at which each token's word begins in its chunk."""
     column = np.arange(word_starts.shape[1])
     return np.maximum.accumulate(np.where(word_starts, column, 0), axis=1)
 
 
 def _through_words(hit: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """What a word's first token has, given to all its tokens; [n] bool each, starts[0] is 1.
+    """Copies the value of each word's first token to all its tokens; [n] bool each, starts[0] is 1.
 
-    A segmented scan by doubling (Hillis & Steele, "Data parallel algorithms", CACM 1986), since passes over
-    bool arrays are all but free: as many as the logarithm of the longest word hit, whatever the tokens.
+    A segmented scan by doubling (Hillis & Steele, "Data parallel algorithms", CACM 1986): its number of steps
+    is the logarithm of the longest selected word, and a step over a bool array costs next to nothing.
     """
     hit, inside, reach = hit & starts, ~starts, 1  # inside: the last `reach` tokens start no word
     while (further := hit[:-reach] & inside[reach:]).any():
@@ -242,7 +255,7 @@ def _through_words(hit: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """`mix` on uint64, in place: the passes over memory are what it costs."""
+    """`mix` on uint64, in place: memory traffic is what it costs."""
     x ^= x >> SHIFTS[0]
     x *= MULTIPLIERS[0]
     x ^= x >> SHIFTS[1]
@@ -258,7 +271,7 @@ def _mix_torch(x: torch.Tensor) -> torch.Tensor:
 
 
 def _shift(x: torch.Tensor, by: int) -> torch.Tensor:
-    """Logical shift right: torch's own on int64 copies the sign."""
+    """Logical right shift: torch's own on int64 copies the sign."""
     return (x >> by) & ((1 << (64 - by)) - 1)
 
 

@@ -1,16 +1,18 @@
 """Which chunks a step sees is a pure function of (seed, step), however the work is cut."""
 
+import dataclasses
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlm.data.batches import Batches, mask_chunks
 from mlm.data.chunks import Chunks
-from mlm.data.masking import Recipe
+from mlm.data.masking import Recipe, select_tokens
 from mlm.data.order import shuffle, subset
 
-ORDINARY = np.arange(100) > 4
-RECIPE = Recipe(1 << 31, 1 << 32, 1 << 32, mask_id=4, maskable_ids=np.arange(5, 100), whole_word=False)
+MASKABLE = np.arange(100) > 4
+RECIPE = Recipe(1 << 32, 1 << 32, mask_id=4, maskable_ids=np.arange(5, 100))
 
 
 def chunks(n, length=6):
@@ -19,12 +21,31 @@ def chunks(n, length=6):
     return Chunks(ids, np.ones(len(ids), bool), length, n, pad_id=0)
 
 
-def batches(n=10, seed=1, global_batch=4, **more):
-    return Batches(chunks(n), RECIPE, ORDINARY, seed, global_batch, **more)
+def select(maskable, draws, rate, word_starts):
+    return select_tokens(maskable, draws, rate)
 
 
-def test_a_worked_example():
-    """Five chunks, four a step: the second step takes the last of epoch 0 and three of epoch 1."""
+def batches(n=10, seed=1, global_batch=4, rate=lambda step: 0.5, **more):
+    return Batches(chunks(n), RECIPE, MASKABLE, select, rate, seed, global_batch, **more)
+
+
+def masked(chunks, chunk_ids, epochs, rate=0.5):
+    def selection(maskable, draws, word_starts):
+        return select_tokens(maskable, draws, rate)
+
+    return mask_chunks(chunks, np.array(chunk_ids), np.array(epochs), 1, MASKABLE, RECIPE, selection)
+
+
+def test_the_worked_example_of_the_module():
+    steps = [batches(n=5).places(step) for step in (0, 1)]
+    assert [chunk_ids.tolist() for chunk_ids, _ in steps] == [[0, 3, 1, 2], [4, 2, 0, 1]]
+    assert [epochs.tolist() for _, epochs in steps] == [[0, 0, 0, 0], [0, 1, 1, 1]]
+    for step, expected in ((0, [[0, 3], [1, 2]]), (1, [[4, 2], [0, 1]])):
+        shares = [batches(n=5, rate=lambda _: 0, rank=rank, world=2).load(step, 4)[0] for rank in (0, 1)]
+        assert [(batch.input_ids[:, 0] - 5).tolist() for [batch] in shares] == expected
+
+
+def test_a_step_that_reaches_into_the_next_epoch_takes_both_orders():
     first, second = shuffle(1, 0, 5).tolist(), shuffle(1, 1, 5).tolist()
     chunk_ids, epochs = batches(n=5).places(1)
     assert chunk_ids.tolist() == [first[4], *second[:3]]
@@ -49,11 +70,11 @@ def test_every_epoch_sees_every_chunk_once(n, G, seed, epochs):
     step=st.integers(0, 4),
 )
 def test_processes_and_micro_batches_cut_the_global_batch_without_changing_it(n, G, world, micro, step):
-    [whole], masked = batches(n, global_batch=G).load(step, G)
+    [whole], count_of_all = batches(n, global_batch=G).load(step, G)
     parts = []
     for rank in range(world):
         share, count = batches(n, global_batch=G, rank=rank, world=world).load(step, micro)
-        assert count == masked  # each process knows the count of all
+        assert count == count_of_all == len(whole.positions)
         assert all(len(batch.input_ids) <= micro for batch in share)
         assert sum(len(batch.input_ids) for batch in share) in (G // world, -(-G // world))
         parts += share
@@ -62,21 +83,34 @@ def test_processes_and_micro_batches_cut_the_global_batch_without_changing_it(n,
 
 
 def test_a_process_whose_share_is_empty_has_no_batch_but_knows_the_count():
-    share, masked = batches(global_batch=2, rank=0, world=4).load(0, 4)
+    share, count = batches(global_batch=2, rank=1, world=4).load(0, 4)
     assert share == []
-    assert masked == batches(global_batch=2).load(0, 4)[1] > 0
+    assert count == batches(global_batch=2).load(0, 4)[1] > 0
+
+
+def test_the_rate_and_the_selection_are_those_of_the_step():
+    """Every process counts the masked tokens of the others by them too."""
+
+    def first_columns(maskable, draws, rate, word_starts):
+        return maskable & (np.arange(maskable.shape[1]) < rate)
+
+    for rank in (0, 1):
+        own = batches(rate=lambda step: step + 1, rank=rank, world=2)
+        own = dataclasses.replace(own, select=first_columns)
+        for step in (0, 1, 2):
+            [batch], count = own.load(step, 4)
+            assert (batch.positions.numpy() % 6).tolist() == [*range(step + 1)] * 2
+            assert count == 4 * (step + 1)
 
 
 def test_a_chunk_is_masked_anew_in_each_epoch():
-    first = mask_chunks(chunks(8), np.arange(8), np.zeros(8, int), 1, RECIPE, ORDINARY)
-    second = mask_chunks(chunks(8), np.arange(8), np.ones(8, int), 1, RECIPE, ORDINARY)
+    first, second = (masked(chunks(8), range(8), [epoch] * 8) for epoch in (0, 1))
     assert first.positions.tolist() != second.positions.tolist()
 
 
 def test_rows_of_two_epochs_in_one_batch_have_each_their_own_masks():
-    ids, epochs = np.array([3, 3, 2]), np.array([0, 1, 1])
-    together = mask_chunks(chunks(8), ids, epochs, 1, RECIPE, ORDINARY)
-    alone = [mask_chunks(chunks(8), ids[[i]], epochs[[i]], 1, RECIPE, ORDINARY) for i in range(3)]
+    together = masked(chunks(8), [3, 3, 2], [0, 1, 1])
+    alone = [masked(chunks(8), [chunk], [epoch]) for chunk, epoch in ((3, 0), (3, 1), (2, 1))]
     assert together.input_ids.tolist() == [batch.input_ids[0].tolist() for batch in alone]
 
 
@@ -84,15 +118,12 @@ def test_a_sample_is_drawn_by_the_seed_and_kept_for_every_epoch():
     few = batches(n=50, samples=8)
     seen = [set(few.places(step)[0].tolist()) for step in range(4)]
     assert seen[0] | seen[1] == seen[2] | seen[3] == set(subset(1, 50, 8).tolist())
-    assert subset(1, 50, 8).tolist() != subset(2, 50, 8).tolist()
-    assert subset(1, 50, None).tolist() == subset(1, 50, 99).tolist() == list(range(50))
 
 
 def test_padding_is_never_predicted_and_full_rows_carry_no_attention_mask():
     ids = np.arange(5, 15).astype(np.uint16)
     padded = Chunks(ids, np.ones(10, bool), 6, 2, pad_id=0, lengths=np.array([6, 4]))
-    every = Recipe(1 << 32, 1 << 32, 1 << 32, 4, RECIPE.maskable_ids, False)
-    batch = mask_chunks(padded, np.array([0, 1]), np.zeros(2, int), 0, every, ORDINARY)
+    batch = masked(padded, [0, 1], [0, 0], rate=1)
     assert batch.attention_mask.tolist() == [[1] * 6, [1] * 4 + [0] * 2]
     assert batch.targets.tolist() == list(range(5, 15))
-    assert mask_chunks(padded, np.array([0]), np.zeros(1, int), 0, every, ORDINARY).attention_mask is None
+    assert masked(padded, [0], [0], rate=1).attention_mask is None
