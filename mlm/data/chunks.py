@@ -1,9 +1,9 @@
-"""From one long stream of tokens to rows of equal length.
+"""Cuts the token sequence of a split into chunks of equal length.
 
 ids                [ a b c d | e f g h | i j ]      documents: abc, defghi, j
-concatenate        abcd, efgh                       remainder="drop": i j are dropped, once a split
+concatenate        abcd, efgh                       remainder="drop": i j are dropped, once per split
                    abcd, efgh, ij__                 remainder="pad"
-line_by_line       abc_, defg, j___                 one document a row, cut and padded
+line_by_line       abc_, defg, j___                 one document per row, cut and padded
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from mlm.errors import UserError, at_least
 
 @dataclass(frozen=True)
 class ChunkConfig:
-    """How long chunks are, and what becomes of what fills none."""
+    """How long chunks are, and what happens to the last, incomplete one."""
 
     max_seq_length: int | None = None  # tokens in a chunk (default: 128, or what the model takes if less)
-    remainder: Literal["drop", "pad"] = "drop"  # the split's last, incomplete chunk
-    line_by_line: bool = False  # one document a row, cut and padded, instead of concatenated text
+    remainder: Literal["drop", "pad"] = "drop"  # drop or pad the split's last, incomplete chunk
+    line_by_line: bool = False  # make each document a row, cut and padded, instead of concatenating the text
     pad_to_max_length: bool = False  # pad to max_seq_length, not to a batch's longest row (static shapes)
 
     def __post_init__(self) -> None:
@@ -43,21 +43,22 @@ def chunk_length(config: ChunkConfig, max_positions: int | None) -> int:
 
 
 class Rows(NamedTuple):
-    """B chunks, widened to what torch indexes with."""
+    """B chunks in int64, which torch can index with."""
 
     ids: np.ndarray  # [B, T] int64
     word_starts: np.ndarray  # [B, T] bool, 1: a word begins here
-    lengths: np.ndarray | None  # [B] int64 real tokens of each row, before padding; None: all are full
+    lengths: np.ndarray | None  # [B] int64, tokens of each row without padding; None: all are full
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """The chunks of a split, still in the token store: nothing is copied before `take`.
+    """The chunks of a split as views of the token store: only `take` copies.
 
-    ids, word_starts: [N], the whole stream
-    first:            [n] int64, where each row begins in the stream; None: row c begins at c * chunk_size
-    lengths:          [n] int64, real tokens of each row; None: all are full
-    suffix:           ids that close a document, kept at the end of a row whose document was cut
+    ids, word_starts: [N], the whole store
+    first:            [n] int64, where each row begins in the store; None: row c begins at c * chunk_size
+    lengths:          [n] int64, tokens of each row without padding; None: all are full
+    suffix:           ids that end a document, kept at the end of a row whose document was cut
+    cut:              [n] bool, 1: the row's document was longer than the row
     """
 
     ids: np.ndarray
@@ -68,16 +69,16 @@ class Chunks:
     first: np.ndarray | None = None
     lengths: np.ndarray | None = None
     suffix: tuple[int, ...] = ()
-    cut: np.ndarray | None = None  # [n] bool, 1: the row's document was longer than the row
-    pad_to_max_length: bool = False  # rows of T tokens even where every row taken is shorter
+    cut: np.ndarray | None = None
+    pad_to_max_length: bool = False  # rows of chunk_size tokens even where all rows taken are shorter
 
     def __len__(self) -> int:
         return self.num_chunks
 
     def take(self, chunk_ids: np.ndarray) -> Rows:
-        """chunk_ids [B] -> Rows of [B, T], T the chunk size or the longest of these rows if all are padded"""
+        """chunk_ids [B] -> Rows [B, T]; T is the chunk size, or the longest of the rows if all are padded."""
         size = self.chunk_size
-        if self.lengths is None:  # full rows: a view of the stream, so that a gather is B copies of T tokens
+        if self.lengths is None:  # full rows: a reshaped view, so that a gather is B copies of T tokens
             full = self.num_chunks * size
             ids = self.ids[:full].reshape(-1, size)[chunk_ids].astype(np.int64)
             return Rows(ids, self.word_starts[:full].reshape(-1, size)[chunk_ids], None)
@@ -95,12 +96,12 @@ class Chunks:
         return Rows(ids, word_starts, lengths)
 
     def places(self, chunk_ids: np.ndarray, columns: np.ndarray | int) -> np.ndarray:
-        """Where in the stream the tokens in these columns [M] of the chunks [M] stand: [M] int64."""
+        """Where in the store the tokens at these columns [M] of the chunks [M] stand: [M] int64."""
         first = chunk_ids.astype(np.int64) * self.chunk_size if self.first is None else self.first[chunk_ids]
         return first + columns
 
     def documents(self, chunk_ids: np.ndarray, document_offsets: np.ndarray) -> np.ndarray:
-        """The documents [D] int64, ascending, that the chunks `chunk_ids` [B] hold tokens of."""
+        """The documents [D] int64, ascending, that these chunks [B] contain tokens of."""
         first = self.places(chunk_ids, 0)
         length = self.chunk_size if self.lengths is None else self.lengths[chunk_ids]
         begins, ends = np.searchsorted(document_offsets, [first, first + length - 1], side="right") - 1  # [B]
@@ -108,7 +109,7 @@ class Chunks:
 
 
 def cut_into_chunks(store: TokenStore, config: ChunkConfig, chunk_size: int, info: TokenizerInfo) -> Chunks:
-    """The chunks of a split, as `config` asks. Raises UserError where there is not even one."""
+    """The chunks of a split by `config`. Raises UserError where there is none."""
     if config.line_by_line:
         chunks = line_by_line(store.ids, store.word_starts, store.document_offsets, chunk_size, info)
     else:
@@ -126,7 +127,7 @@ def cut_into_chunks(store: TokenStore, config: ChunkConfig, chunk_size: int, inf
 def concatenate(
     ids: np.ndarray, word_starts: np.ndarray, chunk_size: int, pad_id: int, remainder: Literal["drop", "pad"]
 ) -> Chunks:
-    """Cuts the stream ids [N] into floor(N / T) chunks, or with "pad" ceil(N / T), the last one padded."""
+    """Cuts ids [N] into floor(N / T) chunks, or with "pad" into ceil(N / T), the last one padded."""
     full, rest = divmod(len(ids), chunk_size)
     if remainder == "drop" or rest == 0:
         return Chunks(ids, word_starts, chunk_size, full, pad_id)
@@ -142,7 +143,7 @@ def line_by_line(
     chunk_size: int,
     info: TokenizerInfo,
 ) -> Chunks:
-    """One document a row. A document longer than T is cut, and still ends as a document does ([SEP])."""
+    """One document per row. A document longer than T is cut, and still ends with the suffix ([SEP])."""
     lengths = np.diff(document_offsets)
     return Chunks(
         ids,

@@ -1,63 +1,62 @@
-"""The token store: a split's documents as one stream of tokens on disk, made once per (corpus, tokenizer).
+"""The token store: a split's documents as one token sequence on disk, built once per corpus and tokenizer.
 
     <token_store>/<key>/train/ids.npy              [N] the smallest unsigned type that holds the vocabulary
                               word_starts.npy      [N] bool, 1: a word of the tokenizer begins here
                               document_offsets.npy [D + 1] int64, document d: ids[offsets[d] : offsets[d + 1]]
-                              header.json          what it was made from, sizes, fingerprints
+                              header.json          its sources, counts, sizes and fingerprints
                         validation/…
 
-The key names the corpus (paths, sizes and times, or the Hub's revision) and the tokenizer, so that a second
-run finds its store without reading a document. A store is built beside its place and renamed, so that a
-half-built one is never found. Of several runs that want the same one, one builds and the others wait, by a
-lock on <key>.lock, a file that stays (`one_builder` says why); it may be removed when no run builds.
+The key is a hash of the corpus (paths, sizes and times, or the Hub's revision) and the tokenizer, so that a
+second run finds its store without reading a document. A store is built beside its place and renamed, so that
+no run finds half of one. Of several runs that need the same store one builds it while the others wait for its
+lock, <key>.lock; the file stays (`one_builder` says why) and may be removed when no run is building.
+
+A store of another format version, and one that is damaged, is built anew.
 """
 
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import logging
 import os
-import re
 import shutil
 import socket
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data import corpus
 from mlm.data.corpus import Corpus, CorpusConfig
-from mlm.data.tokenizer import TokenizerInfo, text_encoder
+from mlm.data.encode import encode_batches
+from mlm.data.tokenizer import TokenizerInfo
 from mlm.errors import UserError, at_least
 from mlm.files import one_builder
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ARRAYS = ("ids", "word_starts", "document_offsets")
 BATCH_DOCUMENTS = 1000
-BATCH_CHARACTERS = 4_000_000  # what is held in memory at a time, unless one document is longer
-MAX_MEAN_WORD = 10  # tokens; whole words longer than this on average are no words
-ABANDONED = 24 * 3600  # seconds in which a build that is alive has written something
+BATCH_CHARACTERS = 4_000_000  # held in memory at a time, unless one document is longer
+MAX_MEAN_WORD = 10  # tokens; "words" that are longer on average are sentences of an unsegmented script
+ABANDONED = 24 * 3600  # seconds after its last write from which a build counts as dead
 
 
 @dataclass(frozen=True)
 class TokenStoreConfig:
-    """Where token stores are kept, and how they are made."""
+    """Where token stores are kept, and how they are built."""
 
     token_store: str | None = None  # folder that keeps token stores between runs (default: ~/.cache/mlm)
-    overwrite_cache: bool = False  # build the token store anew even where a valid one lies
+    overwrite_cache: bool = False  # build the token store anew even where a valid one exists
     preprocessing_num_workers: int | None = None  # threads that tokenise (default: all cores)
 
     def __post_init__(self) -> None:
@@ -66,7 +65,7 @@ class TokenStoreConfig:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """One split, memory-mapped: nothing is read before it is used."""
+    """One split, memory-mapped, so that nothing is read before it is used."""
 
     header: dict[str, Any]
     ids: np.ndarray  # [N] uint8, uint16 or uint32
@@ -75,21 +74,13 @@ class TokenStore:
 
     @property
     def sees_words(self) -> bool:
-        """Whether the tokenizer's words are words here, and not whole sentences of an unsegmented script."""
+        """Whether the tokenizer finds words here, and not whole sentences of an unsegmented script."""
         return self.header["words"] is not None and self.mean_word <= MAX_MEAN_WORD
 
     @property
     def mean_word(self) -> float:
-        """Ordinary tokens a word; infinite where there is no word."""
+        """Maskable tokens per word; infinite where there is no word."""
         return self.header["maskable_tokens"] / self.header["words"] if self.header["words"] else float("inf")
-
-
-class Encoded(NamedTuple):
-    """A batch of documents as one stream of n tokens."""
-
-    ids: np.ndarray  # [n] int64
-    word_starts: np.ndarray  # [n] bool
-    lengths: np.ndarray  # [documents] int64, none of them 0
 
 
 def prepare(
@@ -100,13 +91,13 @@ def prepare(
     whole_words: bool = False,
     only: str | None = None,
 ) -> dict[str, TokenStore]:
-    """The token stores of the corpus's splits: found, or built now.
+    """Opens the token stores of the corpus's splits, {"train": …, "validation": …}, and builds missing ones.
 
-    whole_words: whether words are to be masked. Where the tokenizer sees none, that is a UserError, and
-    otherwise a warning.
-    only: the one split that is wanted; the others are not tokenised
+    whole_words: check that the tokenizer finds words to mask: a UserError where it does not. Without it that
+        is a warning
+    only: the one split to build; the others are not tokenised
 
-    Raises UserError where the corpus cannot be read or the store cannot be written.
+    Raises UserError where the corpus cannot be read, or the store cannot be written.
     """
     stores = _find_or_build(source, tokenizer, info, config, only)
     longest = max((store.mean_word for store in stores.values() if store.header["words"]), default=0)
@@ -119,9 +110,10 @@ def prepare(
 
 
 def limit_threads(config: TokenStoreConfig) -> None:
-    """Has the tokenizers library use as many threads as `config` says.
+    """Limits the threads of the tokenizers library to the number in `config`.
 
-    To be called before any tokenizer works in this process: the library asks once, when it starts its pool.
+    Call it before the process's first use of a tokenizer: the library reads the number once, when it starts
+    its thread pool.
     """
     if config.preprocessing_num_workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(config.preprocessing_num_workers)
@@ -138,12 +130,12 @@ def _find_or_build(
     key = hashlib.sha256(json.dumps([identity, info.fingerprint], sort_keys=True).encode()).hexdigest()[:20]
     folder = store_folder(config) / key
     if not config.overwrite_cache:
-        found = _open_splits(folder, identity, info)
-        if found:
-            return found
+        stores = _open_splits(folder, identity, info)
+        if stores:
+            return stores
 
     limit_threads(config)
-    # Before the lock: a mistake in the corpus leaves nothing on disk, and reading is quick beside tokenising.
+    # Before the lock: a mistake in the corpus leaves nothing on disk, and reading takes less than tokenising.
     read = corpus.load(source)
     wanted = [name for name in read.splits if only in (None, name)]
     try:
@@ -155,7 +147,7 @@ def _find_or_build(
             _remove_abandoned(folder, alone)
             name = _workspace(folder, alone)
             with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=folder.parent) as workspace:
-                built = Path(workspace, "store")  # the folder around it is its owner's alone
+                built = Path(workspace, "store")  # others may read it, unlike the folder around it
                 _build_splits(read, wanted, identity, tokenizer, info, built)
                 if config.overwrite_cache or not _open_splits(folder, identity, info):
                     with contextlib.suppress(FileNotFoundError):
@@ -165,7 +157,7 @@ def _find_or_build(
     except OSError as error:
         raise UserError(f"--token_store {folder.parent}: cannot write there ({error.strerror})") from None
     if not stores:
-        raise UserError(f"--token_store {folder}: removed by something else while it was built; run again")
+        raise UserError(f"--token_store {folder}: removed by another program during the build; run again")
     return stores
 
 
@@ -197,15 +189,16 @@ def _put_in_place(built: Path, folder: Path) -> None:
 
 
 def _workspace(folder: Path, alone: bool) -> str:
-    """How the folders are called, up to the last dot, in which a process builds: alone, or perhaps not."""
+    """The name up to its last dot of the folder that a process builds in. alone: it holds the lock."""
     return f"{folder.name}.building.{socket.gethostname()}" if alone else f"{folder.name}.building"
 
 
 def _remove_abandoned(folder: Path, alone: bool) -> None:
-    """Removes what killed builds of this store left behind.
+    """Removes the folders of killed builds of this store.
 
-    Whoever is alone knows that those before it on this machine are dead. The others are told by age: builds
-    without the lock, and builds of other machines, since not every shared folder has locks that reach there.
+    A process that holds the lock (`alone`) knows that earlier holders on this machine are dead. Builds
+    without the lock, and those of other machines (not every shared folder locks across machines), are judged
+    by age.
     """
     for leftover in folder.parent.glob(f"{folder.name}.building.*"):
         times = []
@@ -223,7 +216,7 @@ def store_folder(config: TokenStoreConfig) -> Path:
 
 
 def _open_splits(folder: Path, identity: dict[str, Any], info: TokenizerInfo) -> dict[str, TokenStore]:
-    """All splits of a whole, valid store of this corpus and tokenizer; none where anything is amiss."""
+    """All splits of a complete, valid store of this corpus and tokenizer; {} where anything is wrong."""
     stores = {}
     for split in ("train", "validation"):
         if (folder / split).is_dir():
@@ -231,13 +224,13 @@ def _open_splits(folder: Path, identity: dict[str, Any], info: TokenizerInfo) ->
             if store is None or store.header.get("identity") != json.loads(json.dumps(identity)):
                 return {}
             stores[split] = store
-    # A store that is being removed loses its splits one after the other.
+    # While another process removes a store, its splits disappear one after the other.
     whole = all(set(store.header.get("splits", ())) == set(stores) for store in stores.values())
     return stores if whole else {}
 
 
 def open_store(folder: Path, tokenizer_fingerprint: str) -> TokenStore | None:
-    """The store in `folder`, or None where it is truncated, of another version or of another tokenizer."""
+    """The store in `folder`; None where it is damaged, of another version or of another tokenizer."""
     try:
         header = json.loads((folder / "header.json").read_text())
         sizes = {name: (folder / f"{name}.npy").stat().st_size for name in ARRAYS}
@@ -260,9 +253,11 @@ def build(
     folder: Path,
     origin: dict[str, Any],
 ) -> TokenStore:
-    """Tokenises `texts` into `folder`, batch by batch; memory does not grow with the corpus.
+    """Tokenises `texts` into `folder`, batch by batch, so that memory does not grow with the corpus.
 
-    origin: goes into the header as it is. A text without a token (of control characters, say) is left out.
+    A text without a token (of control characters, say) is left out.
+
+    origin: copied into the header
     """
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -275,7 +270,7 @@ def build(
         _Appender(folder / "document_offsets.npy", np.int64) as offsets_file,
     ):
         offsets_file.append(np.zeros(1, np.int64))
-        for encoded in _encode_all(_batches(texts, digest, text), tokenizer, info):
+        for encoded in encode_batches(_batches(texts, digest, text), tokenizer, info):
             ids_file.append(encoded.ids.astype(dtype))
             starts_file.append(encoded.word_starts)
             offsets_file.append(tokens + np.cumsum(encoded.lengths))
@@ -311,10 +306,10 @@ def build(
 
 
 def check_words(store: TokenStore, flag: str = "--whole_word_mask") -> None:
-    """Raises UserError where masking whole words would be masking something else."""
+    """Raises UserError where the tokenizer finds no words, so that whole words cannot be masked."""
     if store.header["words"] is None:
         raise UserError(
-            f"{flag}: this tokenizer is a slow one, which does not know the words it cut; "
+            f"{flag}: this tokenizer is a slow one, which does not know the words that it splits; "
             "choose a fast one with --tokenizer_name, or mask tokens"
         )
     if store.mean_word > MAX_MEAN_WORD:
@@ -329,9 +324,10 @@ def _no_words(mean_word: float) -> str:
 
 
 def _batches(texts: Iterable[str], digest: "hashlib._Hash", seen: Counter) -> Iterator[list[str]]:
-    """Batches by number and by characters; `digest` sees each text and, so that borders count, its length.
+    """Batches of at most BATCH_DOCUMENTS texts, and about BATCH_CHARACTERS characters.
 
-    seen: counts the texts' characters (code points) and words (by white space), which no tokenizer changes
+    digest: updated with each text and its length, so that the borders between texts count
+    seen: counts characters (code points) and words (by white space), which depend on no tokenizer
     """
     batch: list[str] = []
     characters = 0
@@ -349,96 +345,8 @@ def _batches(texts: Iterable[str], digest: "hashlib._Hash", seen: Counter) -> It
         yield batch
 
 
-def _encode_all(
-    batches: Iterator[list[str]], tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo
-) -> Iterator[Encoded]:
-    """Encodes the batches in order: the tokenizer's threads are at the next while Python unpacks this one."""
-    if not tokenizer.is_fast:
-        for batch in batches:
-            yield _encode_slow(batch, tokenizer, info)
-        return
-    backend = text_encoder(tokenizer)
-    with ThreadPoolExecutor(1) as ahead:
-        waiting: tuple[list[str], Future] | None = None
-        for batch in itertools.chain(batches, [None]):
-            following = batch and (batch, ahead.submit(backend.encode_batch, batch, add_special_tokens=False))
-            if waiting:
-                yield _unpack(waiting[0], waiting[1].result(), backend, info)
-            waiting = following
-
-
-def encode_texts(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo
-) -> Iterator[np.ndarray]:
-    """The ids `[n]` of each text as the store holds a document; of one without tokens, none."""
-    for encoded in _encode_all(([text] for text in texts), tokenizer, info):
-        yield encoded.ids
-
-
-def _unpack(batch: list[str], encodings: list[Encoding], backend: Tokenizer, info: TokenizerInfo) -> Encoded:
-    chain = itertools.chain.from_iterable
-    lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
-    ids = np.fromiter(chain(e.ids for e in encodings), np.int64, lengths.sum())
-    if info.special[ids[ids != info.unknown_id]].any():
-        # A vocabulary can hold its special tokens as pieces (XLM-R's does), and so find them in text.
-        encodings = [_as_text(text, e, backend, info) for text, e in zip(batch, encodings, strict=True)]
-        lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
-        ids = np.fromiter(chain(e.ids for e in encodings), np.int64, lengths.sum())
-    words = np.fromiter(chain(e.word_ids for e in encodings), np.int64, lengths.sum())
-    word_starts = np.diff(words, prepend=-1) != 0
-    return _close_documents(ids, word_starts, lengths, info)
-
-
-def _as_text(text: str, encoding: Encoding, backend: Tokenizer, info: TokenizerInfo) -> Encoding:
-    """The same document with each literal special token broken up, so that it is text."""
-    where = [
-        span
-        for token_id, span in zip(encoding.ids, encoding.offsets, strict=True)
-        if info.special[token_id] and token_id != info.unknown_id
-    ]
-    for start, end in reversed(where):
-        text = text[:start] + _broken(text[start:end]) + text[end:]
-    return backend.encode(text, add_special_tokens=False) if where else encoding
-
-
-def _broken(literal: str) -> str:
-    """`<s>` becomes `< s>`; a special token of a single character can only be left out."""
-    return f"{literal[0]} {literal[1:]}" if len(literal) > 1 else " "
-
-
-def _encode_slow(batch: list[str], tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo) -> Encoded:
-    """A slow tokenizer knows no words: every token counts as one."""
-    literal = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens))
-    batch = [literal.sub(lambda match: _broken(match[0]), text) for text in batch]
-    rows = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    ids = np.fromiter(itertools.chain.from_iterable(rows), np.int64, lengths.sum())
-    return _close_documents(ids, np.ones(len(ids), bool), lengths, info)
-
-
-def _close_documents(
-    ids: np.ndarray, word_starts: np.ndarray, lengths: np.ndarray, info: TokenizerInfo
-) -> Encoded:
-    """Puts the special tokens around each document that has tokens, and a word start at its head."""
-    lengths = lengths[lengths > 0]
-    before, after = len(info.prefix), len(info.suffix)
-    offsets = np.concatenate([[0], np.cumsum(lengths + before + after)])
-    document = np.repeat(np.arange(len(lengths)), lengths)  # [n] each token's document
-    place = np.arange(len(ids)) + before * (document + 1) + after * document
-    out = np.empty(offsets[-1], np.int64)
-    starts = np.ones(offsets[-1], bool)
-    out[place] = ids
-    starts[place] = word_starts
-    for i, token_id in enumerate(info.prefix):
-        out[offsets[:-1] + i] = token_id
-    for i, token_id in enumerate(info.suffix):
-        out[offsets[1:] - after + i] = token_id
-    starts[offsets[:-1] + before] = True
-    return Encoded(out, starts, np.diff(offsets))
-
-
 class _Appender:
-    """A one-dimensional .npy file that grows: NumPy leaves room in the header for the final length."""
+    """A one-dimensional .npy file that grows: NumPy pads the header so that the final length fits."""
 
     def __init__(self, path: Path, dtype: type) -> None:
         self.dtype, self.length = np.dtype(dtype), 0

@@ -1,4 +1,4 @@
-"""A fast tokenizer, loaded or trained, and what the other rooms have to know of it, in one place."""
+"""Tokenizers, loaded or trained on the corpus, and what the other modules need to know of one."""
 
 import hashlib
 import json
@@ -20,22 +20,22 @@ from mlm.errors import UserError, explain_load_failure
 from mlm.files import one_builder
 from mlm.hub import local_files_only
 
-# Placeholders that no text has taught the model anything about: BERT's and ModernBERT's, Gemma's, fairseq's.
-UNUSED = re.compile(r"\[unused\d+\]|<unused\d+>|madeupword\d+")
+# Placeholders that occur in no text: BERT's and ModernBERT's, Gemma's, fairseq's, CamemBERT's, ESM's.
+UNUSED = re.compile(r"\[unused\d+\]|<unused\d+>|madeupword\d+|</?\w+>NOTUSED|<null_\d+>")
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What masking, chunking and the model have to know of a tokenizer.
+    """What masking, chunking and the model need to know of a tokenizer.
 
-    size:      largest id + 1
-    special:   [size] bool; 1: a special token, padding and unknown included
-    ordinary:  [size] bool; 1: a token that may be masked, predicted and drawn as a replacement;
-               0: a special one, an unused one, or an id without a token
-    prefix, suffix: the special ids that the tokenizer puts around a document ([CLS] and [SEP])
-    unknown_id: None where the vocabulary covers everything (byte-level)
-    has_words: whether it is a fast tokenizer, which knows the words it cut
-    fingerprint: changes with anything that changes ids or words
+    size:           largest id + 1
+    special:        [size] bool, 1: a special token, padding and unknown included
+    maskable:       [size] bool, 1: a token that may be masked, predicted and drawn as a replacement;
+                    0: a special token, an unused one, or an id without a token
+    unknown_id:     None where every text can be written in the vocabulary (byte-level)
+    prefix, suffix: special ids that the tokenizer puts around a document ([CLS] and [SEP])
+    has_words:      whether it is a fast tokenizer; slow ones do not know the words that they split
+    fingerprint:    changes with anything that changes ids or words
     """
 
     size: int
@@ -51,7 +51,7 @@ class TokenizerInfo:
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, by Hub name or folder. Raises UserError where there is none."""
+    """Loads a tokenizer by Hub name or folder. Raises UserError where it cannot be loaded."""
     try:
         return AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code, local_files_only=local_files_only(name)
@@ -61,10 +61,10 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A lower-case WordPiece vocabulary in BERT's manner, learnt from the documents, which are read twice.
+    """Trains a lower-case WordPiece vocabulary like BERT's. Reads the documents twice.
 
-    The same documents give the same vocabulary. Left to itself, the trainer breaks ties between equally
-    frequent pairs by the ids of their characters, given out in a hash map's order: they are numbered first.
+    The same documents give the same vocabulary: the trainer breaks ties between equally frequent pairs by the
+    ids of their characters, which it assigns in the order of a hash map, so they get their ids beforehand.
     """
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     backend = _bert_engine(models.WordPiece(unk_token="[UNK]"))
@@ -78,7 +78,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=numbered, show_progress=False)
     backend.train_from_iterator(documents, trainer)
     vocabulary = backend.get_vocab()
-    backend = _bert_engine(models.WordPiece(vocabulary, unk_token="[UNK]"))  # where letters are not special
+    backend = _bert_engine(models.WordPiece(vocabulary, unk_token="[UNK]"))  # in it letters are not special
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -103,9 +103,11 @@ def _bert_engine(model: models.WordPiece) -> Tokenizer:
 
 
 def corpus_tokenizer(source: CorpusConfig, vocab_size: int, folder: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer trained on the corpus's training documents, once: later runs find it in `folder`.
+    """The tokenizer trained on the corpus's training documents, kept in `folder` for later runs.
 
-    Of several runs at once one trains and the others wait for it (`one_builder`).
+    Of several runs at once one trains it while the others wait (`one_builder`).
+
+    Raises UserError where there are no training documents, or `folder` cannot be written.
     """
     identity = json.dumps([corpus.identify(source), vocab_size], sort_keys=True)
     place = folder / f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:20]}"
@@ -116,10 +118,10 @@ def corpus_tokenizer(source: CorpusConfig, vocab_size: int, folder: Path) -> Pre
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with one_builder(place):
-                if not place.is_dir():  # still: another run may have trained it meanwhile
+                if not place.is_dir():  # another run may have trained it meanwhile
                     _train_into(place, read.documents("train"), vocab_size)
         except OSError as error:
-            if not place.is_dir():  # else a run that did not wait was quicker
+            if not place.is_dir():  # else a run without the lock was quicker
                 raise UserError(f"--token_store {folder}: cannot write there ({error.strerror})") from None
     return load_tokenizer(str(place))
 
@@ -127,19 +129,19 @@ def corpus_tokenizer(source: CorpusConfig, vocab_size: int, folder: Path) -> Pre
 def _train_into(place: Path, documents: Iterable[str], vocab_size: int) -> None:
     tokenizer = train_tokenizer(documents, vocab_size)
     with tempfile.TemporaryDirectory(prefix=f"{place.name}.", dir=place.parent) as workspace:
-        partial = os.path.join(workspace, "tokenizer")  # the folder around it is its owner's alone
+        partial = os.path.join(workspace, "tokenizer")  # others may read it, unlike the folder around it
         tokenizer.save_pretrained(partial)
         os.rename(partial, place)
 
 
 def spell(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """Tokens as people read them; as the vocabulary spells them where that is nothing (a newline, say)."""
-    spelt = (tokenizer.convert_ids_to_tokens(i) or f"id {i}" for i in ids)  # embeddings without a token
+    """Tokens as text; as the vocabulary spells them where the text would be blank (a newline, say)."""
+    spelt = (tokenizer.convert_ids_to_tokens(i) or f"id {i}" for i in ids)  # an embedding may have no token
     return tokenizer.decode(ids).strip() or " ".join(spelt)
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A private copy of a fast tokenizer's engine: documents stay whole, and special tokens in them are text.
+    """A copy of a fast tokenizer's engine that does not truncate, and takes literal special tokens as text.
 
     A literal `[MASK]` or `</s>` in a document is what its author wrote, not an instruction to the model.
     """
@@ -151,7 +153,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
-    """Reads the facts off a tokenizer. Raises UserError where it has no mask token."""
+    """Raises UserError where the tokenizer has no mask token, or no token that may be masked."""
     if tokenizer.mask_token_id is None:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no mask token; "
@@ -175,7 +177,7 @@ def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
         special=special,
         maskable=maskable,
         mask_id=tokenizer.mask_token_id,
-        pad_id=tokenizer.mask_token_id if pad_id is None else pad_id,  # behind the attention mask in any case
+        pad_id=tokenizer.mask_token_id if pad_id is None else pad_id,  # the attention mask hides it
         unknown_id=tokenizer.unk_token_id,
         prefix=prefix,
         suffix=suffix,
@@ -185,7 +187,7 @@ def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
 
 
 def template(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """([CLS], [SEP]) of `[CLS] a [SEP]`: the special ids before and after the text."""
+    """The special ids that the tokenizer puts before and after a text: ([CLS], [SEP]) of `[CLS] a [SEP]`."""
     bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
     full = tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"]
     extra = len(full) - len(bare)

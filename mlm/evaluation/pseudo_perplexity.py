@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from mlm.data.token_store import encode_texts
+from mlm.data.encode import encode_texts
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
 from mlm.errors import UserError, one_line
 from mlm.figures import exp_or_inf, finite

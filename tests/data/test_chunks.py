@@ -1,4 +1,4 @@
-"""Claims about chunks: every token of a split is in exactly one (law 5), and is copied only when taken."""
+"""Claims about chunks: every token of a split is in one (invariant 5), and is copied only when taken."""
 
 import dataclasses
 import tracemalloc
@@ -18,13 +18,13 @@ from tests.tokenizers_for_tests import wordpiece
 
 PAD = 99
 TOKENIZER = wordpiece(["the old fox likes grapes", "the young owl likes mice"] * 5)
-FACTS = tokenizer_info(TOKENIZER)
+INFO = tokenizer_info(TOKENIZER)
 
 documents = st.lists(st.integers(1, 12), max_size=12)  # lengths
 chunk_sizes = st.integers(1, 15)
 
 
-def stream_of(lengths):
+def toy_documents(lengths):
     """Documents of these lengths: the ids of each, the word starts of each, offsets. No id occurs twice."""
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     ids = [list(range(a, b)) for a, b in pairwise(offsets)]
@@ -46,7 +46,7 @@ def real_tokens(rows):
     return [int(token) for row, length in zip(rows.ids, lengths, strict=True) for token in row[:length]]
 
 
-def test_an_example_to_check_by_eye():
+def test_the_worked_example_of_the_module():
     ids = np.array([10, 11, 12, 20, 21, 22, 23, 24, 25, 30], np.uint8)
     starts = np.array([1, 1, 0, 1, 0, 0, 1, 1, 1, 1], bool)
 
@@ -62,8 +62,8 @@ def test_an_example_to_check_by_eye():
 
 
 def test_lines_to_check_by_eye(tmp_path):
-    store = build(["fox fox", "owl owl owl", "mice"], TOKENIZER, FACTS, tmp_path, {"split": "train"})
-    rows = take_all(cut_into_chunks(store, ChunkConfig(line_by_line=True), 4, FACTS))
+    store = build(["fox fox", "owl owl owl", "mice"], TOKENIZER, INFO, tmp_path, {"split": "train"})
+    rows = take_all(cut_into_chunks(store, ChunkConfig(line_by_line=True), 4, INFO))
     assert [TOKENIZER.convert_ids_to_tokens(row) for row in rows.ids] == [
         ["[CLS]", "fox", "fox", "[SEP]"],
         ["[CLS]", "owl", "owl", "[SEP]"],  # cut
@@ -74,7 +74,7 @@ def test_lines_to_check_by_eye(tmp_path):
 
 @given(documents, chunk_sizes, st.sampled_from(["drop", "pad"]))
 def test_chunks_are_those_of_lists_joined_and_sliced(lengths, chunk_size, remainder):
-    ids, starts, _ = stream_of(lengths)
+    ids, starts, _ = toy_documents(lengths)
     chunks = concatenate(flat(ids, np.uint16), flat(starts, bool), chunk_size, PAD, remainder)
     rows = take_all(dataclasses.replace(chunks, pad_to_max_length=True))
     assert rows.ids.tolist() == chunks_of(ids, chunk_size, remainder, PAD)
@@ -83,18 +83,18 @@ def test_chunks_are_those_of_lists_joined_and_sliced(lengths, chunk_size, remain
 
 @given(documents, chunk_sizes)
 def test_pad_loses_no_token_and_drop_less_than_a_chunk_of_them(lengths, chunk_size):
-    ids, starts, _ = stream_of(lengths)
-    stream = flat(ids, np.uint16)
-    padded = real_tokens(take_all(concatenate(stream, flat(starts, bool), chunk_size, PAD, "pad")))
-    assert padded == stream.tolist(), "each token once, in order"
-    kept = real_tokens(take_all(concatenate(stream, flat(starts, bool), chunk_size, PAD, "drop")))
-    assert kept == stream.tolist()[: len(kept)]
-    assert len(stream) - len(kept) < chunk_size
+    ids, starts, _ = toy_documents(lengths)
+    sequence = flat(ids, np.uint16)
+    padded = real_tokens(take_all(concatenate(sequence, flat(starts, bool), chunk_size, PAD, "pad")))
+    assert padded == sequence.tolist(), "each token once, in order"
+    kept = real_tokens(take_all(concatenate(sequence, flat(starts, bool), chunk_size, PAD, "drop")))
+    assert kept == sequence.tolist()[: len(kept)]
+    assert len(sequence) - len(kept) < chunk_size
 
 
 @given(documents, chunk_sizes)
 def test_one_map_batch_of_the_course_gives_the_same_chunks(lengths, chunk_size):
-    ids, starts, _ = stream_of(lengths)
+    ids, starts, _ = toy_documents(lengths)
     rows = take_all(concatenate(flat(ids, np.uint16), flat(starts, bool), chunk_size, PAD, "drop"))
     course = course_chunks({"input_ids": ids, "word_starts": starts}, chunk_size)
     assert rows.ids.tolist() == course["input_ids"]
@@ -103,25 +103,25 @@ def test_one_map_batch_of_the_course_gives_the_same_chunks(lengths, chunk_size):
 
 def test_drop_loses_one_remainder_a_split_not_one_a_batch_of_documents(tmp_path):
     texts = ["the old fox likes grapes" if number % 3 else "mice" for number in range(2500)]
-    store = build(texts, TOKENIZER, FACTS, tmp_path, {"split": "train"})  # three batches of documents
+    store = build(texts, TOKENIZER, INFO, tmp_path, {"split": "train"})  # three batches of documents
     chunk_size = 127
     tokens = [TOKENIZER(text)["input_ids"] for text in texts]
     total = sum(map(len, tokens))
     batches = [course_chunks({"input_ids": tokens[i : i + 1000]}, chunk_size) for i in (0, 1000, 2000)]
     course = sum(len(batch["input_ids"]) for batch in batches)
 
-    chunks = cut_into_chunks(store, ChunkConfig(), chunk_size, FACTS)
+    chunks = cut_into_chunks(store, ChunkConfig(), chunk_size, INFO)
     assert len(chunks) == total // chunk_size > course
     assert total - len(chunks) * chunk_size < chunk_size
     assert np.array_equal(take_all(chunks).ids, chunks_of(tokens, chunk_size, "drop", PAD))
-    padded = cut_into_chunks(store, ChunkConfig(remainder="pad"), chunk_size, FACTS)
+    padded = cut_into_chunks(store, ChunkConfig(remainder="pad"), chunk_size, INFO)
     assert real_tokens(take_all(padded)) == list(chain(*tokens))
 
 
 @given(documents.filter(len), st.integers(3, 15), st.booleans())
 def test_a_line_is_a_row_that_ends_as_a_document_does(lengths, chunk_size, pad_to_max_length):
-    ids, starts, offsets = stream_of(lengths)
-    chunks = line_by_line(flat(ids, np.uint16), flat(starts, bool), offsets, chunk_size, FACTS)
+    ids, starts, offsets = toy_documents(lengths)
+    chunks = line_by_line(flat(ids, np.uint16), flat(starts, bool), offsets, chunk_size, INFO)
     rows = take_all(dataclasses.replace(chunks, pad_to_max_length=pad_to_max_length))
 
     width = chunk_size if pad_to_max_length else min(chunk_size, max(lengths))
@@ -131,16 +131,16 @@ def test_a_line_is_a_row_that_ends_as_a_document_does(lengths, chunk_size, pad_t
         if len(document) > chunk_size:
             expected[-1], expected_starts[-1] = TOKENIZER.sep_token_id, True
         assert length == len(expected)
-        assert row.tolist() == expected + [FACTS.pad_id] * (width - length)
+        assert row.tolist() == expected + [INFO.pad_id] * (width - length)
         assert row_starts.tolist() == expected_starts + [True] * (width - length)
 
 
 @given(documents.filter(len), chunk_sizes, st.sampled_from(["drop", "pad", "line"]), st.randoms())
 def test_a_row_is_the_same_whatever_is_taken_with_it(lengths, chunk_size, layout, random):
-    ids, starts, offsets = stream_of(lengths)
+    ids, starts, offsets = toy_documents(lengths)
     ids, starts = flat(ids, np.uint16), flat(starts, bool)
     if layout == "line":
-        chunks = line_by_line(ids, starts, offsets, chunk_size, FACTS)
+        chunks = line_by_line(ids, starts, offsets, chunk_size, INFO)
     else:
         chunks = concatenate(ids, starts, chunk_size, PAD, layout)
     everything = take_all(chunks)
@@ -162,11 +162,11 @@ def test_rows_come_in_what_torch_indexes_with():
             assert (rows.ids.dtype, rows.word_starts.dtype) == (np.int64, bool)
 
 
-def test_chunks_are_a_view_of_the_stream(tmp_path):
+def test_chunks_are_a_view_of_the_store(tmp_path):
     texts = ["the old fox likes grapes"] * 20_000
-    store = build(texts, TOKENIZER, FACTS, tmp_path, {"split": "train"})  # 140,000 tokens
+    store = build(texts, TOKENIZER, INFO, tmp_path, {"split": "train"})  # 140,000 tokens
     tracemalloc.start()
-    chunks = cut_into_chunks(store, ChunkConfig(), 128, FACTS)
+    chunks = cut_into_chunks(store, ChunkConfig(), 128, INFO)
     cut = tracemalloc.get_traced_memory()[1]
     tracemalloc.reset_peak()
     rows = chunks.take(np.arange(4))
@@ -199,18 +199,18 @@ def test_a_chunk_has_a_token(length):
 
 
 def test_a_split_of_less_than_one_chunk_is_refused_unless_padded(tmp_path):
-    store = build(["the fox"], TOKENIZER, FACTS, tmp_path, {"split": "validation"})
+    store = build(["the fox"], TOKENIZER, INFO, tmp_path, {"split": "validation"})
     with pytest.raises(UserError, match=r"validation split has 4 tokens, less .* of 128.*--remainder pad"):
-        cut_into_chunks(store, ChunkConfig(), 128, FACTS)
-    rows = take_all(cut_into_chunks(store, ChunkConfig(remainder="pad"), 128, FACTS))
+        cut_into_chunks(store, ChunkConfig(), 128, INFO)
+    rows = take_all(cut_into_chunks(store, ChunkConfig(remainder="pad"), 128, INFO))
     assert rows.ids.shape == (1, 4)
-    wide = take_all(cut_into_chunks(store, ChunkConfig(remainder="pad", pad_to_max_length=True), 128, FACTS))
+    wide = take_all(cut_into_chunks(store, ChunkConfig(remainder="pad", pad_to_max_length=True), 128, INFO))
     assert wide.ids.shape == (1, 128)
     assert wide.lengths.tolist() == [4]
 
 
 @pytest.mark.parametrize("options", [{}, {"remainder": "pad"}, {"line_by_line": True}], ids=str)
 def test_a_split_without_a_token_is_refused(options, tmp_path):
-    store = build(["\x00"], TOKENIZER, FACTS, tmp_path, {"split": "validation"})
+    store = build(["\x00"], TOKENIZER, INFO, tmp_path, {"split": "validation"})
     with pytest.raises(UserError, match="no document of the validation split has a token"):
-        cut_into_chunks(store, ChunkConfig(**options), 4, FACTS)
+        cut_into_chunks(store, ChunkConfig(**options), 4, INFO)

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from mlm import files
-from mlm.data import token_store as stream
+from mlm.data import token_store, tokenizer
 from mlm.data.corpus import CorpusConfig
 from mlm.data.token_store import TokenStoreConfig, prepare
 from mlm.data.tokenizer import corpus_tokenizer, load_tokenizer, tokenizer_info
@@ -36,10 +36,10 @@ processes.set_forkserver_preload([__name__, "datasets", "pandas"])
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is to do, and how it is held up in the middle."""
+    """What a run does, and how it is delayed."""
 
     folder: Path  # train.txt, tokenizer/ and stores/; the runs write what they did here
-    kind: str  # what it wants: the "store", or the "tokenizer"
+    kind: str  # what it needs: the "store", or the "tokenizer"
     name: str = "run"
     overwrite: bool = False
     timeout: float = files.LOCK_TIMEOUT  # seconds
@@ -51,7 +51,7 @@ class Job:
         return CorpusConfig(train_file=str(self.folder / "train.txt"))
 
     def get(self, kept: Path) -> dict[str, str | int]:
-        """Finds or builds what is wanted in the folder `kept`: its place, the place's inode, its content."""
+        """Finds or builds it in the folder `kept`; its place, the place's inode, a digest of its content."""
         if self.kind == "tokenizer":
             place = Path(corpus_tokenizer(self.source, 90, kept).name_or_path)
             contents = [path.read_bytes() for path in sorted(place.iterdir())]
@@ -62,7 +62,7 @@ class Job:
             place = Path(stores["train"].ids.filename).parents[1]
             timeless = [{**store.header, "seconds": 0} for store in stores.values()]
             contents = [json.dumps(timeless).encode()]
-            contents += [getattr(s, array).tobytes() for s in stores.values() for array in stream.ARRAYS]
+            contents += [getattr(s, array).tobytes() for s in stores.values() for array in token_store.ARRAYS]
         digest = sha256(b"".join(sha256(content).digest() for content in contents)).hexdigest()
         return {"place": place.name, "inode": place.stat().st_ino, "digest": digest}
 
@@ -87,7 +87,7 @@ def work(job: Job) -> None:
     logging.basicConfig(filename=job.folder / f"{job.name}.log", level=logging.ERROR, format="%(message)s")
     logging.getLogger("mlm").setLevel(logging.INFO)
     files.LOCK_TIMEOUT = job.timeout
-    stream.BATCH_DOCUMENTS = 10  # so that files grow as the text comes
+    token_store.BATCH_DOCUMENTS = 10  # so that files grow as the text comes
 
     def counted(build: Callable) -> Callable:
         def counting(documents: Iterable[str], *rest: object) -> object:
@@ -99,7 +99,7 @@ def work(job: Job) -> None:
 
         return counting
 
-    stream.build = counted(stream.build)
+    token_store.build = counted(token_store.build)
     tokenizer.train_tokenizer = counted(tokenizer.train_tokenizer)
     result = job.get(job.folder / "stores")
     (job.folder / f"{job.name}.json").write_text(json.dumps(result))
@@ -133,7 +133,7 @@ class World:
         self.running: list[multiprocessing.Process] = []
         (folder / "train.txt").write_text("".join(f"{text}\n" for text in TEXTS))
         wordpiece(TEXTS).save_pretrained(folder / "tokenizer")
-        self.alone = self.job.get(folder / "elsewhere")  # what a run with nobody beside it gets
+        self.alone = self.job.get(folder / "elsewhere")  # what a run alone gets
         self.place = self.kept / self.alone["place"]
         self.lock = self.place.with_name(f"{self.place.name}.lock")
 
@@ -145,7 +145,7 @@ class World:
         return process
 
     def halfway(self, name: str, **options):
-        """A run that is in the middle of building, and stays there."""
+        """A run that is halfway through building, and stays there."""
         process = self.start(name, gate=True, **options)
         until((self.folder / f"{name}.halfway").exists)
         return process
@@ -158,7 +158,7 @@ class World:
         return path.read_text() if path.exists() else ""
 
     def ended(self, process) -> dict[str, str | int]:
-        """What a run got, which has to be what a run with nobody beside it gets."""
+        """What a run got, which has to be what a run alone gets."""
         process.join(60)
         assert process.exitcode == 0
         result = json.loads((self.folder / f"{process.name}.json").read_text())

@@ -1,4 +1,4 @@
-"""Claims about the token store: what is in it (laws 6 and 7), and when it is made, found and rebuilt."""
+"""Claims about the token store: what is in it, and when it is built, found and rebuilt."""
 
 import json
 import logging
@@ -11,24 +11,17 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from tokenizers.normalizers import Replace
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from transformers.models.esm.tokenization_esm import EsmTokenizer
 
-from mlm.data import corpus
-from mlm.data import token_store as stream
+from mlm.data import corpus, token_store
 from mlm.data.corpus import CorpusConfig
 from mlm.data.token_store import (
     TokenStoreConfig,
-    build,
     check_words,
     limit_threads,
     open_store,
@@ -37,13 +30,10 @@ from mlm.data.token_store import (
 )
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
 from mlm.errors import UserError
+from tests.conftest import REPOSITORY
+from tests.data.stores import CHINESE, TEXTS, TOKENIZERS, built, documents_of, kinds, slow_tokenizer
 from tests.oracles import tokens_of
-from tests.tokenizers_for_tests import byte_level_bpe, unigram, wordpiece
-
-TEXTS = ["the old fox likes grapes, unlikely", "the young owl likes mice!", "don't be unlike a fox"] * 5
-TOKENIZERS = {kind.__name__: kind(TEXTS) for kind in (wordpiece, byte_level_bpe, unigram)}
-few = settings(max_examples=40, deadline=None)  # each builds a store on a disk that others use, too
-kinds = pytest.mark.parametrize("kind", TOKENIZERS)
+from tests.tokenizers_for_tests import unigram, wordpiece
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,124 +46,6 @@ def datasets_cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory):
-    """A folder that the examples of one hypothesis test may write to one after the other."""
-    return tmp_path_factory.mktemp("scratch")
-
-
-def documents_of(store):
-    """[(ids, word_starts)] of the documents in a store, as lists."""
-    spans = pairwise(store.document_offsets)
-    return [(store.ids[a:b].tolist(), store.word_starts[a:b].tolist()) for a, b in spans]
-
-
-def built(texts, tokenizer, folder):
-    return build(texts, tokenizer, tokenizer_info(tokenizer), folder, {"split": "train"})
-
-
-# What is in a store
-
-
-def test_an_example_to_check_by_eye(tmp_path):
-    tokenizer = wordpiece(["owls", "fox"] * 9)
-    store = built(["owls, fox", "\x00", "foxo"], tokenizer, tmp_path)
-    # fmt: off
-    expected = ["[CLS]", "owls", ",", "fox", "[SEP]", "[CLS]", "fox", "##o", "[SEP]"]
-    starts   = [      1,      1,   1,     1,       1,       1,     1,     0,       1]
-    # fmt: on
-    assert tokenizer.convert_ids_to_tokens(store.ids.tolist()) == expected
-    assert store.word_starts.astype(int).tolist() == starts
-    assert store.document_offsets.tolist() == [0, 5, 9]
-    header = {name: store.header[name] for name in ("documents", "tokens", "words", "maskable_tokens")}
-    assert header == {"documents": 2, "tokens": 9, "words": 4, "maskable_tokens": 5}
-    assert store.mean_word == 5 / 4
-
-
-sentences = st.lists(
-    st.sampled_from([*" .,'!\n\t", "fox", "unlikely", "Grapes", "don't", "中", "é", "ＡＢ"])
-).map("".join)
-texts = st.lists(st.one_of(sentences, st.text(max_size=20)), max_size=6)
-
-
-@kinds
-@few
-@given(texts=texts)
-def test_tokens_and_words_are_those_of_the_tokenizer_called_on_each_document(kind, texts, scratch):
-    tokenizer = TOKENIZERS[kind]
-    store = built(texts, tokenizer, scratch)
-    inner = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    expected = [tokens_of(tokenizer, text) for text, ids in zip(texts, inner, strict=True) if ids]
-    assert documents_of(store) == expected
-    for ids, starts in documents_of(store):
-        assert starts[0], "the special token before the text"
-        assert starts[1], "no word runs on from the document before"
-        assert starts[-1], "the special token after the text"
-        assert len(ids) > 2
-
-
-@few
-@given(texts=texts)
-def test_decoding_the_store_gives_the_documents_back(texts, scratch):
-    tokenizer = TOKENIZERS["byte_level_bpe"]
-    store = built(texts, tokenizer, scratch)
-    decoded = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in documents_of(store)]
-    assert decoded == [text for text in texts if text]
-
-
-LITERALS = ["[MASK]", "[SEP]", "[CLS]", "[PAD]", "[UNK]", "<s>", "</s>", "<mask>", "<pad>", "<unk>"]
-# NFKC maps these to the literals.
-FULLWIDTH = [text.translate({code: code + 0xFEE0 for code in range(33, 127)}) for text in LITERALS]
-hostile = st.lists(st.sampled_from([*LITERALS, *FULLWIDTH, *"<s>[] /", "mask", "fox"])).map("".join)
-
-
-@kinds
-@few
-@given(texts=st.lists(hostile, max_size=4))
-@example(texts=["fox [MASK] owl[SEP]</s> <s> <mask> <pad>"])
-@example(texts=["＜s＞", "a＜mask＞b ＜/s＞<s><s>", "<<s>s>"])
-def test_a_literal_special_token_in_a_document_is_text(kind, texts, scratch):
-    tokenizer = TOKENIZERS[kind]
-    info = tokenizer_info(tokenizer)
-    for ids, starts in documents_of(built(texts, tokenizer, scratch)):
-        assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
-        assert not {token for token in ids[1:-1] if info.special[token]} - {info.unknown_id}
-        assert starts[1]
-
-
-@kinds
-def test_the_letters_of_a_literal_special_token_are_kept(kind, tmp_path):
-    tokenizer = TOKENIZERS[kind]
-    for number, literal in enumerate(["[MASK]", "</s>", "<mask>"]):
-        ((ids, _),) = documents_of(built([f"fox {literal} owl"], tokenizer, tmp_path / str(number)))
-        text = tokenizer.decode(ids[1:-1])
-        if kind == "byte_level_bpe":  # the others lose case or spaces
-            assert text == f"fox {literal} owl"
-        assert text.replace(" ", "").lower() == f"fox{literal}owl".lower()
-
-
-def test_a_special_token_that_is_a_single_character_never_comes_out_of_text(tmp_path):
-    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "#": 1, "a": 2, "b": 3}, unk_token="[UNK]"))
-    backend.normalizer = Replace(Regex(r"\s"), "")
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", mask_token="#")
-    assert built(["ab#ba", "#"], tokenizer, tmp_path).ids.tolist() == [2, 3, 3, 2]
-
-
-def test_a_slow_tokenizer_takes_literal_special_tokens_as_text(tmp_path):
-    tokenizer = slow_tokenizer(tmp_path)
-    store = built(["LAG <mask> L", "GAL<eos>"], tokenizer, tmp_path / "store")
-    info = tokenizer_info(tokenizer)
-    for ids, _ in documents_of(store):
-        assert not {token for token in ids[1:-1] if info.special[token]} - {info.unknown_id}
-
-
-def slow_tokenizer(folder):
-    tokens = ["<cls>", "<pad>", "<eos>", "<unk>", "L", "A", "G", "<mask>"]
-    (folder / "vocab.txt").write_text("\n".join(tokens))
-    return EsmTokenizer(str(folder / "vocab.txt"))
-
-
 def test_a_slow_tokenizer_works_and_has_no_words(tmp_path):
     tokenizer = slow_tokenizer(tmp_path)
     store = built(["L A G", "GAL"], tokenizer, tmp_path / "store")
@@ -183,7 +55,6 @@ def test_a_slow_tokenizer_works_and_has_no_words(tmp_path):
         check_words(store)
 
 
-CHINESE = ["这家酒店的房间很干净服务也很好下次还会再来住", "早餐的种类不多而且味道一般但是位置非常方便"] * 9
 THAI = ["โรงแรมนี้สะอาดและบริการดีมากครั้งหน้าจะมาอีกแน่นอน", "อาหารเช้ามีให้เลือกไม่มากแต่ทำเลสะดวกมาก"] * 9
 
 
@@ -262,39 +133,13 @@ def test_ids_take_the_smallest_unsigned_type(size, dtype, tmp_path):
     assert store.ids.tolist() == [2, size - 1, 0]
 
 
-def test_several_special_tokens_around_a_document(tmp_path):
-    tokenizer = wordpiece(TEXTS)
-    specials = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("[CLS]", "[PAD]", "[SEP]")]
-    for number, template in enumerate(["[CLS] [PAD] $A", "$A [SEP] [PAD] [SEP]", "$A"]):
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=specials
-        )
-        store = built(["the old", "unlike foxes"], tokenizer, tmp_path / str(number))
-        assert documents_of(store) == [tokens_of(tokenizer, text) for text in ("the old", "unlike foxes")]
-
-
-@kinds
-def test_long_documents_are_whole_and_nobody_is_warned(kind, tmp_path, recwarn, caplog, capfd):
-    tokenizer = TOKENIZERS[kind]
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer", model_max_length=8)
-    info = tokenizer_info(tokenizer)
-    tokenizer(TEXTS[0], truncation=True)  # leaves its backend set to truncate
-    capfd.readouterr()
-    text = " ".join(TEXTS)
-    store = build([text], tokenizer, info, tmp_path / "store", {"split": "train"})
-    whole = len(TOKENIZERS[kind](text)["input_ids"])
-    assert len(store.ids) == whole > 100
-    assert (len(recwarn), caplog.text, capfd.readouterr()) == (0, "", ("", ""))
-
-
 def test_batches_of_documents_leave_no_trace(tmp_path, monkeypatch):
     texts = [f"{TEXTS[number % 3]} {number}" for number in range(50)]
     whole = built(texts, TOKENIZERS["wordpiece"], tmp_path / "whole")
     for name, size in (("BATCH_DOCUMENTS", 7), ("BATCH_CHARACTERS", 100)):
-        monkeypatch.setattr(stream, name, size)
+        monkeypatch.setattr(token_store, name, size)
         parts = built(iter(texts), TOKENIZERS["wordpiece"], tmp_path / name)
-        for array in stream.ARRAYS:
+        for array in token_store.ARRAYS:
             assert np.array_equal(getattr(parts, array), getattr(whole, array))
         timeless = {"seconds": 0}
         assert parts.header | timeless == whole.header | timeless
@@ -316,9 +161,6 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
             tracemalloc.stop()
 
     assert peak(12_000) < 1.2 * peak(4_000)
-
-
-# When a store is made, found and rebuilt
 
 
 @pytest.fixture
@@ -353,17 +195,19 @@ class World:
         """Starts a Python in which `again()` is `prepare` with the same files and the tokenizer from disk."""
         self.tokenizer.save_pretrained(self.folder.parent / "tokenizer")
         code = (
-            "import sys\nfrom mlm.data.corpus import CorpusConfig\nfrom mlm.data.token_store import TokenStoreConfig, prepare\n"
+            "import sys\n"
+            "from mlm.data.corpus import CorpusConfig\n"
+            "from mlm.data.token_store import TokenStoreConfig, prepare\n"
             "from mlm.data.tokenizer import load_tokenizer, tokenizer_info\n"
             "def again():\n"
             f"    tokenizer = load_tokenizer({str(self.folder.parent / 'tokenizer')!r})\n"
-            f"    config = StreamConfig(token_store={str(self.folder)!r})\n"
-            f"    return prepare({self.source!r}, tokenizer, token_facts(tokenizer), config)\n{code}"
+            f"    config = TokenStoreConfig(token_store={str(self.folder)!r})\n"
+            f"    return prepare({self.source!r}, tokenizer, tokenizer_info(tokenizer), config)\n{code}"
         )
         environment = {**os.environ, "HF_HOME": str(self.folder.parent / "hf")}
         return subprocess.Popen(
             [sys.executable, "-c", code],
-            cwd=Path(__file__).parents[1],
+            cwd=REPOSITORY,
             env=environment,
             stdout=subprocess.PIPE,
         )
@@ -374,7 +218,7 @@ def test_the_header_counts_what_is_in_the_split(world):
     assert list(stores) == ["train", "validation"]
     header = stores["train"].header
     tokens = [tokens_of(world.tokenizer, text) for text in TEXTS]
-    assert header["version"] == stream.FORMAT_VERSION
+    assert header["version"] == token_store.FORMAT_VERSION
     assert header["tokenizer"] == tokenizer_info(world.tokenizer).fingerprint
     assert (header["documents"], header["empty_documents"]) == (len(TEXTS), len(TEXTS))
     assert header["tokens"] == sum(len(ids) for ids, _ in tokens) == len(stores["train"].ids)
@@ -447,6 +291,13 @@ def damage_no_validation(store):
 
 def damage_version(store):
     change_header(store, version=0)
+
+
+def damage_version_2(store):
+    """As the version before wrote it, which counted ordinary tokens."""
+    header = json.loads((store / "train" / "header.json").read_text())
+    header |= {"version": 2, "ordinary_tokens": header.pop("maskable_tokens")}
+    (store / "train" / "header.json").write_text(json.dumps(header))
 
 
 def damage_tokenizer(store):

@@ -1,4 +1,4 @@
-"""Claims about what the modules know of a tokenizer: which ids are special, unused or missing (law 6)."""
+"""Claims about tokenizers: which ids are special, unused or missing (invariant 6)."""
 
 import copy
 import json
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.models.esm.configuration_esm import get_default_vocab_list
 from transformers.models.esm.tokenization_esm import EsmTokenizer
 
 from mlm.data import corpus
@@ -42,7 +43,7 @@ def test_an_example_to_check_by_eye():
 
 
 @kinds
-def test_all_special_tokens_are_special_and_none_is_ordinary(kind):
+def test_all_special_tokens_are_special_and_none_is_maskable(kind):
     tokenizer = kind(TEXTS)
     info = tokenizer_info(tokenizer)
     names = [tokenizer.convert_ids_to_tokens(int(token_id)) for token_id in np.flatnonzero(info.special)]
@@ -75,10 +76,20 @@ def test_special_tokens_that_a_user_added_are_special():
         assert info.maskable[token_id] != special
 
 
-@pytest.mark.parametrize("placeholder", ["[unused5]", "[unused993]", "<unused7>", "madeupword0002"])
-def test_placeholders_are_not_ordinary(placeholder):
+PLACEHOLDERS = ["[unused5]", "[unused993]", "<unused7>", "madeupword0002", "</s>NOTUSED", "<null_1>"]
+
+
+@pytest.mark.parametrize("placeholder", PLACEHOLDERS)
+def test_placeholders_are_not_maskable(placeholder):
     vocabulary = {"[UNK]": 0, "[MASK]": 1, "fox": 2, placeholder: 3, f"{placeholder}s": 4}
     assert tokenizer_info(word_level(vocabulary)).maskable.tolist() == [False, False, True, False, True]
+
+
+def test_esms_amino_acids_are_maskable_and_its_placeholder_is_not(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(get_default_vocab_list()))
+    tokenizer = EsmTokenizer(str(tmp_path / "vocab.txt"))
+    maskable = tokenizer.convert_ids_to_tokens(np.flatnonzero(tokenizer_info(tokenizer).maskable).tolist())
+    assert maskable == [*"LAGVSERTIDPKQNFYMHWCXBUZO.-"]
 
 
 def test_a_tokenizer_without_padding_pads_with_a_token_that_is_never_drawn():
@@ -122,7 +133,7 @@ def test_the_fingerprint_changes_with_whatever_changes_ids():
     assert len(fingerprints) == len(several)
 
 
-def test_a_slow_tokenizer_has_facts_but_no_words(tmp_path):
+def test_a_slow_tokenizer_has_no_words(tmp_path):
     tokens = ["<cls>", "<pad>", "<eos>", "<unk>", "L", "A", "G", "<mask>"]
     (tmp_path / "vocab.txt").write_text("\n".join(tokens))
     info = tokenizer_info(EsmTokenizer(str(tmp_path / "vocab.txt")))

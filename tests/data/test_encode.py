@@ -1,0 +1,144 @@
+"""Claims about encoding: which ids and words a document has in the token store (invariants 6 and 7)."""
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers.normalizers import Replace
+from transformers import PreTrainedTokenizerFast
+
+from mlm.data.token_store import (
+    build,
+)
+from mlm.data.tokenizer import tokenizer_info
+from tests.data.stores import TEXTS, TOKENIZERS, built, documents_of, few, kinds, slow_tokenizer
+from tests.oracles import tokens_of
+from tests.tokenizers_for_tests import wordpiece
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """A folder that the examples of one hypothesis test may write to one after the other."""
+    return tmp_path_factory.mktemp("scratch")
+
+
+def test_an_example_to_check_by_eye(tmp_path):
+    tokenizer = wordpiece(["owls", "fox"] * 9)
+    store = built(["owls, fox", "\x00", "foxo"], tokenizer, tmp_path)
+    # fmt: off
+    expected = ["[CLS]", "owls", ",", "fox", "[SEP]", "[CLS]", "fox", "##o", "[SEP]"]
+    starts   = [      1,      1,   1,     1,       1,       1,     1,     0,       1]
+    # fmt: on
+    assert tokenizer.convert_ids_to_tokens(store.ids.tolist()) == expected
+    assert store.word_starts.astype(int).tolist() == starts
+    assert store.document_offsets.tolist() == [0, 5, 9]
+    header = {name: store.header[name] for name in ("documents", "tokens", "words", "maskable_tokens")}
+    assert header == {"documents": 2, "tokens": 9, "words": 4, "maskable_tokens": 5}
+    assert store.mean_word == 5 / 4
+
+
+sentences = st.lists(
+    st.sampled_from([*" .,'!\n\t", "fox", "unlikely", "Grapes", "don't", "中", "é", "ＡＢ"])
+).map("".join)
+
+texts = st.lists(st.one_of(sentences, st.text(max_size=20)), max_size=6)
+
+
+@kinds
+@few
+@given(texts=texts)
+def test_tokens_and_words_are_those_of_the_tokenizer_called_on_each_document(kind, texts, scratch):
+    tokenizer = TOKENIZERS[kind]
+    store = built(texts, tokenizer, scratch)
+    inner = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    expected = [tokens_of(tokenizer, text) for text, ids in zip(texts, inner, strict=True) if ids]
+    assert documents_of(store) == expected
+    for ids, starts in documents_of(store):
+        assert starts[0], "the special token before the text"
+        assert starts[1], "no word runs on from the document before"
+        assert starts[-1], "the special token after the text"
+        assert len(ids) > 2
+
+
+@few
+@given(texts=texts)
+def test_decoding_the_store_gives_the_documents_back(texts, scratch):
+    tokenizer = TOKENIZERS["byte_level_bpe"]
+    store = built(texts, tokenizer, scratch)
+    decoded = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in documents_of(store)]
+    assert decoded == [text for text in texts if text]
+
+
+LITERALS = ["[MASK]", "[SEP]", "[CLS]", "[PAD]", "[UNK]", "<s>", "</s>", "<mask>", "<pad>", "<unk>"]
+
+# NFKC maps these to the literals.
+FULLWIDTH = [text.translate({code: code + 0xFEE0 for code in range(33, 127)}) for text in LITERALS]
+
+hostile = st.lists(st.sampled_from([*LITERALS, *FULLWIDTH, *"<s>[] /", "mask", "fox"])).map("".join)
+
+
+@kinds
+@few
+@given(texts=st.lists(hostile, max_size=4))
+@example(texts=["fox [MASK] owl[SEP]</s> <s> <mask> <pad>"])
+@example(texts=["＜s＞", "a＜mask＞b ＜/s＞<s><s>", "<<s>s>"])
+def test_a_literal_special_token_in_a_document_is_text(kind, texts, scratch):
+    tokenizer = TOKENIZERS[kind]
+    info = tokenizer_info(tokenizer)
+    for ids, starts in documents_of(built(texts, tokenizer, scratch)):
+        assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        assert not {token for token in ids[1:-1] if info.special[token]} - {info.unknown_id}
+        assert starts[1]
+
+
+@kinds
+def test_the_letters_of_a_literal_special_token_are_kept(kind, tmp_path):
+    tokenizer = TOKENIZERS[kind]
+    for number, literal in enumerate(["[MASK]", "</s>", "<mask>"]):
+        ((ids, _),) = documents_of(built([f"fox {literal} owl"], tokenizer, tmp_path / str(number)))
+        text = tokenizer.decode(ids[1:-1])
+        if kind == "byte_level_bpe":  # the others lose case or spaces
+            assert text == f"fox {literal} owl"
+        assert text.replace(" ", "").lower() == f"fox{literal}owl".lower()
+
+
+def test_a_special_token_that_is_a_single_character_never_comes_out_of_text(tmp_path):
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "#": 1, "a": 2, "b": 3}, unk_token="[UNK]"))
+    backend.normalizer = Replace(Regex(r"\s"), "")
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", mask_token="#")
+    assert built(["ab#ba", "#"], tokenizer, tmp_path).ids.tolist() == [2, 3, 3, 2]
+
+
+def test_a_slow_tokenizer_takes_literal_special_tokens_as_text(tmp_path):
+    tokenizer = slow_tokenizer(tmp_path)
+    store = built(["LAG <mask> L", "GAL<eos>"], tokenizer, tmp_path / "store")
+    info = tokenizer_info(tokenizer)
+    for ids, _ in documents_of(store):
+        assert not {token for token in ids[1:-1] if info.special[token]} - {info.unknown_id}
+
+
+def test_several_special_tokens_around_a_document(tmp_path):
+    tokenizer = wordpiece(TEXTS)
+    specials = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("[CLS]", "[PAD]", "[SEP]")]
+    for number, template in enumerate(["[CLS] [PAD] $A", "$A [SEP] [PAD] [SEP]", "$A"]):
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=specials
+        )
+        store = built(["the old", "unlike foxes"], tokenizer, tmp_path / str(number))
+        assert documents_of(store) == [tokens_of(tokenizer, text) for text in ("the old", "unlike foxes")]
+
+
+@kinds
+def test_long_documents_are_whole_and_nobody_is_warned(kind, tmp_path, recwarn, caplog, capfd):
+    tokenizer = TOKENIZERS[kind]
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer", model_max_length=8)
+    info = tokenizer_info(tokenizer)
+    tokenizer(TEXTS[0], truncation=True)  # leaves its backend set to truncate
+    capfd.readouterr()
+    text = " ".join(TEXTS)
+    store = build([text], tokenizer, info, tmp_path / "store", {"split": "train"})
+    whole = len(TOKENIZERS[kind](text)["input_ids"])
+    assert len(store.ids) == whole > 100
+    assert (len(recwarn), caplog.text, capfd.readouterr()) == (0, "", ("", ""))
