@@ -87,7 +87,12 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     with seeded_cpu_generator(seed):
         build = _from_checkpoint if config.model_name_or_path else _from_scratch
         model = build(config, arch)
-        rows, needed = model.get_input_embeddings().weight.shape[0], vocab_size(tokenizer)
+        table = getattr(model.get_input_embeddings(), "weight", None)
+        if table is None:  # Perceiver's latents
+            raise UserError(
+                f"{type(model).__name__}: no masked language model over tokens; choose another architecture"
+            )
+        rows, needed = len(table), vocab_size(tokenizer)
         if needed > rows:
             log.warning("the embeddings grow from %d to %d rows: the tokenizer has more tokens", rows, needed)
             enlarge(model, needed)

@@ -1,58 +1,80 @@
 """A masked language model whose head runs on the masked positions alone.
 
 About 15% of the positions carry loss, and the projection to the vocabulary is a large part of a small
-model's work, so `SparseMaskedLM` hands the model's own head the hidden states of those positions only. It
-does so with one forward hook on the encoder, whatever the architecture, and checks at the start that it fits.
+model's work, so `SparseMaskedLM` gives the model's own head only the hidden states of those positions. It
+does so with one forward hook on the encoder, for every architecture, and a trial at construction checks that
+the result is right.
 """
 
 import copy
 import logging
+import math
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mlm.errors import listed, one_line
+from mlm.errors import UserError, listed, one_line
 from mlm.model.seeded import seeded_cpu_generator
 
 log = logging.getLogger(__name__)
+
+TRIAL = 8  # tokens in a sequence of the trial
 
 
 class SparseMaskedLM(nn.Module):
     """A masked language model whose head runs on chosen positions only.
 
-    While `forward` runs, a hook on the model's encoder replaces its last hidden state `[B, T, H]`
-    by the rows of the positions, `[1, M, H]`, so that the model's own head, whatever it is, works on M rows
-    instead of B·T. Called on its own, `model` is what it was.
+    While `forward` runs, a hook on the model's encoder replaces its last hidden state `[B, T, H]` by the rows
+    at the positions, `[1, M, H]`, so that the model's own head, whatever it is, works on M rows instead of
+    B·T. Called on its own, `model` gives its usual dense logits.
 
-    At construction a copy of the model takes two short sequences with the sparse head and with the dense one:
-    - where the logits do not agree, the dense head is used, `sparse` is False, and a warning says so;
-    - parameters that the loss gives no gradient (poolers, heads for other tasks) are frozen. Every parameter
-      left has a gradient in every step, all zero where no position is masked: a process with an empty share
-      then has the same gradients to reduce as the others, as DistributedDataParallel requires.
-    Working on a copy (parameters and gradients, for a moment) keeps the model's buffers, gradients and
-    switches, such as BigBird's, which turns to full attention for good when it sees a short sequence.
+    At construction, a copy of the model runs three short sequences with the sparse head and the dense one:
+    - where the logits differ, the dense head is used, `sparse` is False, and a warning gives the reason;
+    - parameters that get no gradient from the loss (poolers, heads for other tasks) are frozen. Every other
+      parameter then has a gradient in every step, all zeros where no position is masked, as
+      DistributedDataParallel requires and processes with an empty share rely on.
+    The trial uses a copy (parameters and gradients, for a moment) because a forward pass may change a model:
+    its buffers, and switches such as BigBird's, which stays at full attention after one short sequence.
+
+    A model may fail on short sequences alone (Reformer and Nystromformer take one length). With `length`, the
+    trial is then repeated at that length, and the model is refused if it fails again. Without, nothing is
+    frozen, so that a parameter may have no gradient.
 
     Attributes:
         model: the model itself, which is what to save.
         sparse: whether the head runs on the masked rows alone.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, length: int | None = None) -> None:
+        """length: of the chunks that the model will be trained on; None where it will not be trained.
+
+        Raises UserError where the model cannot take a step on chunks of this length.
+        """
         super().__init__()
         self.model = model
-        self.sparse = True
         self._positions: Tensor | None = None  # [M], while a sparse forward pass runs
         hook = model.base_model.register_forward_hook(self._keep_positions)
 
-        twin, batch = copy.deepcopy(self).eval(), _probe_batch(model)
-        with seeded_cpu_generator(0):  # Reformer's hashing draws in evaluation too
-            if misfit := _misfit(twin, *batch):
-                self.sparse = twin.sparse = False
-                hook.remove()
-                log.warning("%s: the head runs on all positions, as %s", type(model).__name__, misfit)
-            _freeze(model, _without_gradient(twin, *batch))
-        del twin.model  # the hook leads back to its owner: only the collector would find the two, some time
+        with seeded_cpu_generator(0):  # the trial leaves the global generator as it is
+            for trial_length in (TRIAL, length):
+                self.sparse, batch = True, _trial_batch(model, trial_length)
+                twin = copy.deepcopy(self).eval()
+                misfit = _misfit(twin, *batch)
+                self.sparse = twin.sparse = not misfit
+                unreached, failure = _without_gradient(twin, *batch)
+                del twin.model  # with the hook a cycle, which only the garbage collector would free
+                if not failure or not length:
+                    break
+        if failure and length:
+            name, hint = type(model).__name__, _hint(model)
+            raise UserError(f"{name} cannot be trained on chunks of {length} tokens{hint} ({failure})")
+        if failure:
+            log.warning("no parameter is frozen, as the trial step fails with %s", failure)
+        if misfit:
+            hook.remove()
+            log.warning("%s: the head runs on all positions, as %s", type(model).__name__, misfit)
+        _freeze(model, unreached)
 
     def forward(self, input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The logits at the given positions.
@@ -90,14 +112,15 @@ def _rows(states: Tensor, positions: Tensor) -> Tensor:
     return states.flatten(0, 1).index_select(0, positions)  # [B, T, X], [M] -> [M, X]
 
 
-def _probe_batch(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Input ids [2, 8] and positions [5]: a fixed batch without special tokens."""
+def _trial_batch(model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor]:
+    """Input ids [3, length] and positions [5] in the first two rows: a fixed batch without special tokens."""
     config = model.config.get_text_config()
     kinds = ("pad", "bos", "eos", "cls", "sep", "mask", "unk")
     special = {getattr(config, f"{kind}_token_id", None) for kind in kinds}
     maskable = torch.tensor([i for i in range(config.vocab_size) if i not in special])
-    drawn = torch.randint(len(maskable), (2, 8), generator=torch.Generator().manual_seed(0))
-    return maskable[drawn].to(model.device), torch.tensor([1, 4, 6, 10, 15], device=model.device)
+    drawn = torch.randint(len(maskable), (3, length), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([1, length // 2, length - 2, length + 2, 2 * length - 1], device=model.device)
+    return maskable[drawn].to(model.device), positions
 
 
 @torch.no_grad()
@@ -106,9 +129,11 @@ def _misfit(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor) -> str |
     if twin.model.base_model is twin.model:
         return "it has no encoder apart from its head"
     try:
-        sparse = twin(input_ids, positions)
+        with seeded_cpu_generator(0):  # Reformer hashes at random, in evaluation too
+            sparse = twin(input_ids, positions)
+        with seeded_cpu_generator(0):
+            dense = _rows(twin.model(input_ids=input_ids).logits, positions)
         twin(input_ids, positions[:0])
-        dense = _rows(twin.model(input_ids=input_ids).logits, positions)
     except Exception as error:  # whatever a model raises on a hidden state of another shape, it does not fit
         return f"the sparse head fails with {type(error).__name__}: {one_line(error)}"
     if sparse.shape != dense.shape:
@@ -120,16 +145,27 @@ def _misfit(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor) -> str |
     return None
 
 
-def _without_gradient(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor) -> list[str]:
-    """Names of the trainable parameters of the model that a loss of the logits does not reach."""
-    try:
-        with torch.enable_grad():
-            twin(input_ids, positions).float().sum().backward()
-    except Exception as error:  # Reformer takes gradients at one sequence length only
-        reason = one_line(f"{type(error).__name__}: {error}")
-        log.warning("no parameter is frozen, as the trial step fails with %s", reason)
-        return []
-    return [name for name, p in twin.model.named_parameters() if p.requires_grad and p.grad is None]
+def _without_gradient(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor) -> tuple[list[str], str]:
+    """The trainable parameters that get no gradient from the logits, and why the step failed, if it did."""
+    for training in (False, True):  # Reformer has gradients in training mode only
+        twin.train(training).zero_grad()
+        try:
+            with torch.enable_grad():
+                twin(input_ids, positions).float().sum().backward()
+            unreached = [n for n, p in twin.model.named_parameters() if p.requires_grad and p.grad is None]
+            return unreached, ""
+        except Exception as error:  # whatever a model raises on a sequence of a length that it does not take
+            failure = one_line(f"{type(error).__name__}: {error}")
+    return [], failure
+
+
+def _hint(model: PreTrainedModel) -> str:
+    """What to do, for architectures that can be trained at a single length."""
+    exact = {
+        "nystromformer": getattr(model.config, "segment_means_seq_len", None),
+        "reformer": math.prod(getattr(model.config, "axial_pos_shape", ())),
+    }.get(model.config.model_type)
+    return f"; give --max_seq_length {exact} and --pad_to_max_length true" if exact else ""
 
 
 def _freeze(model: PreTrainedModel, names: list[str]) -> None:

@@ -217,6 +217,12 @@ def test_unknown_model_type_names_the_nearest():
     assert "modernbert" in mistake(ModelConfig(model_type="modern-bert"))
 
 
+def test_architecture_without_token_embeddings_is_a_mistake(tmp_path: Path):
+    sizes = {"d_model": 32, "d_latents": 32, "num_latents": 8, "num_self_attends_per_block": 1}
+    CONFIG_MAPPING["perceiver"](**sizes).save_pretrained(tmp_path)
+    assert "PerceiverForMaskedLM" in mistake(ModelConfig(config_name=str(tmp_path)))
+
+
 def test_folder_that_does_not_exist_is_told_from_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # The switch of huggingface_hub itself, so that the test does not wait for a network's time-outs.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

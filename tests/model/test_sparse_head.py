@@ -19,7 +19,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import MaskedLMOutput
 
+from mlm.data.batches import Batch
+from mlm.errors import UserError
 from mlm.model.sparse_head import SparseMaskedLM
+from mlm.train import objective
 from tests.model.small_models import ARCHITECTURES, SMALL, VOCAB, batch, losses, small_model
 
 
@@ -112,6 +115,14 @@ def test_under_bf16_autocast_the_logits_are_bf16_and_the_loss_of_the_widened_is_
         nats = losses(model, *batch())
     assert nats.dtype == torch.float32
     torch.testing.assert_close(nats, exact, rtol=0.05, atol=0.05)
+
+
+def test_the_objective_of_bf16_logits_is_taken_in_float32():
+    logits = torch.full((1, 2), 300.0)  # log-sum-exp of bf16 logits this large is off by whole nats in bf16
+    batch = Batch(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0]), torch.tensor([0]), None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        nats = objective(lambda *_: logits.bfloat16(), batch)
+    torch.testing.assert_close(nats, torch.tensor(2.0).log())
 
 
 def test_compiled_forward_gives_the_same_loss():
@@ -244,3 +255,61 @@ def test_trial_does_not_turn_big_birds_sparse_attention_off():
     config = CONFIG_MAPPING["big_bird"](**SMALL, attention_type="block_sparse")
     model = SparseMaskedLM(AutoModelForMaskedLM.from_config(config))
     assert model.sparse and model.model.bert.attention_type == "block_sparse"
+
+
+# Architectures that take sequences of one length only
+
+ONE_LENGTH = {  # each takes 16 tokens in training
+    "nystromformer": {"segment_means_seq_len": 16, "num_landmarks": 4, "conv_kernel_size": 5},
+    "reformer": {
+        "axial_pos_shape": (4, 4),
+        "axial_pos_embds_dim": (16, 16),
+        "attention_head_size": 8,
+        "feed_forward_size": 64,
+        "num_buckets": 4,
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+        "attn_layers": ["local", "lsh"],
+        "is_decoder": False,
+    },
+}
+
+
+def one_length_model(model_type: str) -> PreTrainedModel:
+    config = CONFIG_MAPPING[model_type](**(SMALL | ONE_LENGTH[model_type]))
+    torch.manual_seed(0)
+    return AutoModelForMaskedLM.from_config(config)
+
+
+@pytest.mark.parametrize("model_type", ONE_LENGTH)
+@pytest.mark.parametrize("length", [12, 24, 32])
+def test_length_that_an_architecture_cannot_be_trained_at_is_a_mistake_that_names_the_right_one(
+    model_type: str, length: int
+):
+    with pytest.raises(
+        UserError, match=rf"on chunks of {length} tokens; give --max_seq_length 16 and"
+    ) as error:
+        SparseMaskedLM(one_length_model(model_type), length)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ONE_LENGTH)
+def test_at_the_length_that_works_every_trainable_parameter_has_a_gradient_on_an_empty_share(model_type: str):
+    model = SparseMaskedLM(one_length_model(model_type), 16).train()
+    assert model.sparse
+    model(batch(length=16)[0], torch.empty(0, dtype=torch.int64)).sum().backward()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert trainable and all(p.grad is not None and not p.grad.any() for p in trainable)
+
+
+@pytest.mark.parametrize("model_type", ONE_LENGTH)
+def test_a_trial_step_that_fails_freezes_nothing_where_the_model_is_not_trained(model_type: str, messages):
+    model = SparseMaskedLM(one_length_model(model_type))
+    assert all(p.requires_grad for p in model.parameters())
+    assert any("no parameter is frozen, as the trial step fails with" in line for line in messages())
+
+
+def test_architecture_that_runs_at_no_length_is_a_mistake():
+    config = CONFIG_MAPPING["xmod"](**SMALL)  # needs a default language
+    with pytest.raises(UserError, match=r"XmodForMaskedLM cannot be trained .* Input language unknown"):
+        SparseMaskedLM(AutoModelForMaskedLM.from_config(config), 16)
