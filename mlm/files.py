@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and the lock by which one process at a time builds something."""
+"""Files that are written completely or not at all, and the lock by which one process builds for all."""
 
 import contextlib
 import json
@@ -15,26 +15,26 @@ from mlm.errors import one_line
 
 log = logging.getLogger(__name__)
 
-# Seconds to wait for a run that builds the same: half of what the processes of one run wait for each other
-# (PATIENCE in processes.py), so that the other half is left to build what did not come.
+# Seconds to wait for a run that builds the same. It is half of what the processes of one run wait for each
+# other (PATIENCE in engine/distributed.py), so that time is left to build without the lock.
 LOCK_TIMEOUT = 3600.0
-POLL = 0.2  # seconds between two tries, each of which the server of a shared folder has to answer
+POLL = 0.2  # seconds between two tries, which are requests to the server of a shared folder
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file, whole or not at all. Raises OSError."""
+    """Replaces a file completely or not at all. Raises OSError."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces a file by a JSON text, whole or not at all. Raises OSError."""
+    """Replaces a file by a JSON text, completely or not at all. Raises OSError."""
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def sync(path: Path) -> None:
-    """Has the disk keep what was written to a file, or the names in a folder."""
+    """Flushes a file's data, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,24 +44,24 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def one_builder(place: Path) -> Iterator[bool]:
-    """Lets the runs that are about to build `place` in one by one; each looks first whether it is there now.
+    """Admits one run at a time to build `place`; each should check first whether it exists by now.
 
-    Yields True where this run holds the lock. False: LOCK_TIMEOUT seconds went by and the holder, stopped or
-    slow, still had it, or there is no locking here (a file system without it, a lock file of another user).
-    Then others may be building as well: build beside the place, and rename.
+    Yields True where this run holds the lock, and False where it could not be had: the holder, stopped or
+    slow, kept it for LOCK_TIMEOUT seconds, or the file system or the lock file's owner does not permit
+    locking. Then other runs may be building as well, so build beside the place and rename.
 
-    The lock is the kernel's, on the file `<place>.lock`. It ends with the process that holds it, however that
-    ends, so that the file of a killed run is no lock and costs no wait. The file itself is left: were it
-    removed, a run that waits on it and one that comes later would each hold a lock of their own.
+    The kernel holds the lock on the file `<place>.lock` and releases it when the process ends, in whatever
+    way, so that a killed run blocks no one. The file stays: if it were removed, a run waiting on it and a
+    later one would each hold a lock of their own.
     """
     path = Path(f"{place}.lock")
 
     def sign(descriptor: int) -> None:
-        with contextlib.suppress(OSError):  # on a full disk those who wait do without the name
+        with contextlib.suppress(OSError):  # on a full disk, waiting runs do not learn the holder's name
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
-    # Preserved also means: no lock by the mere existence of a file, which would outlive a killed process.
+    # Preserving the file also rules out filelock's soft locks, which outlive a killed process.
     lock = FileLock(path, preserve_lock_file=True, on_acquired=sign)
     try:
         try:
@@ -72,7 +72,7 @@ def one_builder(place: Path) -> Iterator[bool]:
     except Timeout:
         log.warning("%s has held %s for %g s: building without it", _holder(path), path, LOCK_TIMEOUT)
     except OSError:
-        pass  # whether the place can be written at all, building shows
+        pass  # building will show whether the place can be written at all
     try:
         yield lock.is_locked
     finally:

@@ -1,4 +1,4 @@
-"""The Hub, asked once whether it is there."""
+"""Whether the Hub can be reached, checked once per process."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -10,10 +10,10 @@ PATIENCE = 5.0  # seconds to wait for the Hub to answer
 
 
 def local_files_only(name: str) -> bool:
-    """What `from_pretrained` is to be told under this name: whether the Hub's cache is all there is to ask.
+    """The argument for `from_pretrained`: whether to look for a Hub name in the local cache only.
 
-    The libraries ask an unreachable Hub six times for a file, 47 s in all. Told so, they take a model from
-    the cache where it is there, and fail at once where it is not.
+    The libraries ask an unreachable Hub six times for a file, for 47 s. With this they take the model from
+    the cache, or fail at once.
     """
     return not Path(name).is_dir() and not _answers()
 

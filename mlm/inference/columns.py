@@ -14,9 +14,9 @@ def fit(text: str, width: int) -> str:
     """`text` cut or filled to `width` terminal columns; what is cut ends in an ellipsis."""
     if columns(text) <= width:
         return text + " " * (width - columns(text))
-    kept, room = "", width - 1
+    kept, left = "", width - 1
     for character in text:
-        if (room := room - _columns(character)) < 0:
+        if (left := left - _columns(character)) < 0:
             break
         kept += character
     return f"{kept}…" + " " * (width - 1 - columns(kept))

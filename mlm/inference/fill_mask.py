@@ -1,7 +1,7 @@
-"""What a masked language model would write at the masks of a sentence, with its own probabilities.
+"""Fills the masks of a sentence with the tokens that a masked language model finds likeliest.
 
-The distribution is the model's, over its whole vocabulary: nothing is left out, and masks do not see each
-other's fillers. transformers' `pipeline("fill-mask")` gives the same numbers.
+The probabilities are the model's over its whole vocabulary. Each mask is filled independently, with the
+others still in place, so that the numbers are those of transformers' `pipeline("fill-mask")`.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ Order = Literal["independent", "left_to_right", "confidence"]
 
 @dataclass(frozen=True)
 class FillMaskConfig:
-    """Whose fillers to show, and how many."""
+    """Which models fill the masks, how, and how many fillers are shown."""
 
     model_name_or_path: str | None = None  # checkpoint that fills the masks, a Hub name or a folder
     compare: str | None = None  # second checkpoint, the base that is shown beside it
@@ -83,35 +83,35 @@ def fill(
         raise UserError(f"--top_k {top_k}: the model's vocabulary has {vocabulary} tokens")
     rows = encode(tokenizer, sentences, max_positions(model.model.config))
     positions = [mask_positions(tokenizer, row) for row in rows]
-    found: list[list[list[Filler]]] = [[] for _ in sentences]
+    fillers: list[list[list[Filler]]] = [[] for _ in sentences]
     for part, logits in predict(model, rows, positions):
         best = logits.softmax(dim=-1).topk(top_k)
         # the device synchronises here
         ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         for i in part:
             for tokens, values in (next(ranked) for _ in positions[i]):
-                fillers = [Filler(spell(tokenizer, [t]), p) for t, p in zip(tokens, values, strict=True)]
-                found[i].append(fillers)
-    return found
+                likeliest = zip(tokens, values, strict=True)
+                fillers[i].append([Filler(spell(tokenizer, [t]), p) for t, p in likeliest])
+    return fillers
 
 
 def cell_width(models: int) -> int:
-    """Columns of a table's cell, behind four blanks."""
+    """The columns of a table's cell, after four blanks."""
     return PAGE // models - 4
 
 
 def table(sentence: str, names: Sequence[str], answers: Sequence[Sequence[Sequence[Any]]]) -> str:
-    """What one or two models say to a sentence, side by side for a person to read in 100 columns.
+    """The answers of one or two models to a sentence, side by side in 100 columns.
 
     Args:
-        sentence: printed above them, as it is.
-        names: `[model]`, heads of the columns where there are two.
-        answers: `[model][mask][rank]`, as many masks and ranks for each; `str` of one is what is shown.
+        sentence: the first line of the table, as it is.
+        names: `[model]`, the heads of the columns where there are two.
+        answers: `[model][mask][rank]`, as many masks and ranks for each model; a cell is `str` of one.
     """
     lines = [sentence]
     width = cell_width(len(names))
     if len(names) > 1:
-        # Of a name that is too long the end is kept: folders differ there.
+        # A name that is too long keeps its end, where folders differ.
         heads = [name if len(name) <= width else f"…{name[1 - width :]}" for name in names]
         lines.append(_line(heads, width))
     masks = list(zip(*answers, strict=True))  # [mask][model][rank]

@@ -1,19 +1,19 @@
-"""Fills the masks of a sentence jointly: each filler is chosen with those before it in their places.
+"""Fills the masks of a sentence jointly: each filler is chosen with the earlier ones in their places.
 
-The masks are filled one at a time, and log p(sentence filled in) is the sum over the masks of
+The masks are filled one at a time, and the log-probability of the filled sentence is the sum over the masks
+of
 
     log p(filler | the sentence, the fillers so far in their places, masks for the rest)
 
-The next mask to fill is
+The order decides which mask is filled next:
 
-- `left_to_right`: the first of those left;
-- `confidence`: the one at which the model is surest, by the probability of its likeliest token, at equal
-  probabilities the first.
+- `left_to_right`: the first of the remaining masks;
+- `confidence`: the mask whose likeliest token has the highest probability, the first of equals.
 
 These are the order-based and the confidence-based decoding of X-FACTR (Jiang et al. 2020, arXiv:2010.06189);
-its third way, independent, is `mlm.fill_mask.fill`. Either order gives each way to fill all masks one
-probability, and these sum to 1, as what is filled in so far decides alone which mask is next. A masked
-language model is no joint distribution: the two orders give the same sentence different probabilities.
+its independent decoding is `mlm.inference.fill_mask.fill`. Under either order the probabilities of all ways
+to fill the masks sum to 1, because the fillers so far determine which mask is next. But a masked language
+model defines no joint distribution: the two orders give the same sentence different probabilities.
 
 Beam search keeps the `num_beams` likeliest sentences after each mask.
 """
@@ -41,12 +41,12 @@ class Filled(NamedTuple):
 
 
 def cells(answers: Sequence[Sequence[Filled]], width: int) -> list[list[str]]:
-    """`[model][rank]`, to be shown: the sentences, or, where one is wider than `width`, the fillers alone."""
-    told = [[(f"{filled.log_probability:8.2f} nats  ", filled) for filled in answer] for answer in answers]
-    whole = all(columns(head + filled.text) <= width for answer in told for head, filled in answer)
+    """`[model][rank]`, cells of a table: sentences, or the fillers alone where one is wider than `width`."""
+    lines = [[(f"{filled.log_probability:8.2f} nats  ", filled) for filled in answer] for answer in answers]
+    whole = all(columns(head + filled.text) <= width for answer in lines for head, filled in answer)
     return [
         [head + (filled.text if whole else " … ".join(filled.tokens)) for head, filled in answer]
-        for answer in told
+        for answer in lines
     ]
 
 
@@ -67,10 +67,10 @@ def fill_jointly(
     order: Order,
     num_beams: int,
 ) -> list[list[Filled]]:
-    """The likeliest ways to fill all masks that a beam search finds: `[sentence][rank]`, likeliest first.
+    """The likeliest ways to fill all masks, by beam search: `[sentence][rank]`, likeliest first.
 
-    At most `num_beams`, fewer where there are not that many. Of equally likely ones, those come first whose
-    fillers have the lower ids, the mask that was filled first being compared first.
+    There are at most `num_beams`. Equally likely ones are ordered by the ids of their fillers, compared in
+    the order in which the masks were filled.
 
     Raises UserError as `encode` does.
     """
@@ -106,19 +106,19 @@ def fill_jointly(
 
 
 def likeliest(log_probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest values of each row, float32 ≤ 0, `[M, V]`, and their ids, both `[M, k]`.
+    """The `k` largest values of each row of `[M, V]` float32 ≤ 0, and their ids, both `[M, k]`.
 
-    Of equal ones the lower id comes first, on any device, which `topk` leaves open.
+    Of equal values the one with the lower id comes first, on any device; `topk` does not promise an order.
     """
     ids = torch.arange(log_probabilities.shape[1], device=log_probabilities.device)
-    # Floats of one sign are ordered as their bits are; the id below the bits makes each key the only one.
+    # Floats of one sign have the order of their bits; the id in the lower half makes each key unique.
     keys = (log_probabilities.abs().view(torch.int32).long() << 32) | ids
     tokens = keys.topk(k, largest=False).values & 0xFFFFFFFF
     return log_probabilities.gather(1, tokens), tokens
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], sentence: str) -> str:
-    """The ids as text. WordPiece decodes Chinese with blanks: without, where the sentence has none."""
+    """The ids as text, without blanks where the sentence has none: WordPiece decodes Chinese with blanks."""
     text = tokenizer.decode(ids)
     return text.replace(" ", "") if columns(sentence) > len(sentence) and " " not in sentence else text
 
@@ -127,10 +127,10 @@ def _likeliest_at(
     model: SparseMaskedLM, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], k: int
 ) -> list[list[tuple[list[float], list[int]]]]:
     """The `k` likeliest tokens, or all: `[row][position]` (their log-probabilities, their ids)."""
-    found: list[list[tuple[list[float], list[int]]]] = [[] for _ in rows]
+    best: list[list[tuple[list[float], list[int]]]] = [[] for _ in rows]
     for part, logits in predict(model, rows, positions):
         values, tokens = likeliest(logits.log_softmax(dim=-1), min(k, logits.shape[1]))
         ranked = zip(values.tolist(), tokens.tolist(), strict=True)  # the device synchronises here
         for i in part:
-            found[i] = [next(ranked) for _ in positions[i]]
-    return found
+            best[i] = [next(ranked) for _ in positions[i]]
+    return best

@@ -1,4 +1,4 @@
-"""Sentences that a person gives: read from a file, encoded with their masks, predicted without padding."""
+"""Sentences of a user: read from a file, encoded with their masks, predicted without padding."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,17 +12,17 @@ from mlm.errors import UserError, one_line
 from mlm.model.sparse_head import SparseMaskedLM
 
 MASK = "[MASK]"  # how a sentence writes a mask, whatever the tokenizer's own mask token is
-AT_A_TIME = 32  # sentences in a batch; no figure depends on it
+AT_A_TIME = 32  # sentences in a batch; does not change the results
 
 
 def read_sentences(path: str) -> dict[int, str]:
-    """The lines of a UTF-8 text file (`-`: of standard input) that are not blank: {line, from 1: sentence}.
+    """The non-blank lines of a UTF-8 text file (`-`: standard input): {line number from 1: sentence}.
 
     Raises UserError where the file cannot be read, or holds none.
     """
     name = "standard input" if path == "-" else path
     try:
-        # utf-8-sig: Windows editors put a byte order mark at the head
+        # utf-8-sig: editors on Windows write a byte order mark
         with open(
             sys.stdin.fileno() if path == "-" else path, encoding="utf-8-sig", closefd=path != "-"
         ) as file:
@@ -39,10 +39,10 @@ def read_sentences(path: str) -> dict[int, str]:
 def encode(
     tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], longest: int | None
 ) -> list[list[int]]:
-    """Ids of each sentence, special tokens around it, at least one mask in it, at most `longest` of them.
+    """The ids of each sentence, with the special tokens around it.
 
-    A mask is `[MASK]` or the tokenizer's own mask token. Raises UserError where a sentence has none or is too
-    long, and where the tokenizer has no mask token.
+    A mask is `[MASK]` or the tokenizer's own mask token. Raises UserError where a sentence has no mask or
+    more than `longest` ids, and where the tokenizer has no mask token.
     """
     if tokenizer.mask_token_id is None:
         raise UserError(
@@ -63,10 +63,10 @@ def encode(
 
 
 def own_mask(tokenizer: PreTrainedTokenizerBase, sentence: str) -> str:
-    """The sentence with the tokenizer's own mask token.
+    """The sentence with the tokenizer's own mask token in the place of `[MASK]`.
 
-    Blanks around the mask stay as they are written: a mask token that takes the blank before it (RoBERTa's,
-    lstrip) does so in the tokenizer.
+    Blanks around the mask stay: RoBERTa's mask token absorbs the blank before it, but in the tokenizer
+    (lstrip).
     """
     return sentence.replace(MASK, tokenizer.mask_token)
 
@@ -79,7 +79,7 @@ def mask_positions(tokenizer: PreTrainedTokenizerBase, row: Sequence[int]) -> li
 def predict(
     model: SparseMaskedLM, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """What the model, without dropout, says at some positions of each row, a batch at a time.
+    """The model's logits at some positions of each row, without dropout, a batch at a time.
 
     Args:
         rows: `[row][T of the row]`, the ids of sentences, special tokens included.
@@ -92,8 +92,8 @@ def predict(
     was_training = model.training
     model.eval()
     try:
-        # Rows of one length at a time, as padding is not neutral everywhere: ConvBERT's and MobileBERT's
-        # convolutions look past the attention mask, and a row's figures would depend on its neighbours.
+        # Only rows of one length share a batch, because padding can change the results: the convolutions of
+        # ConvBERT and MobileBERT look past the attention mask.
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for length, same in groupby(by_length, key=lambda i: len(rows[i])):
             numbers = list(same)

@@ -1,14 +1,14 @@
-"""How likely given words are at the masks of a sentence, words of several pieces included.
+"""The probability of given words at the masks of a sentence, words of several pieces included.
 
-A word of n pieces takes n masks, and its pieces are filled in from left to right, by the chain rule:
+A word of n pieces takes n masks. Its pieces are filled in from left to right, by the chain rule:
 
     log p(word) = Σ_j log p(piece_j | the sentence, the pieces before j in their places, masks for the rest)
 
-For one piece that is the probability that `mlm.fill_mask.fill` gives it. For more it is the sum over a word
-that Kauf and Ivanova name PLL-word-l2r (2023, "A Better Way to Do Masked Language Model Scoring",
-arXiv:2305.10588). transformers' `pipeline("fill-mask", targets=…)` takes the first piece for the word (its
-issues 4306, 9678, 17374). The number of masks tells the model how long the word is: the probabilities of
-words of one length sum to at most 1, those of words of several lengths are no distribution together.
+For one piece this is the probability of `mlm.inference.fill_mask.fill`. For several it is PLL-word-l2r of
+Kauf and Ivanova (2023, "A Better Way to Do Masked Language Model Scoring", arXiv:2305.10588). transformers'
+`pipeline("fill-mask", targets=…)` takes the first piece for the word (its issues 4306, 9678, 17374). The
+number of masks reveals the word's length: the probabilities of words of one length sum to at most 1, those of
+words of several lengths form no distribution.
 """
 
 import csv
@@ -25,7 +25,7 @@ from mlm.inference.sentences import encode, mask_positions, own_mask, predict
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import max_positions
 
-Step = tuple[tuple[int, ...], int, int]  # a row with masks, a position in it, the token asked about there
+Step = tuple[tuple[int, ...], int, int]  # a row with masks, a position in it, the token to score there
 
 
 class Target(NamedTuple):
@@ -41,9 +41,9 @@ class Target(NamedTuple):
 
 
 def parse_targets(text: str) -> list[str]:
-    """The words of `good,so so,"1,000"`: separated by commas, in quotes where they hold one (as in CSV).
+    """The words of `good,so so,"1,000"`: separated by commas, quoted where they contain one (as in CSV).
 
-    Blanks around a word do not count, nor does a word's second mention. Raises UserError where there is none.
+    Blanks around a word and repetitions are dropped. Raises UserError where a word is missing.
     """
     [cells] = csv.reader([" ".join(text.split()) or " "], skipinitialspace=True)
     words = list(dict.fromkeys(cell.strip() for cell in cells))
@@ -63,8 +63,8 @@ def score_targets(
     The sentence's other masks stay masks.
 
     Raises:
-        UserError: as `encode` does; a target that is unknown to the tokenizer, or no text; one whose pieces
-            make a sentence longer than the model's position table.
+        UserError: as `encode` does; where the tokenizer does not know a target or makes no token of it;
+            where its pieces make a sentence longer than the model's position table.
     """
     longest = max_positions(model.model.config)
     rows = encode(tokenizer, sentences, longest)
@@ -82,11 +82,11 @@ def score_targets(
             f"with the targets in it a sentence is {length} tokens long, the model's position table takes "
             f"{longest}: shorten it"
         )
-    found = _log_probabilities(model, steps)
+    scores = _log_probabilities(model, steps)
 
     def target(word: str, chain: list[Step]) -> Target:
         pieces = tokenizer.convert_ids_to_tokens([piece for _, _, piece in chain])
-        return Target(word, tuple(pieces), sum(found[step] for step in chain))
+        return Target(word, tuple(pieces), sum(scores[step] for step in chain))
 
     return [[[*map(target, targets, words)] for words in masks] for masks in chains]
 
@@ -107,12 +107,12 @@ def _chain(
 def _pieces(
     tokenizer: PreTrainedTokenizerBase, sentence: str, before: list[int], mask: int, word: str
 ) -> list[int]:
-    """Ids of `word` in the place of a mask: what the tokenizer makes of it behind the text before the mask.
+    """The ids of `word` in the place of a mask, encoded together with the text before the mask.
 
-    So the blank before it is a part of it where the vocabulary has it so ("a [MASK]": RoBERTa's `Ġfilm`), and
-    it goes on a word that has begun ("un[MASK]": BERT's `##able`). Where the text before the mask would not
-    keep its own tokens `before` (a mask token that leaves the blank before it alone, letters that merge), it
-    is what the tokenizer makes of the word on its own.
+    So a blank before the word belongs to its first piece where the vocabulary has such pieces ("a [MASK]":
+    RoBERTa's `Ġfilm`), and a word that has begun is continued ("un[MASK]": BERT's `##able`). Where the text
+    would not keep its own ids `before` (the mask token does not absorb the blank, or letters merge), the word
+    is encoded on its own.
     """
     text = own_mask(tokenizer, sentence).split(tokenizer.mask_token)
     start = tokenizer.mask_token.join(text[: mask + 1])
@@ -135,15 +135,15 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _log_probabilities(model: SparseMaskedLM, steps: Iterable[Step]) -> dict[Step, float]:
-    """Of each step's token, in nats. Steps that ask about one place of one row share a prediction."""
+    """The log-probability, in nats, of each step's token. Steps at one place share a prediction."""
     wanted: dict[tuple[tuple[int, ...], int], list[int]] = {}
     for row, position, token in dict.fromkeys(steps):
         wanted.setdefault((row, position), []).append(token)
     places = list(wanted)
-    found: dict[Step, float] = {}
+    scores: dict[Step, float] = {}
     for part, logits in predict(model, [row for row, _ in places], [[position] for _, position in places]):
-        asked = [(b, (*places[i], token)) for b, i in enumerate(part) for token in wanted[places[i]]]
-        line, token = torch.tensor([(b, step[2]) for b, step in asked], device=logits.device).T
+        scored = [(b, (*places[i], token)) for b, i in enumerate(part) for token in wanted[places[i]]]
+        line, token = torch.tensor([(b, step[2]) for b, step in scored], device=logits.device).T
         values = logits.log_softmax(dim=-1)[line, token].tolist()  # the device synchronises here
-        found.update(zip((step for _, step in asked), values, strict=True))
-    return found
+        scores.update(zip((step for _, step in scored), values, strict=True))
+    return scores

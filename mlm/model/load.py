@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 DEMO_VOCABULARY = 8192  # tokens
 DEMO_POSITIONS = 128
 
-# What a configuration or weights that are missing, damaged or unsafe, or need another package, raise.
+# What transformers raises where a configuration or weights are missing, damaged or unsafe, or need a package.
 UNUSABLE = (
     OSError,
     ValueError,
@@ -50,14 +50,14 @@ UNUSABLE = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model to train or measure. With no name and no type it is the demo model."""
+    """Which model to train or measure. Without a name or a type it is the demo model."""
 
-    model_name_or_path: str | None = None  # checkpoint, a Hub name or a folder; none: the demo model
+    model_name_or_path: str | None = None  # checkpoint: a Hub name or a folder (default: the demo model)
     config_name: str | None = None  # configuration to train from scratch, or to use with the checkpoint
     model_type: str | None = None  # architecture to train from scratch at its default size (modernbert)
     tokenizer_name: str | None = None  # tokenizer, where it differs from the model's
     trust_remote_code: bool = False  # run the Python code that a checkpoint brings along
-    gradient_checkpointing: bool = False  # train in less memory and more time: where one chunk does not fit
+    gradient_checkpointing: bool = False  # train in less memory and more time, where one chunk does not fit
     dropout: float | None = None  # replaces every dropout probability of the model, in this run only
 
     def __post_init__(self) -> None:
@@ -66,18 +66,19 @@ class ModelConfig:
 
 
 def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """Load the checkpoint that `config` names, or initialise a model from scratch, in float32 on the CPU.
+    """Loads the checkpoint that `config` names, or initialises a model from scratch, in float32 on the CPU.
 
-    Whatever has to be initialised (a model from scratch, weights that the checkpoint lacks, embeddings of
-    tokens that it does not know) is drawn from `seed`; the global generators keep their state. Embeddings
-    are enlarged where the tokenizer is larger than them and never made smaller.
+    New weights (of a model from scratch, missing in the checkpoint, of tokens that it does not know) are
+    drawn from `seed`; the global generators keep their state. The embeddings grow where the tokenizer is
+    larger, and never shrink.
 
     `config.dropout` is a setting of this run: the modules use it, while `model.config`, which
-    `save_pretrained` writes, keeps the probabilities that the model came with.
+    `save_pretrained` writes, keeps the model's own probabilities.
 
     Raises:
-        UserError: the checkpoint or configuration cannot be found, reached or read, is of no masked language
-            model, needs `trust_remote_code`, or does not support gradient checkpointing, which is asked for.
+        UserError: the checkpoint or configuration cannot be found, reached or read, is not of a masked
+            language model over tokens, needs `trust_remote_code`, or has no gradient checkpointing, though
+            `config` asks for it.
     """
     arch = _architecture(config, tokenizer)
     own_dropout = [] if config.dropout is None else list(_dropout_fields(arch))
@@ -90,7 +91,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
         table = getattr(model.get_input_embeddings(), "weight", None)
         if table is None:  # Perceiver's latents
             raise UserError(
-                f"{type(model).__name__}: no masked language model over tokens; choose another architecture"
+                f"{type(model).__name__} has no table of token embeddings; choose another architecture"
             )
         rows, needed = len(table), vocab_size(tokenizer)
         if needed > rows:
@@ -100,8 +101,8 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     if config.gradient_checkpointing:
         _checkpoint_activations(model)
     if own_dropout:
-        # The modules share the configuration that they were built from, and some read it in every forward
-        # pass: a copy, with the probabilities that the model came with, becomes the one that is saved.
+        # Modules share the configuration that they were built from, and some read it in every forward pass.
+        # A copy with the model's own probabilities is the one to save.
         model.config = copy.deepcopy(model.config)
         for (owner, field, _), (_, _, value) in zip(_dropout_fields(model.config), own_dropout, strict=True):
             setattr(owner, field, value)
@@ -109,9 +110,9 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
 
 
 def model_config(config: ModelConfig) -> PreTrainedConfig:
-    """The configuration of the name or type that `config` gives, one of them at least, as it is.
+    """The unchanged configuration of the name or type in `config`, which must have one of them.
 
-    Raises UserError where it cannot be loaded, and where it is of no masked language model.
+    Raises UserError where it cannot be loaded, or is not of a masked language model.
     """
     if source := config.config_name or config.model_name_or_path:
         try:
@@ -136,9 +137,9 @@ def model_config(config: ModelConfig) -> PreTrainedConfig:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Names a model by its architecture and, to six digits of their mean size, its weights.
+    """Identifies a model by its configuration and the mean size of its weights, to six digits.
 
-    Not by their bits, which fresh weights may owe to the kind of processor that drew them.
+    Not by the bits of the weights: fresh ones may depend on the kind of processor that drew them.
     """
     described = {
         k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
@@ -153,8 +154,8 @@ def fingerprint(model: PreTrainedModel) -> str:
 def check_embeddings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UserError where the tokenizer gives ids beyond the embedding table of the named checkpoint.
 
-    To be asked before `load_model`, which enlarges the table for training: a model that is only used knows
-    nothing of the rows it would add.
+    Call it before `load_model` where the model is not trained: `load_model` enlarges the table, by rows that
+    mean nothing before training.
     """
     rows = getattr(model_config(config).get_text_config(), "vocab_size", None)
     largest = vocab_size(tokenizer) - 1
@@ -166,9 +167,9 @@ def check_embeddings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def position_limit(config: ModelConfig) -> int | None:
-    """`max_positions` of the model that `config` names, or of the demo, without loading the model.
+    """`max_positions` of the model that `config` names, or of the demo model, without loading it.
 
-    Of one from scratch, at its own padding id: RoBERTa's limit shifts with the tokenizer's.
+    For a model from scratch, at its default padding id: RoBERTa's limit depends on the tokenizer's.
     """
     if not (config.model_name_or_path or config.config_name or config.model_type):
         return DEMO_POSITIONS
@@ -176,13 +177,12 @@ def position_limit(config: ModelConfig) -> int | None:
 
 
 def open_corpus(config: Any) -> tuple[PreTrainedTokenizerBase, TokenizerInfo, dict[str, TokenStore]]:
-    """The tokenizer, what the other modules have to know of it, and the token store of each split.
+    """The tokenizer, what the other modules need to know of it, and the token store of each split.
 
-    The tokenizer is the one that is named; for a model from scratch without one, it is trained on the corpus.
+    The tokenizer is the named one; for a model from scratch without a name, it is trained on the corpus. Call
+    this before the process's first use of a tokenizer, as it sets the number of threads.
 
-    config: a mlm.config.Config, of which the parts model, corpus, token_store and masking are read
-
-    To be called before any other work with a tokenizer in this process: it sets the number of threads.
+    config: a mlm.config.Config; its parts model, corpus, token_store and masking are used
     """
     limit_threads(config.token_store)
     if name := config.model.tokenizer_name or config.model.model_name_or_path:
@@ -196,16 +196,16 @@ def open_corpus(config: Any) -> tuple[PreTrainedTokenizerBase, TokenizerInfo, di
 
 
 def vocabulary_size(config: ModelConfig) -> int:
-    """Tokens of the vocabulary to train for a model that starts from nothing: its default, or the demo's."""
+    """The size of the vocabulary to train for a model from scratch: its default, or the demo's."""
     if config.config_name or config.model_type:
         return model_config(config).get_text_config().vocab_size
     return DEMO_VOCABULARY
 
 
 def demo_config(tokenizer: PreTrainedTokenizerBase) -> BertConfig:
-    """The configuration of the demo: a BERT that learns more than frequencies in minutes on two CPU cores.
+    """A BERT that learns more than token frequencies within minutes on two CPU cores.
 
-    The default deviation of fresh weights, 0.02, is for wider models: with 0.05 this one learns sooner.
+    The usual standard deviation of fresh weights, 0.02, suits wider models; with 0.05 this one learns sooner.
     """
     return BertConfig(
         vocab_size=vocab_size(tokenizer),
@@ -266,8 +266,8 @@ def _from_scratch(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedMode
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:
-    """Training keeps each layer's input alone and computes the rest again in backward (Chen et al. 2016)."""
-    # The first is transformers' new name; it warns at the old one, which is all that its older versions have.
+    """Keeps only each layer's input in training and recomputes the rest in backward (Chen et al. 2016)."""
+    # New versions of transformers have the first name and warn about the second, which old ones have.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
         enable()
@@ -276,10 +276,10 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def _dropout_fields(config: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, str, float]]:
-    """(configuration, field, value) of every dropout probability, those of nested configurations included.
+    """(configuration, field, value) of every dropout probability, nested configurations included.
 
-    A field that is None (BERT's classifier_dropout) follows another one, and a boolean one (ESM's
-    token_dropout, a rescaling of the embeddings) is no probability.
+    A field that is None (BERT's classifier_dropout) follows another one. A boolean one (ESM's token_dropout,
+    which rescales the embeddings) is no probability.
     """
     for field, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):

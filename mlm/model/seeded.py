@@ -8,8 +8,8 @@ import torch
 
 @contextmanager
 def seeded_cpu_generator(seed: int) -> Iterator[None]:
-    """Draw weights from `seed` and put the global generator back. Models are built on the CPU, and
-    `torch.manual_seed` would also touch the generators of every GPU."""
+    """Seeds the CPU's global generator and restores its state at the end. Models are built on the CPU;
+    `torch.manual_seed` would seed every GPU as well."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed % 2**64)  # any integer is a seed, as it is to the masks
+        torch.default_generator.manual_seed(seed % 2**64)  # any integer, as for the masks
         yield

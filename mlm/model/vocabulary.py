@@ -1,4 +1,4 @@
-"""The rows of a model's tables: of its positions, and of its vocabulary, which may have to grow."""
+"""The sizes of a model's position and embedding tables, and how the embeddings grow."""
 
 import copy
 
@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from mlm.errors import UserError, one_line
 
-# Architectures whose position ids start after the padding id, as RoBERTa's do: no token reaches the first
+# Architectures whose position ids start after the padding id, as RoBERTa's do: no token uses the first
 # pad_token_id + 1 rows of the position table.
 POSITIONS_AFTER_PADDING = (
     *("camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta"),
@@ -16,9 +16,9 @@ POSITIONS_AFTER_PADDING = (
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """The longest sequence, in tokens, that the model's position table takes.
+    """The longest sequence, in tokens, that the model's position table takes; None without such a table.
 
-    None where there is no table to run out of: rotary and relative positions.
+    Rotary and relative positions have none.
     """
     config = config.get_text_config()
     rotary = getattr(config, "rope_parameters", None) is not None
@@ -29,11 +29,12 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     rows = getattr(config, "max_position_embeddings", None)
     if rows is None or config.model_type not in POSITIONS_AFTER_PADDING:
         return rows
-    padding = 1 if config.model_type == "mpnet" else config.pad_token_id  # MPNet's is written in its code
+    padding = 1 if config.model_type == "mpnet" else config.pad_token_id  # a constant in MPNet's code
     return rows - padding - 1
 
 
 def enlarge(model: PreTrainedModel, rows: int) -> None:
+    """Enlarges the token embeddings and the head. Raises UserError where the architecture cannot."""
     model.resize_token_embeddings(rows)
     try:
         with torch.no_grad():  # on a copy, as in SparseMaskedLM
@@ -46,5 +47,5 @@ def enlarge(model: PreTrainedModel, rows: int) -> None:
 
 
 def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows that the embedding table needs: the largest id + 1, which gaps put above `len(tokenizer)`."""
+    """The rows that the embedding table needs: the largest id + 1, more than `len(tokenizer)` with gaps."""
     return max(tokenizer.get_vocab().values()) + 1

@@ -31,7 +31,7 @@ from mlm.inference.joint import Filled, fill_jointly
 from mlm.inference.targets import Target, score_targets
 from mlm.model.load import ModelConfig, check_embeddings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY_CHECKPOINT = ROOT.parent / "shared/data/models/bert-tiny-wikitext"
 TEXTS = [
     "This is a great film, and the acting is good.",

@@ -31,7 +31,7 @@ from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import max_positions
 from tests.model.small_models import ARCHITECTURES, SMALL, VOCAB, batch, losses, small_model, tokenizer_of
 
-TINY_CHECKPOINT = Path(__file__).parents[2] / "shared/data/models/bert-tiny-wikitext"
+TINY_CHECKPOINT = Path(__file__).parents[3] / "shared/data/models/bert-tiny-wikitext"
 
 
 def test_checkpoint_loads_in_float32_whatever_it_stores(tmp_path: Path):

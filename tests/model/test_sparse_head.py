@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
@@ -19,10 +20,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import MaskedLMOutput
 
+from mlm.config import Config
 from mlm.data.batches import Batch
 from mlm.errors import UserError
 from mlm.model.sparse_head import SparseMaskedLM
-from mlm.train import objective
+from mlm.train import objective, train
 from tests.model.small_models import ARCHITECTURES, SMALL, VOCAB, batch, losses, small_model
 
 
@@ -313,3 +315,17 @@ def test_architecture_that_runs_at_no_length_is_a_mistake():
     config = CONFIG_MAPPING["xmod"](**SMALL)  # needs a default language
     with pytest.raises(UserError, match=r"XmodForMaskedLM cannot be trained .* Input language unknown"):
         SparseMaskedLM(AutoModelForMaskedLM.from_config(config), 16)
+
+
+def test_a_run_at_such_a_length_ends_in_one_line_before_it_trains(tmp_path: Path):
+    one_length_model("nystromformer").config.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("".join(f"the old fox likes {i} grapes\n" for i in range(200)))
+    config = Config.of(
+        config_name=str(tmp_path / "model"),
+        train_file=str(tmp_path / "text.txt"),
+        token_store=str(tmp_path / "stores"),
+        output_dir=str(tmp_path / "run"),
+        max_seq_length=12,
+    )
+    with pytest.raises(UserError, match="on chunks of 12 tokens; give --max_seq_length 16 and"):
+        train(config, Accelerator(cpu=True))
