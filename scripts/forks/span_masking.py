@@ -70,9 +70,7 @@ def select(
     begins = select_tokens(np.ones_like(maskable), draws, -np.log1p(-rate) / longer.sum())
     uniform = (draws & np.uint64(0xFFFFFFFF)) / 2.0**32  # bits that `begins` did not use
     selected = np.zeros_like(maskable)
-    for k in range(
-        LONGEST
-    ):  # the token k places after a beginning is selected where the span is longer than k
+    for k in range(LONGEST):  # the token k places after a beginning is selected where the span is longer than k
         selected[:, k:] |= (begins & (uniform < longer[k]))[:, : maskable.shape[1] - k]
     return selected & maskable
 
@@ -99,7 +97,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         net = load_model(own.model, tokenizer, config.train.seed)
         length = chunk_length(config.chunks, max_positions(net.config))
         eval_sets = open_eval_sets(own, tokenizer, info, stores["validation"], length)
-    model = SparseMaskedLM(net).to(accelerator.device)
+    model = SparseMaskedLM(net, length).to(accelerator.device)
     batches, last_step = make_batches(config, info, stores, length, accelerator)
 
     # Update: any optimizers, each with its schedule.

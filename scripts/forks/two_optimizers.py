@@ -93,7 +93,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         net = load_model(own.model, tokenizer, config.train.seed)
         length = chunk_length(config.chunks, max_positions(net.config))
         eval_sets = open_eval_sets(own, tokenizer, info, stores["validation"], length)
-    model = SparseMaskedLM(net).to(accelerator.device)
+    model = SparseMaskedLM(net, length).to(accelerator.device)
     batches, last_step = make_batches(config, info, stores, length, accelerator)
 
     # Update: any optimizers, each with its schedule.
