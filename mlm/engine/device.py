@@ -21,10 +21,10 @@ DATA_PARALLEL = (
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """Arithmetic."""
+    """Precision and determinism."""
 
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # default: as accelerate is configured
-    deterministic: bool = False  # deterministic kernels only, so that a GPU repeats a run to the bit
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # The default is accelerate's setting.
+    deterministic: bool = False  # Use deterministic kernels only, so that a GPU repeats a run bit for bit.
 
 
 def make_accelerator(
