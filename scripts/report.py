@@ -25,7 +25,7 @@ class ReportConfig:
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     parser = cli.command(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the --output_dir of a training run")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="Name the --output_dir of a training run.")
     config, rest = cli.parse([ReportConfig], argv, parser)
     folders = [Path(run) for run in rest.runs]
     output = Path(
