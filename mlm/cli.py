@@ -7,10 +7,10 @@
 as the flags do, so that `5e-5` is a number and `no` is what the flag makes of it (to YAML they are a string
 and a boolean), and flags win because they come after.
 
-It uses argparse, since other libraries would need as much code around them: tyro 1.0 has no flag that is both
-`--salted` and `--salted false`, no configuration file, and errors in boxes of several lines; jsonargparse 4.53
-asks `--salted` for a value, reads `flour: no` as a boolean, takes no comment as help and no words between
-flags; HfArgumentParser keeps `5e-5` a string and knows no `int | Literal["auto"]`.
+It uses argparse, since other libraries would need as much code around them: tyro 1.0 has no flag that is
+both `--salted` and `--salted false`, no configuration file, and errors in boxes of several lines;
+jsonargparse 4.53 asks `--salted` for a value, reads `flour: no` as a boolean, takes no comment as help and
+no words between flags; HfArgumentParser keeps `5e-5` a string and knows no `int | Literal["auto"]`.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.Argumen
     Positional arguments may stand between flags. Raises UserError on an unknown flag (naming the nearest
     known one) and on a value that does not convert.
     """
-    words = [action.metavar for action in parser._get_positional_actions()]
+    words = [action.metavar for action in parser._actions if not action.option_strings]
     parser.usage = " ".join(["%(prog)s", *words, "[--flag value …]"])
     parser.add_argument("-h", "--help", action="help", help="Show this help and exit.")
     parser.add_argument(
