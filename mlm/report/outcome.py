@@ -28,13 +28,10 @@ def outcome(results: dict[str, Any]) -> str:
             gain = _gain(results, name.removesuffix("perplexity")) if name.endswith("perplexity") else ""
             lines.append(f"{title:<26}{before:<11}{figure(results[name]):<11}{gain}".rstrip())
     minutes, seconds = divmod(round(results["train_seconds"]), 60)
-    return "\n".join(
-        [
-            *lines,
-            f"{results['steps']:,} steps at {results['tokens_per_second']:,.0f} tokens/s in {minutes}:{seconds:02}",
-            f"saved to {results['output_dir']}",
-        ]
-    )
+    speed = f"{results['tokens_per_second']:,.0f} tokens/s"
+    lines.append(f"{results['steps']:,} steps at {speed} in {minutes}:{seconds:02}")
+    lines.append(f"saved to {results['output_dir']}")
+    return "\n".join(lines)
 
 
 def _gain(results: dict[str, Any], prefix: str) -> str:
