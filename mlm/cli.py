@@ -70,7 +70,7 @@ def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.Argumen
     Positional arguments may stand between flags. Raises UserError on an unknown flag (naming the nearest
     known one) and on a value that does not convert.
     """
-    words = [action.metavar for action in parser._actions if not action.option_strings]
+    words = [action.metavar or action.dest for action in parser._actions if not action.option_strings]
     parser.usage = " ".join(["%(prog)s", *words, "[--flag value …]"])
     parser.add_argument("-h", "--help", action="help", help="Show this help and exit.")
     parser.add_argument(

@@ -44,7 +44,7 @@ class RunConfig:
     overwrite_output_dir: bool = False  # Replace an earlier run, or what else is in that folder.
     logging_steps: int = 10  # Log training metrics every so many steps.
     with_tracking: bool = False  # Send the metrics to experiment trackers too.
-    report_to: str = "all"  # Send them to this tracker: all, tensorboard, wandb, …
+    report_to: str = "all"  # Send them to this tracker: tensorboard, wandb or another; all means all.
     push_to_hub: bool = False  # Upload the run to the Hub when it has ended.
     hub_model_id: str | None = None  # Upload to this repository (default: the name of --output_dir).
 
