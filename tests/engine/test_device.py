@@ -35,7 +35,9 @@ from mlm.engine.device import make_accelerator
 from mlm.engine.signals import Stopped
 from mlm.errors import UserError
 
-os.environ.update(ACCELERATE_USE_CPU="true", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+os.environ.update(ACCELERATE_USE_CPU="true", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+os.environ["MASTER_ADDR"] = "127.0.0.1"
+errors = UserError("x"), Stopped(15, "x"), ValueError("x"), SystemExit(3), KeyboardInterrupt("x")
 
 def leave(how):
     if how == "makes its own group":
@@ -46,8 +48,7 @@ def leave(how):
         raise how
     return {}
 
-for how in ("returns", "makes its own group", UserError("x"), Stopped(15, "x"), ValueError("x"), SystemExit(3),
-            KeyboardInterrupt("x")):
+for how in ("returns", "makes its own group", *errors):
     if os.fork() == 0:
         atexit.register(lambda: print(how, dist.is_initialized(), flush=True))
         with socket.socket() as free:
