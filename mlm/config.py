@@ -22,13 +22,13 @@ from mlm.report.run_directory import RunConfig
 class TrainConfig:
     """How long to train, and when to evaluate."""
 
-    seed: int = 42  # names the order of the chunks, their masks, dropout's draws and fresh weights
-    num_train_epochs: float = 3.0  # times that each training chunk is seen
-    max_train_steps: int | None = None  # optimizer steps to take, instead of epochs
-    max_train_samples: int | None = None  # train on that many chunks only, drawn by the seed
-    eval_on_start: bool = True  # evaluate the model before the first step
-    eval_steps: int | Literal["epoch"] = "epoch"  # steps between evaluations; there is always one at the end
-    load_best_model_at_end: bool = False  # keep the weights of the lowest evaluation loss, not the last ones
+    seed: int = 42  # The seed sets the order of chunks, training masks, dropout and fresh weights.
+    num_train_epochs: float = 3.0  # Each training chunk is seen this many times.
+    max_train_steps: int | None = None  # Take this many optimizer steps, instead of epochs.
+    max_train_samples: int | None = None  # Train on this many chunks only, drawn by --seed.
+    eval_on_start: bool = True  # Evaluate the model before the first step.
+    eval_steps: int | Literal["epoch"] = "epoch"  # Evaluate at this interval, and always at the end.
+    load_best_model_at_end: bool = False  # Keep the weights of the lowest evaluation loss, not the last ones.
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_train_steps", "max_train_samples", "eval_steps")

@@ -4,5 +4,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh ""
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that wait leave a busy machine's cores to others
 exec .venv/bin/python scripts/demo.py "$@"

@@ -38,12 +38,12 @@ with quick_imports():
 class CheckpointToMeasure:
     """The part of ModelConfig that measuring needs, the precision, and what to compare with."""
 
-    model_name_or_path: str | None = None  # masked-LM checkpoint, a Hub name or a folder
-    tokenizer_name: str | None = None  # tokenizer, where it differs from the model's
-    compare: str | None = None  # the base: a second checkpoint, measured on the same masks
-    output: str | None = None  # file to write the figures to, with --compare the whole comparison, as JSON
-    trust_remote_code: bool = False  # run the Python code that a checkpoint brings along
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # default: as accelerate is configured
+    model_name_or_path: str | None = None  # Measure this checkpoint, a Hub name or a folder.
+    tokenizer_name: str | None = None  # Use this tokenizer if it differs from the model's.
+    compare: str | None = None  # Measure this second checkpoint, the base, on the same masks.
+    output: str | None = None  # Write the figures, or with --compare the comparison, to this JSON file.
+    trust_remote_code: bool = False  # Run the Python code that a checkpoint brings along.
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # The default is accelerate's setting.
 
 
 MODULES = (

@@ -20,7 +20,9 @@ with quick_imports():
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     parser = cli.command(__doc__)
-    parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help=f'such as "This is a great {MASK}."')
+    parser.add_argument(
+        "sentences", nargs="*", metavar="SENTENCE", help=f'Write it in quotes: "This is a great {MASK}."'
+    )
     config, rest = cli.parse([FillMaskConfig], argv, parser)
     if not config.model_name_or_path:
         raise UserError("which model? name a checkpoint with --model_name_or_path")

@@ -35,8 +35,10 @@ MUCH = (
 
 @dataclass(frozen=True)
 class ShowConfig:
-    show: int = 0  # random documents and chunks of each split to print, with their masks
-    seed: int = 42  # names the documents and chunks that are drawn, and the masks
+    """How much of the text is shown."""
+
+    show: int = 0  # Print this many random documents and chunks of each split, with their masks.
+    seed: int = 42  # This seed draws them, and their masks.
 
     def __post_init__(self) -> None:
         at_least(self, 0, "show", "seed")

@@ -19,14 +19,14 @@ with quick_imports():
 class ReportConfig:
     """Where the report goes, and what is filled for it."""
 
-    output: str | None = None  # file to write (default: RUN/report.html; of several runs, beside the first)
-    sentences_file: str | None = None  # text file, a sentence a line, whose masks are filled before and after
-    trust_remote_code: bool = False  # run the Python code that a checkpoint brings along
+    output: str | None = None  # Write this file (default: report.html in or beside the first run).
+    sentences_file: str | None = None  # Fill the masks of this text file's sentences, one a line.
+    trust_remote_code: bool = False  # Run the Python code that a checkpoint brings along.
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     parser = cli.command(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the --output_dir of a training run")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="Name the --output_dir of a training run.")
     config, rest = cli.parse([ReportConfig], argv, parser)
     folders = [Path(run) for run in rest.runs]
     output = Path(

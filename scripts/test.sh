@@ -5,5 +5,6 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh "[test]"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/lint-imports --no-logo --no-cache
 [ $# -gt 0 ] || set -- tests benchmarks --benchmark-disable
 exec .venv/bin/python -m pytest --numprocesses logical --dist worksteal "$@"

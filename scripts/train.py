@@ -1,5 +1,6 @@
 """Adapts a masked language model to a domain. Without arguments: the built-in demo."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from mlm.startup import quick_imports
 with quick_imports():
     from mlm import cli
     from mlm.config import Config
+    from mlm.report.outcome import outcome
     from mlm.train import train
 
 DEMO = Path(__file__).with_name("demo.yaml")
@@ -30,5 +32,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return {"output_dir": str(result.output_dir), **result.results}
 
 
+def words(result: dict[str, Any]) -> str:
+    """For a person on a terminal: the figures, and what to look at next."""
+    scripts, run = Path(__file__).parent, shlex.quote(result["output_dir"])
+    return (
+        f"\n{outcome(result)}\n\nnext: python {scripts}/report.py {run}\n"
+        f"      python {scripts}/fill_mask.py --model_name_or_path {run} 'a sentence with a [MASK] .'"
+    )
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, words)

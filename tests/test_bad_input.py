@@ -25,7 +25,7 @@ CHINESE = ["这家酒店的房间很干净服务也很好下次还会再来住",
 FORKS = """
 import json, os, runpy, sys, traceback
 import datasets, transformers.models.auto.modeling_auto, transformers.models.bert.modeling_bert
-import mlm.train, mlm.fill_mask
+import mlm.train, mlm.inference.fill_mask
 for line in sys.stdin:
     job = json.loads(line)
     if os.fork() == 0:

@@ -1,4 +1,4 @@
-"""The whole corridor: text in, filled mask out, on the command line."""
+"""The whole pipeline: text in, filled mask out, on the command line."""
 
 import json
 import os
@@ -19,16 +19,16 @@ def script(name, *arguments):
 
 def test_text_in_filled_mask_out(toy, tmp_path):
     adapted = tmp_path / "adapted"
-    found, printed = script("train", *toy.flags(adapted, max_train_steps=700))
-    assert found["perplexity"] < found["perplexity_unigram"] < found["perplexity_before"]
-    assert f"{found['perplexity']:.4g} after" in printed
+    results, printed = script("train", *toy.flags(adapted, max_train_steps=700))
+    assert results["perplexity"] < results["perplexity_unigram"] < results["perplexity_before"]
+    assert f"{results['perplexity']:.4g} after" in printed
 
     again, _ = script(
         "evaluate",
         *("--model_name_or_path", adapted, "--train_file", toy.train_file, "--max_seq_length", 16),
         *("--validation_file", toy.validation_file, "--token_store", toy.checkpoint.parent / "stores"),
     )
-    assert again["perplexity"] == found["perplexity"]
+    assert again["perplexity"] == results["perplexity"]
 
     answer, _ = script(
         "fill_mask", "--model_name_or_path", adapted, "the old [MASK] likes grapes every day ."
@@ -40,9 +40,9 @@ def test_text_in_filled_mask_out(toy, tmp_path):
 def test_what_a_store_holds_is_shown(toy, tmp_path):
     flags = ["--train_file", toy.train_file, "--validation_file", toy.validation_file, "--max_seq_length", 16]
     store = ["--model_name_or_path", toy.checkpoint, "--token_store", tmp_path]
-    found, printed = script("prepare", *flags, *store, "--show", 3, "--whole_word_mask")
-    assert found["train"]["documents"] == 400
-    assert found["validation"]["documents"] == 60
+    results, printed = script("prepare", *flags, *store, "--show", 3, "--whole_word_mask")
+    assert results["train"]["documents"] == 400
+    assert results["validation"]["documents"] == 60
     assert printed.count("train document ") == printed.count("validation chunk ") == 3
     assert "‹" in printed
 
@@ -54,9 +54,9 @@ def test_the_demo_ends_at_half_of_the_unigram_perplexity_or_less(tmp_path):
     command = [sys.executable, "scripts/demo.py", "--output_dir", str(tmp_path / "demo")]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=threads)
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
-    assert found["perplexity"] <= 0.5 * found["perplexity_unigram"]
-    assert found["perplexity_before"] > 4000  # about the size of its vocabulary, 8192
+    results = json.loads(run.stdout.splitlines()[-1])
+    assert results["perplexity"] <= 0.5 * results["perplexity_unigram"]
+    assert results["perplexity_before"] > 4000  # about the size of its vocabulary, 8192
     assert run.stdout.count("[MASK]") >= 3  # sentences, filled before and after
     page = tmp_path / "demo" / "report.html"
     assert f"report: {page}" in run.stdout.splitlines()

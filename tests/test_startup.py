@@ -1,5 +1,6 @@
-"""Scripts import the libraries without the garbage collector, and have it back afterwards."""
+"""Claims about what scripts do before torch is there: garbage collection, help, OpenMP."""
 
+import os
 import subprocess
 import sys
 
@@ -20,9 +21,59 @@ runpy.run_path("scripts/{name}.py", run_name="imported")
 assert "torch" in sys.modules
 print(len(collections), gc.isenabled(), gc.get_freeze_count() > 100_000)
 """
-    said = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", program], cwd=REPOSITORY, check=True, capture_output=True, text=True
     ).stdout
-    count, enabled, frozen = said.split()
+    count, enabled, frozen = printed.split()
     assert int(count) < 50  # some thousand without
     assert enabled == frozen == "True"
+
+
+OPENMP = """
+import os
+from mlm.startup import quick_imports
+with quick_imports():
+    pass
+print(os.environ.get("OMP_NUM_THREADS"), os.environ["OMP_WAIT_POLICY"])
+"""
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "user", "threads"),
+    [
+        (LAUNCH, {}, "None"),
+        (LAUNCH, {"OMP_NUM_THREADS": "1"}, "1"),
+        ([*LAUNCH, "--num_cpu_threads_per_process=1"], {}, "1"),
+        ([sys.executable], {"OMP_NUM_THREADS": "1"}, "1"),
+        ([sys.executable], {}, "None"),
+    ],
+    ids=["launcher", "launcher, variable", "launcher, flag", "variable", "nothing"],
+)
+def test_one_process_has_all_cores_unless_its_user_says_otherwise(command, user, threads, tmp_path):
+    """accelerate launch gives it one thread, if it is not told that there is no GPU."""
+    (tmp_path / "program.py").write_text(OPENMP)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "ACCELERATE_USE_CPU"):
+        environment.pop(name, None)
+    run = subprocess.run(
+        [*command, str(tmp_path / "program.py")], env=environment | user, capture_output=True, text=True
+    )
+    assert run.stdout == f"{threads} passive\n"
+
+
+def test_the_wait_policy_that_a_user_has_chosen_stays():
+    environment = {**os.environ, "OMP_WAIT_POLICY": "active"}
+    command = [sys.executable, "-c", OPENMP]
+    run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert run.stdout.split()[1] == "active"
+
+
+def test_help_as_a_sentence_after_two_dashes_needs_the_libraries():
+    program = (
+        "from mlm.startup import quick_imports\nwith quick_imports():\n import torch\nprint(torch.ones(2))"
+    )
+    command = [sys.executable, "-c", program, "--", "--help"]
+    printed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout
+    assert printed == "tensor([1., 1.])\n"

@@ -21,10 +21,10 @@ from mlm.errors import UserError, at_least
 class ChunkConfig:
     """How long chunks are, and what happens to the last, incomplete one."""
 
-    max_seq_length: int | None = None  # tokens in a chunk (default: 128, or what the model takes if less)
-    remainder: Literal["drop", "pad"] = "drop"  # drop or pad the split's last, incomplete chunk
-    line_by_line: bool = False  # make each document a row, cut and padded, instead of concatenating the text
-    pad_to_max_length: bool = False  # pad to max_seq_length, not to a batch's longest row (static shapes)
+    max_seq_length: int | None = None  # A chunk has this many tokens (default: 128, or the model's limit).
+    remainder: Literal["drop", "pad"] = "drop"  # Drop or pad the split's last, incomplete chunk.
+    line_by_line: bool = False  # Make each document a row, cut or padded, instead of concatenating text.
+    pad_to_max_length: bool = False  # Pad to --max_seq_length, not to a batch's longest row (static shapes).
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_seq_length")

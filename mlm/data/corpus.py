@@ -47,13 +47,13 @@ TAGS = re.compile(r"(?:</?[a-z][\w:-]*(?=[\s/>])[^<>]*>[ \t]*|<![a-z-][^<>]*>[ \
 class CorpusConfig:
     """Which text, and which part of it is held out."""
 
-    dataset_name: str | None = None  # Hub dataset, or a folder: save_to_disk's, or one of data files
-    dataset_config_name: str | None = None  # which configuration, where the dataset has several
-    train_file: str | None = None  # training text: .txt, .jsonl, .json, .csv or .parquet, each also with .gz
-    validation_file: str | None = None  # held-out text in the same formats; on its own: nothing to train on
-    validation_split_percentage: float = 5.0  # share of documents held out where there is no validation split
-    text_column: str = "text"  # the column that holds the documents (.txt files have none)
-    sample_by: Literal["line", "paragraph", "document"] = "line"  # what one document of a .txt file is
+    dataset_name: str | None = None  # Read this Hub dataset, save_to_disk folder or folder of data files.
+    dataset_config_name: str | None = None  # Choose this configuration of a dataset that has several.
+    train_file: str | None = None  # Train on this .txt, .jsonl, .json, .csv or .parquet file, also with .gz.
+    validation_file: str | None = None  # Hold out the text of this file, in the formats of --train_file.
+    validation_split_percentage: float = 5.0  # Hold out this share of documents if there is no held-out text.
+    text_column: str = "text"  # This column holds the documents (.txt files have none).
+    sample_by: Literal["line", "paragraph", "document"] = "line"  # This is one document of a .txt file.
     strip_html: bool = False  # Remove HTML tags from the documents, and turn entities into characters.
 
 
@@ -61,12 +61,12 @@ class CorpusConfig:
 class OutOfDomainConfig:
     """Text outside the domain, measured before and after, never trained on: it shows what a model forgets."""
 
-    out_of_domain_file: str | None = None  # such text, in the formats of --train_file
+    out_of_domain_file: str | None = None  # Measure this text too, in the formats of --train_file.
     out_of_domain_dataset_name: str | None = (
-        None  # or a Hub dataset or folder: its validation split, else 5% of it
+        None  # Or measure this Hub dataset or folder: its validation split, else 5% of it.
     )
-    out_of_domain_dataset_config_name: str | None = None  # which configuration of it
-    out_of_domain_text_column: str | None = None  # the column of its documents (default: --text_column)
+    out_of_domain_dataset_config_name: str | None = None  # Choose this configuration of it.
+    out_of_domain_text_column: str | None = None  # This column holds its documents (default: --text_column).
 
     def __post_init__(self) -> None:
         if self.out_of_domain_file and self.out_of_domain_dataset_name:

@@ -45,10 +45,10 @@ SCALE = 1 << 32  # thresholds are shares of it, compared with 32 bits of a draw;
 class MaskingConfig:
     """How many tokens are predicted, and what the model sees in their place."""
 
-    mlm_probability: float = 0.15  # share of the tokens (or of the words) that are predicted
-    mask_replace_prob: float = 0.8  # share of the predicted tokens that becomes the mask token
-    random_replace_prob: float = 0.1  # share of the predicted tokens that becomes a random token
-    whole_word_mask: bool = False  # mask all tokens of a word together
+    mlm_probability: float = 0.15  # Predict this share of the tokens (or of the words).
+    mask_replace_prob: float = 0.8  # Replace this share of the predicted tokens by the mask token.
+    random_replace_prob: float = 0.1  # Replace this share of them by a random token; the rest stays as it is.
+    whole_word_mask: bool = False  # Mask all tokens of a word together.
 
     def __post_init__(self) -> None:
         for name in ("mlm_probability", "mask_replace_prob", "random_replace_prob"):

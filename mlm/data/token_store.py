@@ -55,9 +55,9 @@ ABANDONED = 24 * 3600  # seconds after its last write from which a build counts 
 class TokenStoreConfig:
     """Where token stores are kept, and how they are built."""
 
-    token_store: str | None = None  # folder that keeps token stores between runs (default: ~/.cache/mlm)
-    overwrite_cache: bool = False  # build the token store anew even where a valid one exists
-    preprocessing_num_workers: int | None = None  # threads that tokenise (default: all cores)
+    token_store: str | None = None  # Keep token stores between runs in this folder (default: ~/.cache/mlm).
+    overwrite_cache: bool = False  # Build the token store anew even if a valid one exists.
+    preprocessing_num_workers: int | None = None  # Tokenise with this many threads (default: all cores).
 
     def __post_init__(self) -> None:
         at_least(self, 1, "preprocessing_num_workers")

@@ -48,10 +48,12 @@ COPIES = 2  # in host memory at most: a checkpoint, and the best weights of the 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    checkpointing_steps: int | Literal["epoch"] | None = None  # steps between checkpoints (default: none)
-    save_total_limit: int | None = None  # keep the newest checkpoints only, this many (default: all)
-    on_save_error: Literal["stop", "continue"] = "stop"  # what a run does when it cannot write one
-    resume_from_checkpoint: str | None = None  # `latest`, a run directory or a checkpoint, to go on from
+    """When checkpoints are written, and which one a run resumes from."""
+
+    checkpointing_steps: int | Literal["epoch"] | None = None  # Write one every so many steps or each epoch.
+    save_total_limit: int | None = None  # Keep only this many of the newest checkpoints (default: all).
+    on_save_error: Literal["stop", "continue"] = "stop"  # Choose what a run does when it cannot write one.
+    resume_from_checkpoint: str | None = None  # Resume from `latest`, a run or a checkpoint.
 
     def __post_init__(self) -> None:
         at_least(self, 1, "checkpointing_steps", "save_total_limit")

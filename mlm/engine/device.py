@@ -1,15 +1,19 @@
-"""The Accelerator that the launcher and the flags ask for, or one line on why it cannot be had."""
+"""The Accelerator that the launcher and the flags ask for, or one line on why there is none."""
 
+import atexit
 import ctypes
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
 from mlm.errors import UserError, one_line
+from mlm.startup import set_by_accelerate_launch
 
 DATA_PARALLEL = (
     DistributedType.NO,
@@ -21,10 +25,10 @@ DATA_PARALLEL = (
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """Arithmetic."""
+    """Precision and determinism."""
 
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # default: as accelerate is configured
-    deterministic: bool = False  # deterministic kernels only, so that a GPU repeats a run to the bit
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # The default is accelerate's setting.
+    deterministic: bool = False  # Use deterministic kernels only, so that a GPU repeats a run bit for bit.
 
 
 def make_accelerator(
@@ -37,12 +41,24 @@ def make_accelerator(
     mixed_precision: no, fp16 or bf16; None: what accelerate was configured or launched with
     report_to: the trackers to send metrics to, `all` for every one that is installed; None: to none
 
-    Raises UserError where the device lacks the precision, a tracker is not installed, or accelerate is set up
-    for something else than data parallelism.
+    On a machine without a GPU, several processes compute on the CPU. A process group that is made here is
+    destroyed when the process ends.
+
+    Raises UserError where the device lacks the precision, a tracker is not installed, accelerate is set up
+    for something else than data parallelism, or its launcher has started one of several CPU processes.
     """
+    # On the CPU, `accelerate launch --num_processes 2` sets an address to meet at and starts one process.
+    if "RANK" not in os.environ and set_by_accelerate_launch("MASTER_PORT") and not _started_by_mpi():
+        raise UserError(
+            "accelerate launch starts one process on a CPU, whatever --num_processes or its configuration "
+            "say; use torchrun --nproc_per_node N, or --num_processes 1"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate would not connect the processes otherwise
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
         torch.use_deterministic_algorithms(True)
+    had_group = dist.is_initialized()
     try:
         accelerator = Accelerator(
             mixed_precision=mixed_precision,
@@ -54,6 +70,8 @@ def make_accelerator(
         )
     except ValueError as error:  # accelerate's own words on a precision or a tracker that it does not know
         raise UserError(one_line(error)) from error
+    if dist.is_initialized() and not had_group:
+        atexit.register(_destroy_process_group)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU; on a CPU, use bf16 or no")
     if report_to is not None and not accelerator.log_with:
@@ -70,14 +88,33 @@ def make_accelerator(
     return accelerator
 
 
+def _started_by_mpi() -> bool:
+    return any(name in os.environ for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
+
+
+def _destroy_process_group() -> None:
+    """Without it the threads of a group can abort a process that ends: "terminate called without …"."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def keep_freed_memory() -> None:
     """Has glibc keep the memory of freed tensors for the next ones; with another C library, nothing happens.
 
     By default a large tensor is a mapping of its own that goes back to the kernel with it, and the kernel
     zeroes every page of the next one: on a CPU, a quarter of the time of a small BERT's step.
     """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**30)
+        raise_thresholds(mallopt)
+
+
+def raise_thresholds(mallopt: Callable[[int, int], int]) -> None:
+    """Sets malloc's thresholds, both or none, by mallopt(3), which returns 0 if it refuses.
+
+    Older C libraries refuse an M_MMAP_THRESHOLD above 32 MiB. M_TRIM_THRESHOLD alone would fix the other one
+    at its default of 128 KiB: smaller tensors would be mappings too.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+    if mallopt(M_MMAP_THRESHOLD, 2**30):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

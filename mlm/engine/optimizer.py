@@ -25,10 +25,10 @@ Schedule = Literal[
 class OptimizerConfig:
     """AdamW and its schedule."""
 
-    learning_rate: float = 5e-5  # its peak
-    weight_decay: float = 0.0  # not on biases and norms
-    lr_scheduler_type: Schedule = "linear"  # linear ends at 0
-    num_warmup_steps: int = 0  # steps in which the learning rate rises to its peak
+    learning_rate: float = 5e-5  # The learning rate peaks at this value.
+    weight_decay: float = 0.0  # Decay weights at this rate, but not biases and norms.
+    lr_scheduler_type: Schedule = "linear"  # The learning rate follows this schedule; linear ends at 0.
+    num_warmup_steps: int = 0  # The learning rate rises to its peak in this many steps.
 
     def __post_init__(self) -> None:
         at_least(self, 0, "learning_rate", "weight_decay", "num_warmup_steps")

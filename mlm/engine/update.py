@@ -40,10 +40,10 @@ Objective = Callable[[SparseMaskedLM, Batch], Any]
 class UpdateConfig:
     """One optimizer step: its global batch, and how that is cut."""
 
-    train_batch_size: int | None = None  # chunks a step (default: the next two flags × processes)
-    per_device_train_batch_size: int | Literal["auto"] = 8  # chunks in a micro-batch; auto: as many as fit
-    gradient_accumulation_steps: int = 1  # micro-batches a step, where --train_batch_size is not given
-    max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it; 0: never
+    train_batch_size: int | None = None  # A step has this many chunks (default: the next two × processes).
+    per_device_train_batch_size: int | Literal["auto"] = 8  # Set a micro-batch's chunks (auto: what fits).
+    gradient_accumulation_steps: int = 1  # A step has this many micro-batches (or use --train_batch_size).
+    max_grad_norm: float = 1.0  # Scale gradients of a larger norm down to this one (0: never).
 
     def __post_init__(self) -> None:
         at_least(self, 1, "train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 class EvaluateConfig:
     """On what, and under which masks, models are measured."""
 
-    per_device_eval_batch_size: int = 32  # chunks at a time; no figure depends on it
-    max_eval_samples: int | None = None  # evaluate on that many chunks only, drawn by --eval_mask_seed
-    eval_mlm_probability: float = 0.15  # share of the tokens (or of the words) that are predicted
-    eval_whole_word_mask: bool = False  # predict whole words, all of their tokens masked together
-    eval_mask_seed: int = 0  # names the fixed masks; the same for every run that is compared
-    eval_mask_seeds: int = 1  # before and after: measure under so many mask seeds, from that one on
-    eval_mask_folds: int | None = None  # before and after: predict each token once, in one of K mask rounds
+    per_device_eval_batch_size: int = 32  # Evaluate this many chunks at a time; no figure depends on it.
+    max_eval_samples: int | None = None  # Evaluate on this many chunks only, drawn by --eval_mask_seed.
+    eval_mlm_probability: float = 0.15  # Predict this share of the tokens (or of the words).
+    eval_whole_word_mask: bool = False  # Predict whole words, all of their tokens masked together.
+    eval_mask_seed: int = 0  # This seed sets the fixed masks; compare runs that share it.
+    eval_mask_seeds: int = 1  # Measure before and after under this many seeds, from that one on.
+    eval_mask_folds: int | None = None  # Before and after, predict each token once, in this many mask rounds.
 
     def __post_init__(self) -> None:
         at_least(self, 1, "per_device_eval_batch_size", "max_eval_samples", "eval_mask_seeds")

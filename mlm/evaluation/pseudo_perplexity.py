@@ -38,7 +38,9 @@ from mlm.model.vocabulary import max_positions
 
 @dataclass(frozen=True)
 class PseudoPerplexityConfig:
-    pseudo_perplexity: str | None = None  # score the sentences of this file instead, one a line (-: of stdin)
+    """Pseudo-perplexity of sentences, in place of the held-out text."""
+
+    pseudo_perplexity: str | None = None  # Score the sentences of this file instead (-: standard input).
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,16 @@ Order = Literal["independent", "left_to_right", "confidence"]
 class FillMaskConfig:
     """Which models fill the masks, how, and how many fillers are shown."""
 
-    model_name_or_path: str | None = None  # checkpoint that fills the masks, a Hub name or a folder
-    compare: str | None = None  # second checkpoint, the base that is shown beside it
-    sentences_file: str | None = None  # text file with a sentence on each line; - reads standard input
-    top_k: int = 5  # fillers shown for each mask, or ways to fill a sentence
+    model_name_or_path: str | None = None  # Fill masks with this checkpoint, a Hub name or a folder.
+    compare: str | None = None  # Show this second checkpoint, the base, beside it.
+    sentences_file: str | None = None  # Read sentences from this text file, one a line (-: standard input).
+    top_k: int = 5  # Show this many fillers for each mask, or ways to fill a sentence.
     order: Order = (
-        "independent"  # masks filled each on its own, or jointly: one after the other, surest first
+        "independent"  # Fill masks each on its own, or jointly: one after the other, or the surest first.
     )
-    num_beams: int | None = None  # sentences that the beam search of a joint order keeps (default: --top_k)
-    targets: str | None = None  # words to score instead, with commas between them: good,bad,"so, so"
-    trust_remote_code: bool = False  # run the Python code that a checkpoint brings along
+    num_beams: int | None = None  # A joint order keeps this many sentences as beams (default: --top_k).
+    targets: str | None = None  # Score these words instead, separated by commas: good,bad,"so, so".
+    trust_remote_code: bool = False  # Run the Python code that a checkpoint brings along.
 
     def __post_init__(self) -> None:
         at_least(self, 1, "top_k", "num_beams")

@@ -52,13 +52,13 @@ UNUSABLE = (
 class ModelConfig:
     """Which model to train or measure. Without a name or a type it is the demo model."""
 
-    model_name_or_path: str | None = None  # checkpoint: a Hub name or a folder (default: the demo model)
-    config_name: str | None = None  # configuration to train from scratch, or to use with the checkpoint
-    model_type: str | None = None  # architecture to train from scratch at its default size (modernbert)
-    tokenizer_name: str | None = None  # tokenizer, where it differs from the model's
-    trust_remote_code: bool = False  # run the Python code that a checkpoint brings along
-    gradient_checkpointing: bool = False  # train in less memory and more time, where one chunk does not fit
-    dropout: float | None = None  # replaces every dropout probability of the model, in this run only
+    model_name_or_path: str | None = None  # Start from this checkpoint, a Hub name or a folder.
+    config_name: str | None = None  # Train this configuration from scratch, or load the checkpoint with it.
+    model_type: str | None = None  # Train this architecture from scratch, at its default size (modernbert).
+    tokenizer_name: str | None = None  # Use this tokenizer if it differs from the model's.
+    trust_remote_code: bool = False  # Run the Python code that a checkpoint brings along.
+    gradient_checkpointing: bool = False  # Train in less memory and more time, if one chunk does not fit.
+    dropout: float | None = None  # Replace all dropout probabilities of the model by this one, for this run.
 
     def __post_init__(self) -> None:
         if self.dropout is not None and not 0 <= self.dropout < 1:

@@ -38,15 +38,15 @@ TRACKER_FILES = ("events.out.tfevents.*", "hparams.yml")  # of TensorBoard's tra
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run directory, and what is logged."""
+    """Where a run is saved, and where its metrics go."""
 
-    output_dir: str | None = None  # the run directory (default: runs/DATE-TIME)
-    overwrite_output_dir: bool = False  # write into a directory that is not empty, replacing an earlier run
-    logging_steps: int = 10  # steps between two lines of training metrics
-    with_tracking: bool = False  # send the metrics to experiment trackers too
-    report_to: str = "all"  # which trackers: all, tensorboard, wandb, …
-    push_to_hub: bool = False  # upload the run directory to the Hub when it is done
-    hub_model_id: str | None = None  # name of the repository to upload to (default: the name of output_dir)
+    output_dir: str | None = None  # Save the run in this folder (default: runs/DATE-TIME).
+    overwrite_output_dir: bool = False  # Replace an earlier run, or what else is in that folder.
+    logging_steps: int = 10  # Log training metrics every so many steps.
+    with_tracking: bool = False  # Send the metrics to experiment trackers too.
+    report_to: str = "all"  # Send them to this tracker: tensorboard, wandb or another; all means all.
+    push_to_hub: bool = False  # Upload the run to the Hub when it has ended.
+    hub_model_id: str | None = None  # Upload to this repository (default: the name of --output_dir).
 
     def __post_init__(self) -> None:
         at_least(self, 1, "logging_steps")

@@ -70,7 +70,9 @@ def select(
     begins = select_tokens(np.ones_like(maskable), draws, -np.log1p(-rate) / longer.sum())
     uniform = (draws & np.uint64(0xFFFFFFFF)) / 2.0**32  # bits that `begins` did not use
     selected = np.zeros_like(maskable)
-    for k in range(LONGEST):  # the token k places after a beginning is selected where the span is longer than k
+    for k in range(
+        LONGEST
+    ):  # the token k places after a beginning is selected where the span is longer than k
         selected[:, k:] |= (begins & (uniform < longer[k]))[:, : maskable.shape[1] - k]
     return selected & maskable
 
