@@ -1,8 +1,8 @@
 """What a checkpoint costs a run: how long the loop is blocked by one, and the wall time of all of them.
 
 Workload: DistilBERT's shape with random weights (66 million, 800 MB a checkpoint), the update of train.py on
-16 chunks of 128 random words, a checkpoint after each 4 of 24 steps. Peer: the same steps without checkpoints;
-both in turn, `--n` of each, medians. Ceiling: the bare copy of weights and moments in host memory.
+16 chunks of 128 random words, a checkpoint after each 4 of 24 steps. Peer: the same steps without any; both
+in turn, `--n` of each, medians. Ceiling: the bare copy of weights and moments in host memory.
 
     python benchmarks/checkpoints.py        writes benchmarks/results/checkpoints.json
 """

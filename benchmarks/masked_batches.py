@@ -91,7 +91,7 @@ class MaskedBatches:
             yield np.copyto(self.target[: len(ids)], ids)
 
     def check(self) -> None:
-        """Checks that each side masks what it promises to, by its own notion of special tokens and of words."""
+        """Checks that each side masks what it promises to, by its own notion of special tokens and words."""
         ids, ours = self.rows.ids, list(self.ours())
         before = [chunk_ids[0] * ids.shape[1] for chunk_ids in self.batches]  # tokens in earlier batches
         chosen = np.zeros(ids.shape, bool)
