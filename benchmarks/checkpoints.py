@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from transformers import DistilBertConfig, DistilBertForMaskedLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.made_up import random_words
 from mlm.engine.checkpoint import Writer, snapshot
-from mlm.engine.optimizer import make_optimizer, make_scheduler
+from mlm.engine.optimizer import OptimizerConfig, make_optimizer, make_scheduler
 from mlm.engine.update import Update, UpdateConfig
 from mlm.files import write_json
 from mlm.model.sparse_head import SparseMaskedLM
@@ -36,13 +37,14 @@ BATCH, LENGTH, STEPS, EVERY = 16, 128, 24, 4
 def make_update() -> Update:
     torch.manual_seed(0)
     model = SparseMaskedLM(DistilBertForMaskedLM(DistilBertConfig())).train()
-    optimizer = make_optimizer(model, 1e-5, 0.0, fused=True)
+    config = OptimizerConfig(lr_scheduler_type="constant")
+    optimizer = make_optimizer(model, config)
     return Update(
         model,
         objective,
         random_words(8 * BATCH, LENGTH, 30522, BATCH),
         [optimizer],
-        [make_scheduler(optimizer, "constant", 0, STEPS)],
+        [make_scheduler(optimizer, config, STEPS)],
         Accelerator(cpu=True),
         UpdateConfig(per_device_train_batch_size=BATCH),
     )
@@ -51,7 +53,7 @@ def make_update() -> Update:
 def run(update: Update, folder: Path | None) -> dict[str, float]:
     """Takes STEPS steps, with a checkpoint after every EVERY where there is a folder for them."""
     blocked, began = [], time.perf_counter()
-    with Writer(folder or Path(), keep=1) as writer:
+    with closing(Writer(folder or Path(), keep=1)) as writer:
         for step in range(1, STEPS + 1):
             update(step)
             if folder is not None and step % EVERY == 0:

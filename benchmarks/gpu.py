@@ -55,7 +55,7 @@ from benchmarks.stepper import forward_flops
 from mlm.config import Config
 from mlm.data.batches import Batch, Batches
 from mlm.data.masking import corrupt_torch, draw_torch, select_tokens_torch
-from mlm.engine.optimizer import make_optimizer, make_scheduler
+from mlm.engine.optimizer import OptimizerConfig, make_optimizer, make_scheduler
 from mlm.engine.update import Update, UpdateConfig
 from mlm.errors import one_line
 from mlm.files import write_json
@@ -138,8 +138,8 @@ def make_updates(
     model: SparseMaskedLM, setting: Setting, batches: Batches, accelerator: Accelerator
 ) -> tuple[Update, Update]:
     """The update on batches as they come, and the same one on a batch that is there already."""
-    optimizer = make_optimizer(model, 5e-5, 0.0, fused=accelerator.scaler is None)
-    scheduler = make_scheduler(optimizer, "constant", 0, 1)
+    optimizer = make_optimizer(model, OptimizerConfig())
+    scheduler = make_scheduler(optimizer, OptimizerConfig(), 10_000)
     config = UpdateConfig(per_device_train_batch_size=batches.global_batch)
     loss = objective if setting.sparse else dense_objective
     if setting.compiled:

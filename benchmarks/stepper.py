@@ -35,7 +35,7 @@ from transformers import (
 
 from benchmarks.made_up import Ready, dense_objective, labels_of, random_words
 from mlm.engine.device import keep_freed_memory
-from mlm.engine.optimizer import make_optimizer, make_scheduler
+from mlm.engine.optimizer import OptimizerConfig, make_optimizer, make_scheduler
 from mlm.engine.update import Objective, Update, UpdateConfig
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.environment import peak_memory_mib
@@ -124,13 +124,14 @@ def ours(
     """The update of train.py on the ready batch."""
     keep_freed_memory()
     model = SparseMaskedLM(work.model).train()
-    optimizer = make_optimizer(model, LEARNING_RATE, 0.0, fused=True)
+    config = OptimizerConfig(learning_rate=LEARNING_RATE)
+    optimizer = make_optimizer(model, config)
     update = Update(
         model,
         objective,
         work.batches,
         [optimizer],
-        [make_scheduler(optimizer, "linear", 0, STEPS)],
+        [make_scheduler(optimizer, config, STEPS)],
         Accelerator(cpu=True, mixed_precision=precision),
         UpdateConfig(train_batch_size=len(work.labels), per_device_train_batch_size=micro_batch),
     )
