@@ -143,8 +143,7 @@ def make_updates(
     config = UpdateConfig(per_device_train_batch_size=batches.global_batch)
     loss = objective if setting.sparse else dense_objective
     if setting.compiled:
-        compiled = torch.compile(model)
-        loss = lambda model, batch: objective(compiled, batch)  # noqa: E731
+        loss = torch.compile(loss)
     made, ready = (
         Update(model, loss, source, [optimizer], [scheduler], accelerator, config)
         for source in (batches, Ready(batches, accelerator.device))

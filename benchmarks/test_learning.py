@@ -16,7 +16,7 @@ from mlm.config import Config
 from mlm.train import train
 
 DOCUMENTS, BATCH, LEARNING_RATE = 1000, 32, 5e-4
-AT_LEAST = {"checkpoint": 1.6, "from scratch": 3.0}  # perplexity before over after
+AT_LEAST = {"checkpoint": 1.15, "from scratch": 3.0}  # perplexity before over after, without markup
 
 
 @pytest.mark.benchmark(group="one epoch of training")
