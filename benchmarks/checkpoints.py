@@ -38,7 +38,7 @@ def make_update() -> Update:
     torch.manual_seed(0)
     model = SparseMaskedLM(DistilBertForMaskedLM(DistilBertConfig())).train()
     config = OptimizerConfig(lr_scheduler_type="constant")
-    optimizer = make_optimizer(model, config)
+    optimizer = make_optimizer(model.named_parameters(), config)
     return Update(
         model,
         objective,

@@ -138,7 +138,7 @@ def make_updates(
     model: SparseMaskedLM, setting: Setting, batches: Batches, accelerator: Accelerator
 ) -> tuple[Update, Update]:
     """The update on batches as they come, and the same one on a batch that is there already."""
-    optimizer = make_optimizer(model, OptimizerConfig())
+    optimizer = make_optimizer(model.named_parameters(), OptimizerConfig())
     scheduler = make_scheduler(optimizer, OptimizerConfig(), 10_000)
     config = UpdateConfig(per_device_train_batch_size=batches.global_batch)
     loss = objective if setting.sparse else dense_objective

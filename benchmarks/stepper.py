@@ -125,7 +125,7 @@ def ours(
     keep_freed_memory()
     model = SparseMaskedLM(work.model).train()
     config = OptimizerConfig(learning_rate=LEARNING_RATE)
-    optimizer = make_optimizer(model, config)
+    optimizer = make_optimizer(model.named_parameters(), config)
     update = Update(
         model,
         objective,
