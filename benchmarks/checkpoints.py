@@ -1,8 +1,8 @@
-"""What a checkpoint costs a run: how long the loop stands still for one, and the wall time of all of them.
+"""What a checkpoint costs a run: how long the loop is blocked by one, and the wall time of all of them.
 
-Workload: a BERT of DistilBERT's size (66 million weights, 800 MB a checkpoint) from random weights, batches
-of 16 × 128 random tokens' chunks, a checkpoint after each 4 of 24 steps, against the same steps without any.
-Runs alternate, `n` of each; medians. Ceiling: the bare copy of weights and moments in host memory.
+Workload: DistilBERT's shape with random weights (66 million, 800 MB a checkpoint), the update of train.py on
+16 chunks of 128 random words, a checkpoint after each 4 of 24 steps. Peer: the same steps without any; both
+in turn, `--n` of each, medians. Ceiling: the bare copy of weights and moments in host memory.
 
     python benchmarks/checkpoints.py        writes benchmarks/results/checkpoints.json
 """
@@ -10,46 +10,74 @@ Runs alternate, `n` of each; medians. Ceiling: the bare copy of weights and mome
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.optim import Optimizer
 from transformers import DistilBertConfig, DistilBertForMaskedLM
 
-from mlm.engine.checkpoint import State, Writer, snapshot
-from mlm.engine.optimizer import make_optimizer, make_scheduler
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.made_up import random_words
+from mlm.engine.checkpoint import Writer, snapshot
+from mlm.engine.optimizer import OptimizerConfig, make_optimizer, make_scheduler
+from mlm.engine.update import Update, UpdateConfig
 from mlm.files import write_json
+from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.environment import environment
+from mlm.train import objective
 
-BATCH, LENGTH, MASKED, STEPS, EVERY = 16, 128, 300, 24, 4
+BATCH, LENGTH, STEPS, EVERY = 16, 128, 24, 4
 
 
-def run(state: State, folder: Path | None) -> dict[str, float]:
+def make_update() -> Update:
+    torch.manual_seed(0)
+    model = SparseMaskedLM(DistilBertForMaskedLM(DistilBertConfig())).train()
+    config = OptimizerConfig(lr_scheduler_type="constant")
+    optimizer = make_optimizer(model.named_parameters(), config)
+    return Update(
+        model,
+        objective,
+        random_words(8 * BATCH, LENGTH, 30522, BATCH),
+        [optimizer],
+        [make_scheduler(optimizer, config, STEPS)],
+        Accelerator(cpu=True),
+        UpdateConfig(per_device_train_batch_size=BATCH),
+    )
+
+
+def run(update: Update, folder: Path | None) -> dict[str, float]:
     """Takes STEPS steps, with a checkpoint after every EVERY where there is a folder for them."""
-    draw = torch.Generator().manual_seed(0)
-    stood_still, began = [], time.perf_counter()
-    with Writer(folder or Path(), keep=1) as writer:
+    blocked, began = [], time.perf_counter()
+    with closing(Writer(folder or Path(), keep=1)) as writer:
         for step in range(1, STEPS + 1):
-            ids = torch.randint(30522, (BATCH, LENGTH), generator=draw)
-            hidden = state.model.distilbert(ids)[0].flatten(0, 1)[:MASKED]
-            logits = state.model.vocab_projector(state.model.vocab_layer_norm(hidden))
-            torch.nn.functional.cross_entropy(logits, ids.flatten()[:MASKED]).backward()
-            state.optimizer.step()
-            state.optimizer.zero_grad()
+            update(step)
             if folder is not None and step % EVERY == 0:
                 before = time.perf_counter()
-                writer.save(step, lambda step=step: snapshot(state, {}, {"step": step}))
-                stood_still.append(time.perf_counter() - before)
+                writer.save(step, lambda: snapshot(update.model.model, {"update": update}, {}))
+                blocked.append(time.perf_counter() - before)
         training = time.perf_counter() - began
         failure = writer.wait()
         assert failure is None, failure
     return {
         "training_seconds": training,
         "seconds_until_written": time.perf_counter() - began,
-        "stood_still_seconds": statistics.median(stood_still) if stood_still else 0.0,
+        "blocked_seconds": statistics.median(blocked) if blocked else 0.0,
     }
+
+
+def copy(optimizer: Optimizer) -> tuple[float, int]:
+    """Seconds and bytes of a bare copy of the weights and moments."""
+    weights = (p for group in optimizer.param_groups for p in group["params"])
+    moments = (value for values in optimizer.state.values() for value in values.values())
+    tensors = [*weights, *moments]
+    began = time.perf_counter()
+    copies = [tensor.detach().clone() for tensor in tensors]
+    return time.perf_counter() - began, sum(each.nbytes for each in copies)
 
 
 def main() -> None:
@@ -58,24 +86,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "checkpoints.json")
     args = parser.parse_args()
 
-    torch.manual_seed(0)
-    model = DistilBertForMaskedLM(DistilBertConfig())
-    optimizer = make_optimizer(model, 1e-5, 0.0, fused=True)
-    state = State(model, optimizer, make_scheduler(optimizer, "constant", 0, STEPS), None)
-    run(state, None)  # warms up, and gives the optimizer its moments
-
+    update = make_update()
+    run(update, None)  # warms up, and gives the optimizer its moments
     runs: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
     copies = []
     for _ in range(args.n):
-        runs["without"].append(run(state, None))
+        runs["without"].append(run(update, None))
         with tempfile.TemporaryDirectory() as folder:
-            runs["with"].append(run(state, Path(folder)))
-        tensors = [*model.parameters(), *(v for s in optimizer.state.values() for v in s.values())]
-        before = time.perf_counter()
-        kept = [tensor.detach().clone() for tensor in tensors]
-        copies.append(time.perf_counter() - before)
-        size = sum(tensor.nbytes for tensor in kept)
-        del kept
+            runs["with"].append(run(update, Path(folder)))
+        seconds, size = copy(update.optimizers[0])
+        copies.append(seconds)
 
     def median(kind: str, figure: str) -> float:
         return statistics.median(each[figure] for each in runs[kind])
@@ -88,7 +108,7 @@ def main() -> None:
             "what": f"a checkpoint of {size / 2**20:,.0f} MiB after each {EVERY} of {STEPS} steps",
             "bytes": size,
             "n": args.n,
-            "stood_still_seconds": median("with", "stood_still_seconds"),
+            "blocked_seconds": median("with", "blocked_seconds"),
             "copy_seconds": statistics.median(copies),
             "step_seconds": median("without", "training_seconds") / STEPS,
             "training_time_ratio": statistics.median(ratios),

@@ -54,7 +54,7 @@ def compare(
         return None
     mine, others = np.array(seconds), np.array(benchmark.stats.stats.data)
     medians = {"ours": np.median(mine), "theirs": np.median(others)}
-    found = row(
+    measured = row(
         benchmark.group,
         case.against,
         case.kind,
@@ -64,13 +64,13 @@ def compare(
         tokens_per_second={who: tokens / median for who, median in medians.items()},
         bytes_per_second={who: size / median for who, median in medians.items()},
     )
-    keep(benchmark, results, found)
+    keep(benchmark, results, measured)
     return mine
 
 
-def keep(benchmark: BenchmarkFixture, results: list[dict[str, Any]], found: dict[str, Any]) -> None:
+def keep(benchmark: BenchmarkFixture, results: list[dict[str, Any]], measured: dict[str, Any]) -> None:
     """Adds a row to `results` that is the benchmark's own extra_info: what is added to one is in both."""
-    benchmark.extra_info.update(found)
+    benchmark.extra_info.update(measured)
     results.append(benchmark.extra_info)
 
 

@@ -1,11 +1,12 @@
-"""The text that the benchmarks of the data path work on, and where their results go.
+"""The text that the benchmarks work on, and where their results go.
 
     python -m pytest benchmarks --benchmark-disable          checks every implementation's results, in seconds
     python -m pytest benchmarks --imdb FOLDER --model_name_or_path CHECKPOINT --results FOLDER
                                                              measures, on reviews and their tokenizer
 
-The first FOLDER holds train.parquet with a column `text`; without it, the text is made up and there is little
-of it. The second gets a JSON file for each file of benchmarks, test_data_path.py's in data_path.json.
+The first FOLDER holds train.parquet with a column `text`, whose markup is left out (reviews.py); without it,
+the text is made up and there is little of it. The second FOLDER gets a JSON file for each file of benchmarks,
+test_data_path.py's in data_path.json.
 """
 
 import os
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import pyarrow.parquet as pq
 import pytest
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.compare import compare
+from benchmarks.reviews import read
 from mlm.data.token_store import TokenStore, build
 from mlm.data.tokenizer import TokenizerInfo, load_tokenizer, tokenizer_info
 from mlm.files import write_json
@@ -57,7 +59,7 @@ class Corpus(NamedTuple):
 
 @pytest.fixture(scope="session")
 def corpus(request, tmp_path_factory) -> Corpus:
-    room = tmp_path_factory.mktemp("corpus")
+    temporary = tmp_path_factory.mktemp("corpus")
     folder, checkpoint = (request.config.getoption(name) for name in ("--imdb", "--model_name_or_path"))
     if (folder is None) != (checkpoint is None):
         raise pytest.UsageError("--imdb and --model_name_or_path go together")
@@ -66,24 +68,32 @@ def corpus(request, tmp_path_factory) -> Corpus:
         texts = [" ".join(_word(rng) for _ in range(rng.randint(5, 40))) for _ in range(MADE_UP)]
         tokenizer, name, long = wordpiece(texts, 300), f"{MADE_UP:,} made-up documents", 1024
     else:
-        texts = rng.sample(
-            pq.read_table(folder / "train.parquet", columns=["text"])["text"].to_pylist(), REVIEWS
-        )
-        tokenizer, name, long = load_tokenizer(checkpoint), f"{REVIEWS:,} IMDb reviews", 8192
+        texts = rng.sample(read(folder / "train.parquet"), REVIEWS)
+        tokenizer, name, long = load_tokenizer(checkpoint), f"{REVIEWS:,} IMDb reviews without markup", 8192
     transformers_logging.set_verbosity_error()
     datasets.disable_progress_bars()
     datasets.disable_caching()  # every round does the work again
-    datasets.Dataset.from_dict({"text": texts}).to_parquet(room / "texts.parquet")
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(temporary / "texts.parquet")
     dataset = datasets.load_dataset(
-        "parquet", data_files=str(room / "texts.parquet"), split="train", cache_dir=str(room / "cache")
+        "parquet",
+        data_files=str(temporary / "texts.parquet"),
+        split="train",
+        cache_dir=str(temporary / "cache"),
     )
     info = tokenizer_info(tokenizer)
-    store = build(texts, tokenizer, info, room / "store", {"split": "train"})
+    store = build(texts, tokenizer, info, temporary / "store", {"split": "train"})
     return Corpus(name, texts, dataset, tokenizer, info, store, long)
 
 
 def _word(rng: random.Random) -> str:
     return "".join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) + rng.choice(["", "", "", ",", "."])
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps its precision for the life of a process: each benchmark chooses anew."""
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import accelerate
 import datasets
@@ -147,19 +148,30 @@ def evaluate(
     return math.exp(torch.cat(losses)[: len(batches.dataset)].mean().item())
 
 
-def main() -> None:
-    args = parse_arguments()
-    transformers.set_seed(args.seed)  # draws the order, the training masks and dropout
-    datasets.disable_caching()  # a second run must measure the work, not the cache
-    accelerator = accelerate.Accelerator(mixed_precision="no")
-    seconds: dict[str, float] = {}
+class Phases:
+    """The wall time of each phase, in seconds, summed where a phase comes again."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def phase(name: str) -> Iterator[None]:
+    def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
+
+class Prepared(NamedTuple):
+    """What training begins with."""
+
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    train_chunks: datasets.Dataset
+    eval_chunks: datasets.Dataset  # masked once and for all
+
+
+def prepare(args: argparse.Namespace, phase: Phases) -> Prepared:
+    """From files to chunks, in phases."""
     with phase("loading"):
         files = {"train": args.train_file, "validation": args.validation_file}
         documents = datasets.load_dataset("parquet", data_files=files, columns=[args.text_column])
@@ -176,17 +188,25 @@ def main() -> None:
             tokenizer, mlm_probability=args.mlm_probability, seed=args.seed
         )
         eval_chunks = mask_once(eval_chunks, fixed)
+    return Prepared(tokenizer, model, train_chunks, eval_chunks)
 
+
+def adapt(
+    args: argparse.Namespace, accelerator: accelerate.Accelerator, prepared: Prepared, phase: Phases
+) -> dict[str, Any]:
+    """The course's loop, and its perplexities and losses; the model is saved where that is asked for."""
     train_batches = DataLoader(
-        train_chunks,
+        prepared.train_chunks,
         shuffle=True,
         batch_size=args.batch_size,
-        collate_fn=DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.mlm_probability),
+        collate_fn=DataCollatorForLanguageModeling(prepared.tokenizer, mlm_probability=args.mlm_probability),
     )
-    eval_batches = DataLoader(eval_chunks, batch_size=args.batch_size, collate_fn=default_data_collator)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    eval_batches = DataLoader(
+        prepared.eval_chunks, batch_size=args.batch_size, collate_fn=default_data_collator
+    )
+    optimizer = torch.optim.AdamW(prepared.model.parameters(), lr=args.learning_rate)
     model, optimizer, train_batches, eval_batches = accelerator.prepare(
-        model, optimizer, train_batches, eval_batches
+        prepared.model, optimizer, train_batches, eval_batches
     )
     steps = args.num_train_epochs * len(train_batches)
     lr_scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=steps)
@@ -214,20 +234,32 @@ def main() -> None:
     progress.close()
     if args.output_dir:
         accelerator.unwrap_model(model).save_pretrained(args.output_dir)
-        tokenizer.save_pretrained(args.output_dir)
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    train_tokens = args.num_train_epochs * len(train_chunks) * args.max_seq_length
-    result = {
+        prepared.tokenizer.save_pretrained(args.output_dir)
+    return {
         "perplexity_before": perplexity_before,
         "perplexity": perplexity,
         "train_loss": sum(losses) / len(losses),
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "train_tokens_per_second": round(train_tokens / seconds["training"], 1),
-        "peak_memory_mib": round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1),
-        "chunks": len(train_chunks),
-        "eval_chunks": len(eval_chunks),
         "steps": steps,
+    }
+
+
+def main() -> None:
+    args = parse_arguments()
+    transformers.set_seed(args.seed)  # draws the order, the training masks and dropout
+    datasets.disable_caching()  # a second run must measure the work, not the cache
+    accelerator = accelerate.Accelerator(mixed_precision="no")
+    phase = Phases()
+    prepared = prepare(args, phase)
+    figures = adapt(args, accelerator, prepared, phase)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    train_tokens = args.num_train_epochs * len(prepared.train_chunks) * args.max_seq_length
+    result = {
+        **figures,
+        "seconds": {name: round(value, 3) for name, value in phase.seconds.items()},
+        "train_tokens_per_second": round(train_tokens / phase.seconds["training"], 1),
+        "peak_memory_mib": round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1),
+        "chunks": len(prepared.train_chunks),
+        "eval_chunks": len(prepared.eval_chunks),
         "device": str(accelerator.device),
         "threads": torch.get_num_threads(),
         "versions": {

@@ -12,9 +12,9 @@ from benchmarks import peers
 from benchmarks.peers import Columns, Feature
 from mlm.data.batches import Batch, mask_chunks
 from mlm.data.chunks import Chunks
-from mlm.data.masking import Corrupted, corrupt, draw, make_recipe
+from mlm.data.masking import Corrupted, corrupt, draw, make_recipe, select_tokens, select_words
 from mlm.data.tokenizer import TokenizerInfo
-from tests.data.test_masking import slow_corrupt, slow_draw
+from tests.oracles import slow_corrupt, slow_draw, slow_select
 
 SEED, RATE = 42, 0.15
 MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
@@ -37,7 +37,7 @@ class MaskedBatches:
         whole_words: bool,
         limit: int | None = None,
     ) -> None:
-        self.chunks, self.tokenizer, self.info = chunks, tokenizer, info
+        self.chunks, self.tokenizer, self.info, self.whole_words = chunks, tokenizer, info, whole_words
         self.batches = np.split(np.arange(len(chunks)), range(size, len(chunks), size))[:limit]
         self.rows = chunks.take(np.concatenate(self.batches))
         self.recipe = make_recipe(info)
@@ -62,12 +62,20 @@ class MaskedBatches:
 
     def ours(self) -> Iterator[Batch]:
         for ids in self.batches:
-            yield mask_chunks(self.chunks, ids, np.zeros_like(ids), SEED, self.recipe, self.info.maskable)
+            yield mask_chunks(
+                self.chunks, ids, np.zeros_like(ids), SEED, self.info.maskable, self.recipe, self._select
+            )
 
-    def draw_and_corrupt(self) -> Iterator[Corrupted]:
-        """The kernels of `ours` alone: the ids, and which of them are ordinary, lie ready."""
+    def _select(self, maskable: np.ndarray, draws: np.ndarray, word_starts: np.ndarray) -> np.ndarray:
+        if self.whole_words:
+            return select_words(maskable, draws, RATE, word_starts)
+        return select_tokens(maskable, draws, RATE)
+
+    def kernels(self) -> Iterator[Corrupted]:
+        """The kernels of `ours` alone, for single tokens, on ids that are loaded already."""
         for chunk_ids, ids, maskable in zip(self.batches, *self.ready, strict=True):
-            yield corrupt(ids, maskable, draw(SEED, 0, chunk_ids, ids.shape[1]), self.recipe)
+            draws = draw(SEED, 0, chunk_ids, ids.shape[1])
+            yield corrupt(ids, select_tokens(maskable, draws, RATE), draws, self.recipe)
 
     def collator(self) -> Iterator[dict[str, Any]]:
         for features in self.collator_features:
@@ -78,12 +86,12 @@ class MaskedBatches:
             yield peers.course_whole_words(features, self.tokenizer, RATE, self.draws)
 
     def copy(self) -> Iterator[None]:
-        """What no batch can do without: writing its ids."""
+        """Writing the ids, which every way to make a batch has to do."""
         for ids in self.ready[0]:
             yield np.copyto(self.target[: len(ids)], ids)
 
     def check(self) -> None:
-        """Each implementation masks what it promises to, by its own notion of special tokens and of words."""
+        """Checks that each side masks what it promises to, by its own notion of special tokens and words."""
         ids, ours = self.rows.ids, list(self.ours())
         before = [chunk_ids[0] * ids.shape[1] for chunk_ids in self.batches]  # tokens in earlier batches
         chosen = np.zeros(ids.shape, bool)
@@ -92,14 +100,14 @@ class MaskedBatches:
         seen = np.concatenate([batch.input_ids for batch in ours])
         check_masks(ids, seen, chosen, self.info.maskable[ids], self._words(self.rows.word_starts))
         self._check_by_the_definition(ours[0])
-        if not self.recipe.whole_word:
-            for corrupted, batch in zip(self.draw_and_corrupt(), ours, strict=True):
+        if not self.whole_words:
+            for corrupted, batch in zip(self.kernels(), ours, strict=True):
                 assert np.array_equal(corrupted.ids, batch.input_ids)
                 assert np.array_equal(corrupted.positions, batch.positions)
 
         template = np.isin(ids, self.info.prefix + self.info.suffix)
         check_masks(ids, *_seen_and_chosen(self.collator()), ~template, self._words(self._gaps(template)))
-        if self.recipe.whole_word:
+        if self.whole_words:
             numbers = [
                 [-1 if w is None else w for w in f["word_ids"]] for b in self.course_features for f in b
             ]
@@ -107,11 +115,11 @@ class MaskedBatches:
             check_masks(ids, *_seen_and_chosen(self.course()), ~template, starts)
 
     def _words(self, starts: np.ndarray) -> np.ndarray:
-        return starts if self.recipe.whole_word else np.ones_like(starts)
+        return starts if self.whole_words else np.ones_like(starts)
 
     def _gaps(self, template: np.ndarray) -> np.ndarray:
         """Where the collator lets a word begin: after a gap between spans, and after a special token."""
-        if not self.recipe.whole_word:
+        if not self.whole_words:
             return template
         spans = np.array([feature["offset_mapping"] for batch in self.collator_features for feature in batch])
         gap = spans[:, :, 0] != np.roll(spans[:, :, 1], 1, axis=1)
@@ -121,7 +129,8 @@ class MaskedBatches:
         n, length = batch.input_ids.shape
         ids, starts = self.rows.ids[:n], self.rows.word_starts[:n]
         draws = slow_draw(SEED, 0, range(n), length)
-        expected = slow_corrupt(ids.tolist(), self.info.maskable[ids], draws, self.recipe, starts)
+        selected = slow_select(self.info.maskable[ids], draws, RATE, starts if self.whole_words else None)
+        expected = slow_corrupt(ids.tolist(), selected, draws, self.recipe)
         assert (batch.input_ids.tolist(), batch.positions.tolist(), batch.targets.tolist()) == expected
 
 

@@ -29,6 +29,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
+    PreTrainedTokenizerBase,
     get_scheduler,
 )
 
@@ -61,16 +62,12 @@ def evaluate(accelerator: Accelerator, model: torch.nn.Module, batches: DataLoad
     return math.exp(torch.cat(losses).mean().item())
 
 
-def main() -> None:
-    args = parse_arguments()
-    accelerator = Accelerator(gradient_accumulation_steps=1, mixed_precision="no")
-    transformers.utils.logging.set_verbosity_error()
-    set_seed(args.seed)
+def load_batches(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+) -> tuple[DataLoader, DataLoader]:
+    """The batches for training, and for evaluation."""
     files = {"train": args.train_file, "validation": args.validation_file}
     documents = datasets.load_dataset("parquet", data_files=files, columns=["text"])
-    config = AutoConfig.from_pretrained(args.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    model = AutoModelForMaskedLM.from_pretrained(args.model_name_or_path, config=config)
     chunks = {
         split: run_mlm_maps(documents[split], tokenizer, args.max_seq_length, None) for split in documents
     }
@@ -81,13 +78,30 @@ def main() -> None:
     eval_batches = DataLoader(
         chunks["validation"], collate_fn=collator, batch_size=args.per_device_eval_batch_size
     )
+    return train_batches, eval_batches
+
+
+def make_optimizer(model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW in the two groups that the script has, whose decay is 0 by default in both."""
     plain = ("bias", "LayerNorm.weight")
     named = list(model.named_parameters())
     groups = [
         {"params": [p for name, p in named if not any(end in name for end in plain)], "weight_decay": 0.0},
         {"params": [p for name, p in named if any(end in name for end in plain)], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
+    return torch.optim.AdamW(groups, lr=learning_rate)
+
+
+def main() -> None:
+    args = parse_arguments()
+    accelerator = Accelerator(gradient_accumulation_steps=1, mixed_precision="no")
+    transformers.utils.logging.set_verbosity_error()
+    set_seed(args.seed)
+    config = AutoConfig.from_pretrained(args.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    model = AutoModelForMaskedLM.from_pretrained(args.model_name_or_path, config=config)
+    train_batches, eval_batches = load_batches(args, tokenizer)
+    optimizer = make_optimizer(model, args.learning_rate)
     steps = args.max_train_steps or args.num_train_epochs * len(train_batches)
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=steps)
     model, optimizer, train_batches, eval_batches, scheduler = accelerator.prepare(

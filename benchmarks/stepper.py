@@ -1,4 +1,4 @@
-"""One way to take a training step, or to evaluate a batch, in a process of its own that does so when told.
+"""One way to take a training step, or to evaluate a batch, in a process of its own that does so when asked.
 
     python -m benchmarks.stepper WAY SIZE        then lines on standard input, each answered by one of JSON:
         step    takes one                        null
@@ -6,21 +6,24 @@
         profile takes a few                      where their time goes, as shares
         end                                      peak memory in MiB, FLOPs, the rate of matrix products
 
-Two of them told in turn are two ways timed in one run, each with a memory of its own. The batch is ready, the
-weights are random; the model, its dropout included, is what transformers makes of its default configuration.
+Two processes asked in turn time two ways in one run, each with its own memory. The batch is ready, the
+weights are random; the model, dropout included, is transformers' default configuration. `ours` is the very
+update that train.py calls (mlm.engine.update.Update), `dense` the same with the model's own loss.
 """
 
-import contextlib
+import itertools
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -30,17 +33,19 @@ from transformers import (
     get_scheduler,
 )
 
+from benchmarks.made_up import Ready, dense_objective, labels_of, random_words
 from mlm.engine.device import keep_freed_memory
-from mlm.engine.optimizer import make_optimizer, make_scheduler
-from mlm.engine.update import first
+from mlm.engine.optimizer import OptimizerConfig, make_optimizer, make_scheduler
+from mlm.engine.update import Objective, Update, UpdateConfig
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.environment import peak_memory_mib
+from mlm.train import objective
 
 # Without dropout, so that ways that do the same arrive at the same weights.
 TOY = {"vocab_size": 300, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TOY |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 REPOSITORY = Path(__file__).parents[1]
-RATE, LEARNING_RATE, STEPS = 0.15, 5e-5, 10_000
+LEARNING_RATE, STEPS = 5e-5, 10_000
 
 
 class Size(NamedTuple):
@@ -58,49 +63,32 @@ SIZES = {
         32,
         128,
     ),
-    "toy": Size(lambda: BertForMaskedLM(BertConfig(**TOY)), 8, 512),  # two passes
+    "toy": Size(lambda: BertForMaskedLM(BertConfig(**TOY)), 8, 512),  # two micro-batches
 }
 
 
 class Workload:
-    """A model and a batch: corrupted ids [B, T], labels [B, T] with -100 elsewhere, positions and targets."""
+    """A model, and a batch of random words that is masked beforehand."""
 
     def __init__(self, size: Size) -> None:
         torch.manual_seed(0)
         self.model = size.model()
-        vocabulary = self.model.config.vocab_size
-        generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(5, vocabulary, (size.batch, size.length), generator=generator)
-        masked = torch.rand(self.ids.shape, generator=generator) < RATE
-        self.labels = torch.where(masked, self.ids, -100)
-        self.inputs = torch.where(masked, 4, self.ids)
-
-    @property
-    def auto(self) -> int:
-        """Chunks that --per_device_train_batch_size auto puts into a pass."""
-        return first("auto", None, *self.ids.shape, torch.device("cpu"))
-
-    def parts(self, chunks: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Ids, positions and targets of passes of at most so many chunks."""
-        found = []
-        for ids, labels in zip(self.inputs.split(chunks), self.labels.split(chunks), strict=True):
-            positions = (labels.flatten() != -100).nonzero().squeeze(1)
-            found.append((ids, positions, labels.flatten()[positions]))
-        return found
-
-    @property
-    def masked(self) -> int:
-        return int((self.labels != -100).sum())
+        words = random_words(size.batch, size.length, self.model.config.vocab_size, size.batch)
+        self.batches = Ready(words, torch.device("cpu"))
+        [self.batch], self.masked = self.batches.load(0, size.batch)
+        self.labels = labels_of(self.batch)  # [B, T], -100 where nothing is predicted
 
     @property
     def flops(self) -> int:
         """Of a forward pass over the batch."""
-        return forward_flops(self.model, *self.ids.shape, self.masked)
+        return forward_flops(self.model, *self.labels.shape, self.masked)
 
 
 def forward_flops(model: PreTrainedModel, batch: int, length: int, masked: int) -> int:
-    """Of a forward pass over [batch, length] tokens, `masked` of which the head runs on: two for each
-    multiplication with a weight, and with queries, keys and values (Kaplan et al. 2020, table 1)."""
+    """FLOPs of a forward pass over [batch, length] tokens, whose head runs on `masked` of them.
+
+    Two for each product with a weight, and with queries, keys and values (Kaplan et al. 2020, table 1).
+    """
     config = model.config
     hidden, layers = config.hidden_size, config.num_hidden_layers
     encoder = sum(p.numel() for n, p in model.base_model.named_parameters() if "embeddings" not in n)
@@ -116,29 +104,10 @@ def defaults(work: Workload) -> Callable[[], object]:
     others = [p for name, p in model.named_parameters() if not ("bias" in name or "LayerNorm.weight" in name)]
     optimizer = torch.optim.AdamW([{"params": others}, {"params": plain}], lr=LEARNING_RATE, weight_decay=0.0)
     scheduler = get_scheduler("linear", optimizer, 0, STEPS)
-    padding = torch.ones_like(work.ids)
+    ids, padding = work.batch.input_ids, torch.ones_like(work.batch.input_ids)
 
     def step() -> None:
-        model(input_ids=work.inputs, attention_mask=padding, labels=work.labels).loss.backward()
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def dense(work: Workload) -> Callable[[], object]:
-    """The dense head with labels passed in; passes, precision, optimizer and memory as ours."""
-    keep_freed_memory()
-    model = work.model.train()
-    optimizer = make_optimizer(model, LEARNING_RATE, 0.0, fused=True)
-    scheduler = make_scheduler(optimizer, "linear", 0, STEPS)
-
-    def step() -> None:
-        for ids, labels in zip(work.inputs.split(work.auto), work.labels.split(work.auto), strict=True):
-            share = (labels != -100).sum() / work.masked
-            (model(input_ids=ids, labels=labels).loss * share).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        model(input_ids=ids, attention_mask=padding, labels=work.labels).loss.backward()
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -147,27 +116,27 @@ def dense(work: Workload) -> Callable[[], object]:
 
 
 def ours(
-    work: Workload, precision: torch.dtype | None = None, chunks: int | None = None
+    work: Workload,
+    precision: str = "no",
+    micro_batch: int | Literal["auto"] = "auto",
+    objective: Objective = objective,
 ) -> Callable[[], object]:
-    """A step of train.py's loop on a ready batch, in passes of so many chunks, or of those of `auto`."""
+    """The update of train.py on the ready batch."""
     keep_freed_memory()
     model = SparseMaskedLM(work.model).train()
-    optimizer = make_optimizer(model, LEARNING_RATE, 0.0, fused=True)
-    scheduler = make_scheduler(optimizer, "linear", 0, STEPS)
-    autocast = torch.autocast("cpu", precision) if precision else contextlib.nullcontext()
-    parts = work.parts(chunks or work.auto)
-
-    def step() -> None:
-        for ids, positions, targets in parts:
-            with autocast:
-                nats, _ = model(ids, positions, targets)
-            (nats.sum() / work.masked).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-
-    return step
+    config = OptimizerConfig(learning_rate=LEARNING_RATE)
+    optimizer = make_optimizer(model.named_parameters(), config)
+    update = Update(
+        model,
+        objective,
+        work.batches,
+        [optimizer],
+        [make_scheduler(optimizer, config, STEPS)],
+        Accelerator(cpu=True, mixed_precision=precision),
+        UpdateConfig(train_batch_size=len(work.labels), per_device_train_batch_size=micro_batch),
+    )
+    steps = itertools.count()
+    return lambda: update(next(steps))
 
 
 def evaluate_dense(work: Workload) -> Callable[[], object]:
@@ -177,20 +146,26 @@ def evaluate_dense(work: Workload) -> Callable[[], object]:
 
     def step() -> float:
         with torch.no_grad():
-            return model(input_ids=work.inputs, labels=work.labels).loss.item()
+            return model(input_ids=work.batch.input_ids, labels=work.labels).loss.item()
 
     return step
 
 
+def nats_and_hits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[M] float32 and [M] bool of logits [M, V], as evaluate.py computes them."""
+    logits = logits.float()
+    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(dim=-1) == targets
+
+
 def evaluate_ours(work: Workload) -> Callable[[], object]:
-    """Loss and hits of the masked positions, as evaluate.py has them."""
+    """Loss and hits of the masked positions."""
     keep_freed_memory()
-    model = SparseMaskedLM(work.model).eval()
-    [part] = work.parts(len(work.ids))
+    model, batch = SparseMaskedLM(work.model).eval(), work.batch
 
     def step() -> float:
         with torch.no_grad():
-            nats, _ = model(*part)
+            logits = model(batch.input_ids, batch.positions, batch.attention_mask)
+            nats, _ = nats_and_hits(logits, batch.targets)
             return nats.double().mean().item()
 
     return step
@@ -198,10 +173,10 @@ def evaluate_ours(work: Workload) -> Callable[[], object]:
 
 WAYS = {
     "defaults": defaults,
-    "dense": dense,
+    "dense": partial(ours, objective=dense_objective),
     "ours": ours,
-    "ours, bf16": lambda work: ours(work, torch.bfloat16),
-    "ours, bf16, passes of 4": lambda work: ours(work, torch.bfloat16, 4),
+    "ours, bf16": partial(ours, precision="bf16"),
+    "ours, bf16, micro-batches of 4": partial(ours, precision="bf16", micro_batch=4),
     "evaluation, dense": evaluate_dense,
     "evaluation, ours": evaluate_ours,
 }
@@ -211,7 +186,7 @@ WAYS = {
 def loss(work: Workload) -> float:
     """Nats a masked token of the batch, by the dense head, without dropout: how far the steps have come."""
     training = work.model.training
-    logits = work.model.eval()(input_ids=work.inputs).logits
+    logits = work.model.eval()(input_ids=work.batch.input_ids).logits
     work.model.train(training)
     return F.cross_entropy(logits.flatten(0, 1), work.labels.flatten()).item()
 
@@ -228,7 +203,7 @@ def matrix_products(precision: torch.dtype, seconds: float = 1.0) -> float:
     return best
 
 
-# What torch's own names of the work on a CPU come under, by the beginning of the name.
+# What a kernel is counted as, by the beginning of torch's name of it.
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::"),
     "attention": ("aten::_scaled_dot_product", "aten::_softmax"),
@@ -247,12 +222,12 @@ def shares(step: Callable[[], object], steps: int = 5) -> dict[str, float]:
         for _ in range(steps):
             step()
         whole = time.perf_counter() - began
-    found = dict.fromkeys(KINDS, 0.0)
+    share = dict.fromkeys(KINDS, 0.0)
     for event in profiler.key_averages():
         kind = next((k for k, names in KINDS.items() if event.key.startswith(names)), None)
         if kind is not None:
-            found[kind] += event.self_cpu_time_total / 1e6 / whole
-    return {**found, "the rest": 1 - sum(found.values())}
+            share[kind] += event.self_cpu_time_total / 1e6 / whole
+    return {**share, "the rest": 1 - sum(share.values())}
 
 
 class Stepper:

@@ -18,15 +18,15 @@ results = load_script("results")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be measured")
 def test_without_a_gpu_nothing_is_measured():
     command = [sys.executable, "benchmarks/gpu.py"]
-    said = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
-    assert said.startswith("no GPU here: nothing is measured")
+    output = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
+    assert output.startswith("no GPU here: nothing is measured")
 
 
 def test_the_gpus_benchmark_runs_on_a_cpu_with_toys(tmp_path):
     command = [sys.executable, "benchmarks/gpu.py", "--self_test", "--out", str(tmp_path / "gpu.json")]
-    said = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
-    assert "laws 1, 2, 8 and 9 hold on the device" in said
-    assert sum(line.startswith("toy 128 ") for line in said.splitlines()) == 4
+    output = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
+    assert "invariants 1, 2, 8 and 9 hold on the device" in output
+    assert sum(line.startswith("toy 128 ") for line in output.splitlines()) == 4
     page = results.gpu(json.loads((tmp_path / "gpu.json").read_text()))
     assert sum(line.startswith("| toy, 128 tokens, ") for line in page.splitlines()) == 4
 
