@@ -75,10 +75,7 @@ def corpus(request, tmp_path_factory) -> Corpus:
     datasets.disable_caching()  # every round does the work again
     datasets.Dataset.from_dict({"text": texts}).to_parquet(temporary / "texts.parquet")
     dataset = datasets.load_dataset(
-        "parquet",
-        data_files=str(temporary / "texts.parquet"),
-        split="train",
-        cache_dir=str(temporary / "cache"),
+        "parquet", data_files=str(temporary / "texts.parquet"), split="train", cache_dir=str(temporary / "cache")
     )
     info = tokenizer_info(tokenizer)
     store = build(texts, tokenizer, info, temporary / "store", {"split": "train"})

@@ -89,9 +89,7 @@ def chunk(documents: datasets.DatasetDict, length: int) -> datasets.DatasetDict:
     The end of every 1,000 documents is dropped: up to `length - 1` tokens each time.
     """
 
-    return documents.map(
-        lambda batch: chunk_batch(batch, length), batched=True, batch_size=1000, desc="chunking"
-    )
+    return documents.map(lambda batch: chunk_batch(batch, length), batched=True, batch_size=1000, desc="chunking")
 
 
 def chunk_batch(batch: Columns, length: int) -> Columns:
@@ -184,9 +182,7 @@ def prepare(args: argparse.Namespace, phase: Phases) -> Prepared:
         train_chunks = sample(chunks["train"], args.max_train_samples, args.seed)
         eval_chunks = sample(chunks["validation"], args.max_eval_samples, args.seed)
     with phase("evaluation_masking"):
-        fixed = DataCollatorForLanguageModeling(
-            tokenizer, mlm_probability=args.mlm_probability, seed=args.seed
-        )
+        fixed = DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.mlm_probability, seed=args.seed)
         eval_chunks = mask_once(eval_chunks, fixed)
     return Prepared(tokenizer, model, train_chunks, eval_chunks)
 
@@ -201,9 +197,7 @@ def adapt(
         batch_size=args.batch_size,
         collate_fn=DataCollatorForLanguageModeling(prepared.tokenizer, mlm_probability=args.mlm_probability),
     )
-    eval_batches = DataLoader(
-        prepared.eval_chunks, batch_size=args.batch_size, collate_fn=default_data_collator
-    )
+    eval_batches = DataLoader(prepared.eval_chunks, batch_size=args.batch_size, collate_fn=default_data_collator)
     optimizer = torch.optim.AdamW(prepared.model.parameters(), lr=args.learning_rate)
     model, optimizer, train_batches, eval_batches = accelerator.prepare(
         prepared.model, optimizer, train_batches, eval_batches

@@ -229,9 +229,7 @@ class Masking:
         chunks = self.batches.chunks
         pin = self.device.type == "cuda"
         numbers, ids = (
-            (torch.from_numpy(each).pin_memory() if pin else torch.from_numpy(each)).to(
-                self.device, non_blocking=pin
-            )
+            (torch.from_numpy(each).pin_memory() if pin else torch.from_numpy(each)).to(self.device, non_blocking=pin)
             for each in (self.chunk_ids, chunks.take(self.chunk_ids).ids)
         )
         draws = draw_torch(SEED, 0, numbers, chunks.chunk_size)
@@ -253,10 +251,7 @@ def time_masking(length: int, scale: Scale) -> dict[str, Any]:
         return time.perf_counter() - began
 
     masking.on_the_host(), masking.on_the_device()
-    pairs = [
-        (seconds(masking.on_the_host), seconds(masking.on_the_device))
-        for _ in range(scale.rounds * scale.steps)
-    ]
+    pairs = [(seconds(masking.on_the_host), seconds(masking.on_the_device)) for _ in range(scale.rounds * scale.steps)]
     host, device = zip(*pairs, strict=True)
     ratios = [mine / other for mine, other in pairs]
     return {

@@ -37,13 +37,7 @@ from mlm.report.environment import environment
 
 HERE, SCRIPTS = Path(__file__).parent, Path(__file__).parents[1] / "scripts"
 BATCH = 32
-COMMON = {
-    "max_seq_length": 128,
-    "learning_rate": 5e-4,
-    "num_train_epochs": 1,
-    "mlm_probability": 0.15,
-    "seed": 42,
-}
+COMMON = {"max_seq_length": 128, "learning_rate": 5e-4, "num_train_epochs": 1, "mlm_probability": 0.15, "seed": 42}
 FIRST_STEP = re.compile(r"\bstep 1\b")
 FASTEST = "mlm, no evaluation before"  # what does as much as run_mlm_no_trainer's recipe
 

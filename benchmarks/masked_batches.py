@@ -108,9 +108,7 @@ class MaskedBatches:
         template = np.isin(ids, self.info.prefix + self.info.suffix)
         check_masks(ids, *_seen_and_chosen(self.collator()), ~template, self._words(self._gaps(template)))
         if self.whole_words:
-            numbers = [
-                [-1 if w is None else w for w in f["word_ids"]] for b in self.course_features for f in b
-            ]
+            numbers = [[-1 if w is None else w for w in f["word_ids"]] for b in self.course_features for f in b]
             starts = np.diff(np.array(numbers), axis=1, prepend=-2) != 0
             check_masks(ids, *_seen_and_chosen(self.course()), ~template, starts)
 

@@ -62,22 +62,16 @@ def evaluate(accelerator: Accelerator, model: torch.nn.Module, batches: DataLoad
     return math.exp(torch.cat(losses).mean().item())
 
 
-def load_batches(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
-) -> tuple[DataLoader, DataLoader]:
+def load_batches(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[DataLoader, DataLoader]:
     """The batches for training, and for evaluation."""
     files = {"train": args.train_file, "validation": args.validation_file}
     documents = datasets.load_dataset("parquet", data_files=files, columns=["text"])
-    chunks = {
-        split: run_mlm_maps(documents[split], tokenizer, args.max_seq_length, None) for split in documents
-    }
+    chunks = {split: run_mlm_maps(documents[split], tokenizer, args.max_seq_length, None) for split in documents}
     collator = DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm_probability=args.mlm_probability)
     train_batches = DataLoader(
         chunks["train"], shuffle=True, collate_fn=collator, batch_size=args.per_device_train_batch_size
     )
-    eval_batches = DataLoader(
-        chunks["validation"], collate_fn=collator, batch_size=args.per_device_eval_batch_size
-    )
+    eval_batches = DataLoader(chunks["validation"], collate_fn=collator, batch_size=args.per_device_eval_batch_size)
     return train_batches, eval_batches
 
 

@@ -54,10 +54,7 @@ def tensors(rows: list[list[int]], order: np.ndarray, batch_size: int) -> list[t
 
 
 def course_whole_words(
-    features: list[Feature],
-    tokenizer: PreTrainedTokenizerBase,
-    probability: float,
-    draws: np.random.RandomState,
+    features: list[Feature], tokenizer: PreTrainedTokenizerBase, probability: float, draws: np.random.RandomState
 ) -> dict[str, torch.Tensor]:
     """The course's whole-word collator: for each chunk a map from words to their tokens, and a draw a word.
 

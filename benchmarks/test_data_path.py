@@ -113,9 +113,7 @@ def test_chunks_from_text(case, corpus, versus, tmp_path):
 @pytest.fixture(scope="module")
 def documents(corpus):
     """1,000 tokenised documents as columns of lists, all that a tokenizer and the course know of them."""
-    encoded = corpus.tokenizer(
-        corpus.texts[:MAP_BATCH], return_special_tokens_mask=True, return_offsets_mapping=True
-    )
+    encoded = corpus.tokenizer(corpus.texts[:MAP_BATCH], return_special_tokens_mask=True, return_offsets_mapping=True)
     return {**encoded, "word_ids": [encoded.word_ids(row) for row in range(MAP_BATCH)]}
 
 
@@ -242,18 +240,12 @@ def test_memory_of_whole_words_is_linear_in_the_tokens(corpus, masked_batches, r
     assert abs(ours / half - 1) < 0.02
     peer = bytes_per_token(corpus.long, "collator")
     workload = f"peak memory of a batch of 8 × {corpus.long:,}, whole words masked"
-    for against, kind, theirs in (
-        ("ours, chunks half as long", "again", half),
-        ("the collator", "peer", peer),
-    ):
+    for against, kind, theirs in (("ours, chunks half as long", "again", half), ("the collator", "peer", peer)):
         per_token = {"ours": ours, "theirs": theirs}
         results.append(row(workload, against, kind, "×", [theirs / ours], bytes_per_token=per_token))
 
 
-@cases(
-    Case("ours", "again", rounds=31),
-    Case("memory copy", "ceiling", rounds=31),
-)
+@cases(Case("ours", "again", rounds=31), Case("memory copy", "ceiling", rounds=31))
 @pytest.mark.benchmark(group="draw, select, corrupt in NumPy on one core, 64 × 128")
 def test_masking_kernels(case, masked_batches, versus, benchmark, results):
     """The first case measures the speed itself, beside its target."""

@@ -63,9 +63,7 @@ def check(case, versus, way):
 
 
 @cases(
-    Case("ours", "again", rounds=5),
-    Case("dense", "peer", rounds=5, at_least=1.4),
-    Case("defaults", "peer", rounds=5),
+    Case("ours", "again", rounds=5), Case("dense", "peer", rounds=5, at_least=1.4), Case("defaults", "peer", rounds=5)
 )
 @pytest.mark.benchmark(group="training step, DistilBERT, 16 × 128, fp32")
 def test_distilbert_fp32(case, versus, results, full):
@@ -85,9 +83,7 @@ def test_distilbert_bf16_in_less_memory(case, versus, results, full):
 
 
 @cases(
-    Case("ours", "again", rounds=5),
-    Case("dense", "peer", rounds=5),
-    Case("defaults", "peer", rounds=5, at_least=5.0),
+    Case("ours", "again", rounds=5), Case("dense", "peer", rounds=5), Case("defaults", "peer", rounds=5, at_least=5.0)
 )
 @pytest.mark.benchmark(group="training step, BERT 2 × 128, 32 × 128, fp32")
 def test_small_bert_fp32(case, versus, results, full):

@@ -106,9 +106,7 @@ def command(description: str | None) -> argparse.ArgumentParser:
     return _Parser(description=description, allow_abbrev=False, add_help=False)
 
 
-def run(
-    body: Callable[[Sequence[str]], dict[str, Any]], words: Callable[[dict[str, Any]], str] | None = None
-) -> None:
+def run(body: Callable[[Sequence[str]], dict[str, Any]], words: Callable[[dict[str, Any]], str] | None = None) -> None:
     """A script's outermost call: runs `body(argv)` and prints its result.
 
     The last line of standard output is the result as one JSON object, unless that is a terminal and --json is
@@ -199,9 +197,7 @@ def _comments(config: type) -> dict[str, str]:
     comments = {word.start[0]: word.string.lstrip("# ") for word in words if word.type == tokenize.COMMENT}
     fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
     return {
-        node.target.id: " ".join(
-            text for line, text in comments.items() if node.lineno <= line <= node.end_lineno
-        )
+        node.target.id: " ".join(text for line, text in comments.items() if node.lineno <= line <= node.end_lineno)
         for node in fields
     }
 

@@ -5,13 +5,14 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mlm.errors import one_line
+from mlm.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,25 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_sentences(path: str) -> dict[int, str]:
+    """The non-blank lines of a UTF-8 text file (`-`: standard input): {line number from 1: sentence}.
+
+    Raises UserError where the file cannot be read, or holds none.
+    """
+    name = "standard input" if path == "-" else path
+    try:
+        # utf-8-sig: editors on Windows write a byte order mark
+        with open(sys.stdin.fileno() if path == "-" else path, encoding="utf-8-sig", closefd=path != "-") as file:
+            sentences = {number: line.rstrip("\n") for number, line in enumerate(file, 1) if line.strip()}
+    except OSError as error:
+        raise UserError(f"{name}: cannot read the sentences ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 text ({one_line(error)})") from None
+    if not sentences:
+        raise UserError(f"{name}: no sentence in it; write one on each line")
+    return sentences
 
 
 @contextlib.contextmanager

@@ -30,9 +30,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     result = train(config)
     # The seed draws the very weights from which training began.
     fresh = load_model(config.model, result.tokenizer, config.train.seed)
-    fillers = [
-        fill(SparseMaskedLM(model), result.tokenizer, SENTENCES, top_k=3) for model in (fresh, result.model)
-    ]
+    fillers = [fill(SparseMaskedLM(model), result.tokenizer, SENTENCES, top_k=3) for model in (fresh, result.model)]
     for sentence, *columns in zip(SENTENCES, *fillers, strict=True):
         print(table(sentence, ["before", "after"], columns))
     before, after, unigram = (result.results[f"perplexity{when}"] for when in ("_before", "", "_unigram"))

@@ -77,11 +77,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         result = summary = measure_file(pseudo.pseudo_perplexity, models, size, accelerator)
     else:
         config = Config(
-            corpus=corpus,
-            out_of_domain=out_of_domain,
-            token_store=token_store,
-            chunks=chunks,
-            evaluate=evaluation,
+            corpus=corpus, out_of_domain=out_of_domain, token_store=token_store, chunks=chunks, evaluate=evaluation
         )
         result, summary = measure_corpus(config, models, accelerator)
     if what.output and accelerator.is_main_process:
@@ -90,9 +86,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return summary
 
 
-def measure_file(
-    path: str, models: dict[str, ModelConfig], size: int, accelerator: Accelerator
-) -> dict[str, Any]:
+def measure_file(path: str, models: dict[str, ModelConfig], size: int, accelerator: Accelerator) -> dict[str, Any]:
     """The pseudo-perplexity of a file's sentences; those of the base, if there is one, under "base"."""
     scored = {}
     for name, model in models.items():
@@ -142,9 +136,7 @@ def compare_both(base: Measured, adapted: Measured) -> tuple[dict[str, Any], str
         train = adapted.stores.get("train")
         counts = token_counts(train, adapted.eval_sets["held_out"].info.size) if train else None
         compared = {
-            n: compare(
-                adapted.eval_sets[n], base.evaluations[n], adapted.evaluations[n], adapted.tokenizer, counts
-            )
+            n: compare(adapted.eval_sets[n], base.evaluations[n], adapted.evaluations[n], adapted.tokenizer, counts)
             for n in names
         }
         lines = [f"{compared[n]['text']}: {in_words(compared[n])}" for n in names]

@@ -12,9 +12,10 @@ from mlm.startup import quick_imports
 with quick_imports():
     from mlm import cli
     from mlm.errors import UserError
+    from mlm.files import read_sentences
     from mlm.inference.fill_mask import FillMaskConfig, cell_width, fill, load, table
     from mlm.inference.joint import cells, fill_jointly
-    from mlm.inference.sentences import MASK, read_sentences
+    from mlm.inference.sentences import MASK
     from mlm.inference.targets import parse_targets, score_targets
 
 
@@ -57,8 +58,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             answer = [[ranked] for ranked in cells(answer, cell_width(len(names)))]
         print(table(sentence, names, answer), end="\n\n")
     records = [
-        [{"text": text, key: _plain(found)} for text, found in zip(given, answer, strict=True)]
-        for answer in answers
+        [{"text": text, key: _plain(found)} for text, found in zip(given, answer, strict=True)] for answer in answers
     ]
     return {"sentences": records[-1]} | ({"base": records[0]} if config.compare else {})
 

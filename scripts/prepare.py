@@ -28,9 +28,7 @@ with quick_imports():
 # A tag without attributes, also as a tokenizer spells it after decoding: < br / >
 TAG = re.compile(r"<\s*/?\s*[a-z][a-z0-9]*\s*/?\s*>", re.IGNORECASE)
 SAMPLE, OPENING = 1000, 2000  # documents that are searched for tags, and tokens of each
-MUCH = (
-    0.005  # share of the tokens that makes tags worth a line: on film reviews with 5% they were 64% of a gain
-)
+MUCH = 0.005  # share of the tokens that makes tags worth a line: on film reviews with 5% they were 64% of a gain
 
 
 @dataclass(frozen=True)

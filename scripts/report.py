@@ -9,7 +9,7 @@ from mlm.startup import quick_imports
 
 with quick_imports():
     from mlm import cli
-    from mlm.inference.sentences import read_sentences
+    from mlm.files import read_sentences
     from mlm.report.examples import with_examples
     from mlm.report.report import write_report
     from mlm.report.run_record import read_runs
@@ -30,8 +30,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     config, rest = cli.parse([ReportConfig], argv, parser)
     folders = [Path(run) for run in rest.runs]
     output = Path(
-        config.output
-        or (folders[0] / "report.html" if len(folders) == 1 else folders[0].parent / "report.html")
+        config.output or (folders[0] / "report.html" if len(folders) == 1 else folders[0].parent / "report.html")
     )
     sentences = list(read_sentences(config.sentences_file).values()) if config.sentences_file else None
     runs = []

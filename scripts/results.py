@@ -84,13 +84,7 @@ def suite(name: str) -> str:
     stored = _stored(name)
     rows = [row for row in stored["rows"] if not _noise(row)]
     lines = [
-        section(
-            stored["what"].rstrip("."),
-            f"test_{name}.py",
-            _headline(rows),
-            stored["environment"],
-            SUITE_COMMAND,
-        ),
+        section(stored["what"].rstrip("."), f"test_{name}.py", _headline(rows), stored["environment"], SUITE_COMMAND),
         "| workload | against | ours is | target | rounds | ours | theirs |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -100,9 +94,7 @@ def suite(name: str) -> str:
             f"| {_median(row)}{_spread(row)} | {_target(row)} | {row['n']} | {_speed(row, 'ours')} "
             f"| {_speed(row, 'theirs')} |"
         )
-    noise = [
-        f"{row['workload']} {row['low']:.2f} to {row['high']:.2f}" for row in stored["rows"] if _noise(row)
-    ]
+    noise = [f"{row['workload']} {row['low']:.2f} to {row['high']:.2f}" for row in stored["rows"] if _noise(row)]
     lines.append(f"\nOurs against itself, which shows the noise: {'; '.join(noise)}.\n" if noise else "")
     used = [
         f"- {row['workload']}: {row['flops_per_token'] / 1e6:,.0f} MFLOP a token, "
@@ -267,9 +259,7 @@ def noise() -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, measured in results.items():
-        mean, deviation, low, high = (
-            measured[f"perplexity{which}"] for which in ("", "_std", "_min", "_max")
-        )
+        mean, deviation, low, high = (measured[f"perplexity{which}"] for which in ("", "_std", "_min", "_max"))
         lines.append(
             f"| {name} | {measured['figures']} | {measured['masked_tokens']:,} | {mean:.1f} "
             f"| {deviation:.2f} | {low:.1f} to {high:.1f} |"
@@ -305,9 +295,7 @@ def faults() -> str:
     """The faults that the tests have tried, how often, and how they ended."""
     stored = _stored("faults")
     cases = sum(tried["cases"] for tried in stored["faults"].values())
-    result = (
-        f"{len(stored['faults'])} kinds of faults, {cases} cases, each with the outcome that it should have"
-    )
+    result = f"{len(stored['faults'])} kinds of faults, {cases} cases, each with the outcome that it should have"
     lines = [
         section("Faults", None, result, stored["environment"], FAULTS_COMMAND),
         "Workload: toy runs in real processes, which are killed or signalled, or run out of memory or disk. "

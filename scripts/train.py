@@ -19,13 +19,7 @@ DEMO = Path(__file__).with_name("demo.yaml")
 def main(argv: Sequence[str]) -> dict[str, Any]:
     config = cli.parse_config(Config, argv, __doc__)
     model, corpus = config.model, config.corpus
-    named = (
-        model.model_name_or_path,
-        model.config_name,
-        model.model_type,
-        corpus.dataset_name,
-        corpus.train_file,
-    )
+    named = (model.model_name_or_path, model.config_name, model.model_type, corpus.dataset_name, corpus.train_file)
     if not any(named):
         config = cli.parse_config(Config, ["--config", str(DEMO), *argv], __doc__)
     result = train(config)

@@ -109,9 +109,7 @@ class Toy:
                 )
             )
 
-    def config(
-        self, output_dir: Path | None = None, *, dropout=0.0, chunks=None, modules=None, **settings
-    ) -> Config:
+    def config(self, output_dir: Path | None = None, *, dropout=0.0, chunks=None, modules=None, **settings) -> Config:
         """A run over the toy world: chunks of 16 tokens, 12 steps of 8 chunks unless told otherwise."""
         settings = {
             "model_name_or_path": str(self.checkpoint),

@@ -74,9 +74,7 @@ def slow_select(maskable: Grid, draws: Grid, rate: float, starts: Grid | None = 
     return selected
 
 
-def slow_select_fold(
-    maskable: Grid, draws: Grid, starts: Grid | None, fold: int, folds: int
-) -> list[list[bool]]:
+def slow_select_fold(maskable: Grid, draws: Grid, starts: Grid | None, fold: int, folds: int) -> list[list[bool]]:
     """Deals a chunk's maskable tokens (or the words that have one) out to the folds, by rising draws."""
     selected = [[False] * len(row) for row in maskable]
     for b, row in enumerate(maskable):
@@ -95,9 +93,7 @@ def _head(starts: Sequence[bool], t: int) -> int:
     return t
 
 
-def slow_corrupt(
-    ids: Grid, selected: Grid, draws: Grid, recipe: Any
-) -> tuple[list[list[int]], list[int], list[int]]:
+def slow_corrupt(ids: Grid, selected: Grid, draws: Grid, recipe: Any) -> tuple[list[list[int]], list[int], list[int]]:
     """(ids, positions, targets) as `corrupt` gives them."""
     seen, positions, targets = [list(row) for row in ids], [], []
     replacements = list(map(int, recipe.maskable_ids))

@@ -254,9 +254,7 @@ TRAINING = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"), [case[1:] for case in TRAINING], ids=[case[0] for case in TRAINING]
-)
+@pytest.mark.parametrize(("flags", "words"), [case[1:] for case in TRAINING], ids=[case[0] for case in TRAINING])
 def test_training_refuses(flags, words, place, toy, bad):
     names = {"bad": bad, "toy": toy.checkpoint}
     flags = {name: str(value).format(**names) for name, value in flags.items()}
@@ -333,9 +331,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("script", "flags", "words"), [case[1:] for case in OTHERS], ids=[case[0] for case in OTHERS]
-)
+@pytest.mark.parametrize(("script", "flags", "words"), [case[1:] for case in OTHERS], ids=[case[0] for case in OTHERS])
 def test_the_other_scripts_refuse(script, flags, words, place, toy, bad):
     names = {"bad": bad, "toy": toy.checkpoint, "text": toy.train_file}
     place.refuses([word.format(**names) for word in words], script, *(flag.format(**names) for flag in flags))

@@ -43,9 +43,7 @@ class Bread:
     rests: int | Literal["overnight"] | None = None  # minutes, or until tomorrow
     crust: Literal["soft", "hard"] = "hard"  # how it sounds
     salted: bool = True  # with salt
-    very_long_name_that_makes_the_formatter_put_the_value_into_parentheses: float = (
-        5.0  # a comment inside of them
-    )
+    very_long_name_that_makes_the_formatter_put_the_value_into_parentheses: float = 5.0  # a comment inside of them
     seeds: Literal[
         "none", "sesame"
     ] = "none"  # a comment behind the last of several lines  # fmt: skip
@@ -301,10 +299,7 @@ def test_no_number_is_negative_infinite_or_none(module, name, value):
 @pytest.mark.parametrize(
     ("script", "flag"),
     [
-        *(
-            (name, "--model_name_or_path")
-            for name in ("train.py", "evaluate.py", "fill_mask.py", "prepare.py")
-        ),
+        *((name, "--model_name_or_path") for name in ("train.py", "evaluate.py", "fill_mask.py", "prepare.py")),
         ("demo.py", "--output_dir"),
         ("report.py", "--sentences_file"),
     ],

@@ -35,9 +35,5 @@ def test_what_failed_to_load_is_named_with_where(name, words, tmp_path):
 
 
 def test_code_to_be_trusted_is_told_from_other_failures_however_late_the_library_says_so(tmp_path):
-    error = explain_load_failure(
-        "model", str(tmp_path), ValueError("x " * 400 + "pass `trust_remote_code=True`")
-    )
-    assert (
-        str(error) == f"{tmp_path} brings code of its own; read it, then run it with --trust_remote_code true"
-    )
+    error = explain_load_failure("model", str(tmp_path), ValueError("x " * 400 + "pass `trust_remote_code=True`"))
+    assert str(error) == f"{tmp_path} brings code of its own; read it, then run it with --trust_remote_code true"

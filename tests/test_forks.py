@@ -41,9 +41,7 @@ def test_there_are_five_forks():
 
 @pytest.mark.parametrize("name", FORKS)
 def test_a_fork_changes_at_most_thirty_lines(name):
-    texts = [
-        (REPOSITORY / path).read_text().splitlines() for path in ("mlm/train.py", f"scripts/forks/{name}.py")
-    ]
+    texts = [(REPOSITORY / path).read_text().splitlines() for path in ("mlm/train.py", f"scripts/forks/{name}.py")]
     changes = difflib.SequenceMatcher(None, *texts, autojunk=False).get_opcodes()
     changed = sum(max(end - start, to - since) for kind, start, end, since, to in changes if kind != "equal")
     assert 0 < changed <= 30
@@ -79,9 +77,7 @@ def test_what_an_objective_returns_beside_its_loss_is_logged(toy, tmp_path, caps
     fork = load_fork("distillation")
     results = fork.train(configured(fork, toy, tmp_path / "run")).results
     lines = metrics(tmp_path / "run", "train")
-    assert all(line["cross_entropy"] > line["loss"] for line in lines), (
-        "of its own weights the teacher knows all"
-    )
+    assert all(line["cross_entropy"] > line["loss"] for line in lines), "of its own weights the teacher knows all"
     assert results["train_cross_entropy"] > results["train_loss"]
     printed = capsys.readouterr().out
     assert "cross_entropy" in printed

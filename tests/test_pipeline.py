@@ -30,9 +30,7 @@ def test_text_in_filled_mask_out(toy, tmp_path):
     )
     assert again["perplexity"] == results["perplexity"]
 
-    answer, _ = script(
-        "fill_mask", "--model_name_or_path", adapted, "the old [MASK] likes grapes every day ."
-    )
+    answer, _ = script("fill_mask", "--model_name_or_path", adapted, "the old [MASK] likes grapes every day .")
     [[best, *_]] = answer["sentences"][0]["masks"]
     assert best["token"] in ANIMALS
 

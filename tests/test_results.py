@@ -30,9 +30,7 @@ def test_each_stored_result_says_where_it_was_measured():
         assert {"torch", "transformers", "processor", "cores", "commit"} <= where.keys(), path.name
 
 
-@pytest.mark.parametrize(
-    "name", sorted(path.stem for path in RESULTS.glob("*.json") if path.stem != "faults")
-)
+@pytest.mark.parametrize("name", sorted(path.stem for path in RESULTS.glob("*.json") if path.stem != "faults"))
 def test_each_benchmark_states_its_workload_its_peer_and_its_ceiling(name):
     files = (RESULTS.parent / f"{stem}.py" for stem in (name, f"test_{name}"))
     [file] = (file for file in files if file.exists())

@@ -71,9 +71,7 @@ def test_the_wait_policy_that_a_user_has_chosen_stays():
 
 
 def test_help_as_a_sentence_after_two_dashes_needs_the_libraries():
-    program = (
-        "from mlm.startup import quick_imports\nwith quick_imports():\n import torch\nprint(torch.ones(2))"
-    )
+    program = "from mlm.startup import quick_imports\nwith quick_imports():\n import torch\nprint(torch.ones(2))"
     command = [sys.executable, "-c", program, "--", "--help"]
     printed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout
     assert printed == "tensor([1., 1.])\n"

@@ -46,9 +46,7 @@ def slow_training(config):
     scheduler = get_scheduler("linear", optimizer, warmup, steps)
     for step in range(steps):
         [batch], _ = batches.load(step, G)
-        logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(
-            0, 1
-        )  # [B * T, V]
+        logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)  # [B * T, V]
         labels = torch.full((len(logits),), -100)
         labels[batch.positions] = batch.targets
         F.cross_entropy(logits, labels).backward()
@@ -69,12 +67,7 @@ def test_the_weights_are_those_of_the_slow_loop_however_the_batch_is_cut(toy, tm
 def test_gradient_accumulation_means_what_it_says(toy, tmp_path):
     whole = train(toy.config(tmp_path / "a"))
     cut = train(
-        toy.config(
-            tmp_path / "b",
-            train_batch_size=None,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=4,
-        )
+        toy.config(tmp_path / "b", train_batch_size=None, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     )
     assert_same_weights(whole.model.state_dict(), cut.model.state_dict())
 
@@ -115,9 +108,7 @@ def test_the_linear_schedule_ends_at_exactly_zero(toy, tmp_path, warmup, steps, 
     train(dataclasses.replace(config, run=RunConfig(str(tmp_path / "run"), logging_steps=1)))
     rates = [line["learning_rate"] for line in metrics(tmp_path / "run", "train")]
     peak = config.optimizer.learning_rate
-    expected = [
-        peak * min((s / warmup) if warmup else 1, (steps - s) / (steps - warmup)) for s in range(1, steps + 1)
-    ]
+    expected = [peak * min((s / warmup) if warmup else 1, (steps - s) / (steps - warmup)) for s in range(1, steps + 1)]
     assert rates == pytest.approx(expected)
     assert rates[-1] == 0.0
 
@@ -132,9 +123,7 @@ def test_a_step_that_the_scaler_skips_is_taken_again_and_moves_nothing(toy, tmp_
     assert calm.results["skipped_steps"] == 0
     assert stormy.results["skipped_steps"] > 5
     assert stormy.results["steps"] == 12
-    rates = [
-        [line["learning_rate"] for line in metrics(tmp_path / run, "train")] for run in ("calm", "stormy")
-    ]
+    rates = [[line["learning_rate"] for line in metrics(tmp_path / run, "train")] for run in ("calm", "stormy")]
     assert rates[0] == rates[1]
     losses = [[line["loss"] for line in metrics(tmp_path / run, "train")] for run in ("calm", "stormy")]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)  # those of other batches differ by far more
@@ -157,13 +146,7 @@ def test_the_run_leaves_the_records_of_the_design(toy, tmp_path):
     result = train(dataclasses.replace(toy.config(tmp_path / "run", eval_steps=6), checkpoint=checkpoints))
     folder = tmp_path / "run"
     assert json.loads((folder / "all_results.json").read_text()) == result.results
-    assert {
-        "perplexity",
-        "perplexity_before",
-        "eval_loss",
-        "train_loss",
-        "tokens_per_second",
-    } <= result.results.keys()
+    assert {"perplexity", "perplexity_before", "eval_loss", "train_loss", "tokens_per_second"} <= result.results.keys()
     assert [line["step"] for line in metrics(folder, "eval")] == [0, 6, 12]
     assert [line["step"] for line in metrics(folder, "checkpoint")] == [5, 10]
     assert [line["step"] for line in metrics(folder, "end")] == [12]
@@ -229,15 +212,12 @@ def test_a_schedule_that_cannot_be_is_refused_before_the_first_step(toy, tmp_pat
 
 def test_no_epochs_is_an_evaluation(toy, tmp_path):
     for schedule in ("linear", "polynomial"):
-        config = toy.config(
-            tmp_path / schedule, max_train_steps=None, num_train_epochs=0, lr_scheduler_type=schedule
-        )
+        config = toy.config(tmp_path / schedule, max_train_steps=None, num_train_epochs=0, lr_scheduler_type=schedule)
         assert train(config).results["steps"] == 0
 
 
 @pytest.mark.parametrize(
-    "chunks",
-    [ChunkConfig(16, remainder="pad"), ChunkConfig(12, line_by_line=True), ChunkConfig(8, line_by_line=True)],
+    "chunks", [ChunkConfig(16, remainder="pad"), ChunkConfig(12, line_by_line=True), ChunkConfig(8, line_by_line=True)]
 )
 def test_padded_chunks_train_as_in_the_slow_loop(toy, tmp_path, chunks):
     config = toy.config(tmp_path / "run", chunks=chunks, per_device_train_batch_size=3)
@@ -275,8 +255,7 @@ def test_biases_and_norms_do_not_decay():
 def test_gradients_are_clipped_to_the_norm_asked_for_or_not_at_all(toy, tmp_path):
     """Adam forgets a constant factor, but not one that changes from step to step."""
     weights = [
-        train(toy.config(tmp_path / str(norm), max_grad_norm=norm)).model.state_dict()
-        for norm in (0, 1e9, 0.01)
+        train(toy.config(tmp_path / str(norm), max_grad_norm=norm)).model.state_dict() for norm in (0, 1e9, 0.01)
     ]
     name = "bert.embeddings.word_embeddings.weight"
     torch.testing.assert_close(weights[0][name], weights[1][name])

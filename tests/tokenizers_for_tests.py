@@ -45,9 +45,7 @@ def unigram(texts: Iterable[str], size: int = 150) -> PreTrainedTokenizerFast:
     )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=size, special_tokens=specials, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=specials, unk_token="<unk>", show_progress=False)
     backend.train_from_iterator([*texts, ASCII], trainer)
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",

@@ -60,9 +60,7 @@ def mask_chunks(
     corrupted = corrupt(rows.ids, select(maskable[rows.ids], draws, rows.word_starts), draws, recipe)
     attention_mask = None
     if rows.lengths is not None and (rows.lengths < rows.ids.shape[1]).any():
-        attention_mask = torch.from_numpy(
-            (np.arange(rows.ids.shape[1]) < rows.lengths[:, None]).astype(np.int64)
-        )
+        attention_mask = torch.from_numpy((np.arange(rows.ids.shape[1]) < rows.lengths[:, None]).astype(np.int64))
     return Batch(*map(torch.from_numpy, corrupted), attention_mask)
 
 

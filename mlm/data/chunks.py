@@ -36,8 +36,7 @@ def chunk_length(config: ChunkConfig, max_positions: int | None) -> int:
         return min(128, max_positions or 128)
     if max_positions is not None and config.max_seq_length > max_positions:
         raise UserError(
-            f"--max_seq_length {config.max_seq_length}: "
-            f"the model's position table takes {max_positions} tokens"
+            f"--max_seq_length {config.max_seq_length}: the model's position table takes {max_positions} tokens"
         )
     return config.max_seq_length
 
@@ -137,11 +136,7 @@ def concatenate(
 
 
 def line_by_line(
-    ids: np.ndarray,
-    word_starts: np.ndarray,
-    document_offsets: np.ndarray,
-    chunk_size: int,
-    info: TokenizerInfo,
+    ids: np.ndarray, word_starts: np.ndarray, document_offsets: np.ndarray, chunk_size: int, info: TokenizerInfo
 ) -> Chunks:
     """One document per row. A document longer than T is cut, and still ends with the suffix ([SEP])."""
     lengths = np.diff(document_offsets)

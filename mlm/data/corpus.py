@@ -286,10 +286,7 @@ def _read_dataset(name: str, config: CorpusConfig) -> dict[str, "datasets.Datase
     sources = {split: splits[split] for split in ("train", "validation") if split in splits}
     if not sources:
         raise UserError(f"{name} has neither a train nor a validation split, only {', '.join(splits)}")
-    return {
-        split: _text_only(source, f"{name} ({split})", config.text_column)
-        for split, source in sources.items()
-    }
+    return {split: _text_only(source, f"{name} ({split})", config.text_column) for split, source in sources.items()}
 
 
 def _read_file(file: str, config: CorpusConfig) -> "datasets.Dataset":

@@ -96,9 +96,7 @@ def _encode_slow(batch: list[str], tokenizer: PreTrainedTokenizerBase, info: Tok
     return _close_documents(ids, np.ones(len(ids), bool), lengths, info)
 
 
-def _close_documents(
-    ids: np.ndarray, word_starts: np.ndarray, lengths: np.ndarray, info: TokenizerInfo
-) -> Encoded:
+def _close_documents(ids: np.ndarray, word_starts: np.ndarray, lengths: np.ndarray, info: TokenizerInfo) -> Encoded:
     """Puts the special tokens around each document that has tokens, and a word start at its first token."""
     lengths = lengths[lengths > 0]
     before, after = len(info.prefix), len(info.suffix)

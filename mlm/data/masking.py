@@ -164,9 +164,7 @@ def select_fold(
     fold, folds: which fold, in [0, folds), of how many; the other arguments as in `select_tokens`
     """
     rows, length = draws.shape
-    head = (
-        np.broadcast_to(np.arange(length), draws.shape) if word_starts is None else _word_heads(word_starts)
-    )
+    head = np.broadcast_to(np.arange(length), draws.shape) if word_starts is None else _word_heads(word_starts)
     units = np.zeros((rows, length), bool)  # 1: a token, or the head of a word, to deal out
     row, column = np.nonzero(maskable)
     units[row, head[row, column]] = True
@@ -214,9 +212,7 @@ def select_words_torch(
     return select_tokens_torch(maskable, draws.gather(1, first), rate)
 
 
-def corrupt_torch(
-    ids: torch.Tensor, selected: torch.Tensor, draws: torch.Tensor, recipe: Recipe
-) -> Corrupted:
+def corrupt_torch(ids: torch.Tensor, selected: torch.Tensor, draws: torch.Tensor, recipe: Recipe) -> Corrupted:
     """`corrupt` on tensors; draws [B, T] int64. `nonzero` synchronises the device."""
     positions = selected.reshape(-1).nonzero().squeeze(1)  # [M]
     targets = ids.reshape(-1)[positions]

@@ -234,11 +234,7 @@ def open_store(folder: Path, tokenizer_fingerprint: str) -> TokenStore | None:
     try:
         header = json.loads((folder / "header.json").read_text())
         sizes = {name: (folder / f"{name}.npy").stat().st_size for name in ARRAYS}
-        if (header["version"], header["tokenizer"], header["bytes"]) != (
-            FORMAT_VERSION,
-            tokenizer_fingerprint,
-            sizes,
-        ):
+        if (header["version"], header["tokenizer"], header["bytes"]) != (FORMAT_VERSION, tokenizer_fingerprint, sizes):
             return None
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
     except (OSError, ValueError, KeyError, TypeError):
@@ -247,11 +243,7 @@ def open_store(folder: Path, tokenizer_fingerprint: str) -> TokenStore | None:
 
 
 def build(
-    texts: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
-    info: TokenizerInfo,
-    folder: Path,
-    origin: dict[str, Any],
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo, folder: Path, origin: dict[str, Any]
 ) -> TokenStore:
     """Tokenises `texts` into `folder`, batch by batch, so that memory does not grow with the corpus.
 

@@ -93,9 +93,7 @@ def snapshot(model: torch.nn.Module, states: dict[str, Stateful], experiment: di
     }
 
 
-def load(
-    folder: Path, model: torch.nn.Module, states: dict[str, Stateful], experiment: dict[str, Any]
-) -> None:
+def load(folder: Path, model: torch.nn.Module, states: dict[str, Stateful], experiment: dict[str, Any]) -> None:
     """Puts everything back in place as `snapshot` took it.
 
     Raises UserError where the checkpoint is another experiment's, with the list of differences.
@@ -254,8 +252,7 @@ class Writer:
             return
         self.best_loss = evaluation["eval_loss"]
         self._submit_best(
-            f"best_{step}",
-            lambda: {"model.safetensors": _on_host(tensors(model)), "evaluation.json": evaluation},
+            f"best_{step}", lambda: {"model.safetensors": _on_host(tensors(model)), "evaluation.json": evaluation}
         )
 
     def remember_best(self, checkpoints: Path) -> None:
@@ -265,9 +262,7 @@ class Writer:
             self.best_loss = evaluation["eval_loss"]
             if checkpoints.resolve() != self.folder.resolve():
                 weights = load_file(folder / "model.safetensors")
-                self._submit_best(
-                    folder.name, lambda: {"model.safetensors": weights, "evaluation.json": evaluation}
-                )
+                self._submit_best(folder.name, lambda: {"model.safetensors": weights, "evaluation.json": evaluation})
 
     def wait(self) -> str | None:
         """Returns when nothing is being written any more, as `take_failure` does."""
@@ -298,9 +293,7 @@ class Writer:
             write(place, files)
             afterwards()
         except (OSError, SafetensorError) as error:
-            self._failure = (
-                f"{place} could not be written: {one_line(getattr(error, 'strerror', None) or error)}"
-            )
+            self._failure = f"{place} could not be written: {one_line(getattr(error, 'strerror', None) or error)}"
 
     def _remove_old(self) -> None:
         if self.keep is not None:

@@ -15,12 +15,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from mlm.errors import UserError, one_line
 from mlm.startup import set_by_accelerate_launch
 
-DATA_PARALLEL = (
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.MULTI_XPU,
-)
+DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
 
 @dataclass(frozen=True)
@@ -32,9 +27,7 @@ class DeviceConfig:
 
 
 def make_accelerator(
-    mixed_precision: str | None = None,
-    deterministic: bool = False,
-    report_to: str | None = None,
+    mixed_precision: str | None = None, deterministic: bool = False, report_to: str | None = None
 ) -> Accelerator:
     """Sets up the device, the processes, the precision and the trackers.
 
@@ -75,16 +68,12 @@ def make_accelerator(
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU; on a CPU, use bf16 or no")
     if report_to is not None and not accelerator.log_with:
-        raise UserError(
-            f"--with_tracking: no tracker is installed for --report_to {report_to}; pip install one"
-        )
+        raise UserError(f"--with_tracking: no tracker is installed for --report_to {report_to}; pip install one")
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     if accelerator.distributed_type not in DATA_PARALLEL:
         kind = accelerator.distributed_type.value
-        raise UserError(
-            f"accelerate is configured for {kind}, and this loop is data-parallel: accelerate config"
-        )
+        raise UserError(f"accelerate is configured for {kind}, and this loop is data-parallel: accelerate config")
     return accelerator
 
 

@@ -13,16 +13,12 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from mlm.errors import UserError
 
-AUTO_ON_CPU = (
-    2048  # tokens; larger micro-batches leave the caches: at 8,192 a small BERT was 1.4 times as slow
-)
+AUTO_ON_CPU = 2048  # tokens; larger micro-batches leave the caches: at 8,192 a small BERT was 1.4 times as slow
 # What CUDA's libraries say where the memory that they need for themselves is not there.
 LIBRARIES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
-def first_micro_batch(
-    per_device: int | Literal["auto"], share: int, length: int, device: torch.device
-) -> int:
+def first_micro_batch(per_device: int | Literal["auto"], share: int, length: int, device: torch.device) -> int:
     """The micro-batch to begin with, in chunks of `length` tokens.
 
     per_device: what the flag says; `auto`: all of the process's share, and on a CPU, whose memory ends in a

@@ -11,13 +11,7 @@ from transformers import get_scheduler
 from mlm.errors import UserError, at_least, one_line
 
 Schedule = Literal[
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
 
 
@@ -34,9 +28,7 @@ class OptimizerConfig:
         at_least(self, 0, "learning_rate", "weight_decay", "num_warmup_steps")
 
 
-def make_optimizer(
-    parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig
-) -> torch.optim.AdamW:
+def make_optimizer(parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW without decay on biases and norms: what is named a bias, or has one dimension.
 
     parameters: with their names; those that want no gradient are left out

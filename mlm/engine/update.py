@@ -22,7 +22,7 @@ from accelerate.utils import release_memory
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mlm.data.batches import Batch, Batches
+from mlm.data.batches import Batches
 from mlm.data.masking import DROPOUT, stream_key
 from mlm.engine.distributed import GradientSum, agree, host_group
 from mlm.engine.memory import first_micro_batch, out_of_memory, smaller
@@ -32,7 +32,8 @@ from mlm.model.sparse_head import SparseMaskedLM
 
 log = logging.getLogger(__name__)
 
-Objective = Callable[[SparseMaskedLM, Batch], Any]
+Loss = torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]
+Objective = Callable[..., Loss]  # of (model, batch)
 """A micro-batch's loss [], a sum over its masked tokens; or that and {name: such a sum []} to be logged."""
 
 
@@ -54,18 +55,14 @@ class UpdateConfig:
         if self.train_batch_size:
             return self.train_batch_size
         if self.per_device_train_batch_size == "auto":
-            raise UserError(
-                "--per_device_train_batch_size auto: give the batch itself with --train_batch_size"
-            )
+            raise UserError("--per_device_train_batch_size auto: give the batch itself with --train_batch_size")
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
 
 
 class Step(NamedTuple):
     """An optimizer step that was applied, over all processes."""
 
-    sums: (
-        torch.Tensor
-    )  # [1 + S] float32, on the device: the loss and the named scalars, over the masked tokens
+    sums: torch.Tensor  # [1 + S] float32, on the device: the loss and the named scalars, over the masked tokens
     nonfinite: torch.Tensor  # [] float32, on the device; 1: this step, or one before it, moved no weight
     masked: int  # masked tokens
     overflows: int  # times that fp16's scale was lowered and the step taken again

@@ -23,9 +23,7 @@ def grouped(group: np.ndarray, n: int, before: np.ndarray, after: np.ndarray) ->
     return np.bincount(group, minlength=n), np.bincount(group, before, n), np.bincount(group, after, n)
 
 
-def breakdowns(
-    eval_set: EvalSet, before: Evaluation, after: Evaluation, counts: np.ndarray | None
-) -> dict[str, Rows]:
+def breakdowns(eval_set: EvalSet, before: Evaluation, after: Evaluation, counts: np.ndarray | None) -> dict[str, Rows]:
     """By frequency, by whole words and word pieces, and by position.
 
     counts: [V] int64, how often each token stands in the training corpus; None: not known, and no breakdown
@@ -130,14 +128,10 @@ def by_word(
 def _rows(names: Sequence[str], group: np.ndarray, before: Evaluation, after: Evaluation) -> Rows:
     sums = grouped(group, len(names), before.nats, after.nats)
     fields = ("name", "count", "nats_before", "nats_after")
-    return [
-        dict(zip(fields, row, strict=True)) for row in zip(names, *(s.tolist() for s in sums), strict=True)
-    ]
+    return [dict(zip(fields, row, strict=True)) for row in zip(names, *(s.tolist() for s in sums), strict=True)]
 
 
-def _largest(
-    count: np.ndarray, before: np.ndarray, after: np.ndarray, text: Callable[[int], str]
-) -> dict[str, Rows]:
+def _largest(count: np.ndarray, before: np.ndarray, after: np.ndarray, text: Callable[[int], str]) -> dict[str, Rows]:
     """The first MOST rows each way; where the sums are the same, a row is neither gained nor lost."""
     largest = {}
     for name, improvement in (("gained", before - after), ("lost", after - before)):

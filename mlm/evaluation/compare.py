@@ -209,8 +209,7 @@ def documents(
     begin = store.document_offsets[numbers]
     end = np.minimum(store.document_offsets[numbers + 1], begin + OPENING)
     openings = [
-        tokenizer.decode(store.ids[b:e].tolist(), skip_special_tokens=True)
-        for b, e in zip(begin, end, strict=True)
+        tokenizer.decode(store.ids[b:e].tolist(), skip_special_tokens=True) for b, e in zip(begin, end, strict=True)
     ]
     return pa.table(
         {

@@ -5,7 +5,7 @@ Two runs that mask differently, at a higher rate or in whole words, are still me
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -18,9 +18,6 @@ from mlm.data.order import subset
 from mlm.data.token_store import TokenStore, check_words, prepare
 from mlm.data.tokenizer import TokenizerInfo
 from mlm.errors import UserError, at_least
-
-if TYPE_CHECKING:
-    from mlm.config import Config
 
 
 @dataclass(frozen=True)
@@ -74,11 +71,7 @@ class EvalSet:
         return mask_chunks(self.chunks, chunk_ids, epochs, seed, self.info.maskable, self.recipe, select)
 
     def _select(
-        self,
-        fold: tuple[int, int] | None,
-        maskable: np.ndarray,
-        draws: np.ndarray,
-        word_starts: np.ndarray,
+        self, fold: tuple[int, int] | None, maskable: np.ndarray, draws: np.ndarray, word_starts: np.ndarray
     ) -> np.ndarray:
         """Which tokens are predicted, [B, T] bool: a sample, or the k-th of K folds (k, K)."""
         rate, whole_words = self.config.eval_mlm_probability, self.config.eval_whole_word_mask
@@ -90,12 +83,7 @@ class EvalSet:
 
 
 def make_eval_set(
-    name: str,
-    store: TokenStore,
-    chunking: ChunkConfig,
-    length: int,
-    info: TokenizerInfo,
-    config: EvaluateConfig,
+    name: str, store: TokenStore, chunking: ChunkConfig, length: int, info: TokenizerInfo, config: EvaluateConfig
 ) -> EvalSet:
     """The chunks of `length` tokens that `config` chooses, with their masks.
 
@@ -112,15 +100,11 @@ def make_eval_set(
 
 
 def open_eval_sets(
-    config: "Config",
-    tokenizer: PreTrainedTokenizerBase,
-    info: TokenizerInfo,
-    held_out: TokenStore,
-    length: int,
+    config: Any, tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo, held_out: TokenStore, length: int
 ) -> dict[str, EvalSet]:
     """ "held_out" and, where there is out-of-domain text, "general", both in chunks of `length` tokens.
 
-    config: its parts corpus, out_of_domain, token_store, chunks and evaluate are read.
+    config: a mlm.config.Config; its parts corpus, out_of_domain, token_store, chunks and evaluate are read.
 
     Raises UserError where the out-of-domain text cannot be read, or has not even one chunk.
     """
@@ -130,9 +114,7 @@ def open_eval_sets(
     sources, stores = {"held_out": config.corpus}, {"held_out": held_out}
     if out_of_domain := corpus.out_of_domain(config.out_of_domain, config.corpus):
         try:
-            prepared = prepare(
-                out_of_domain, tokenizer, info, config.token_store, whole_words, only="validation"
-            )
+            prepared = prepare(out_of_domain, tokenizer, info, config.token_store, whole_words, only="validation")
         except UserError as error:  # in the words of the flags that were given
             words = str(error).replace("--validation_file", "--out_of_domain_file")
             raise UserError(words.replace("--dataset_", "--out_of_domain_dataset_")) from None

@@ -149,11 +149,7 @@ def evaluate(
 
 
 def _evaluate_share(
-    model: SparseMaskedLM,
-    eval_set: EvalSet,
-    accelerator: Accelerator,
-    rounds: int,
-    stopped: Callable[[], int],
+    model: SparseMaskedLM, eval_set: EvalSet, accelerator: Accelerator, rounds: int, stopped: Callable[[], int]
 ) -> Evaluation | None:
     """This process's share of the chunks in each mask round; None where `stopped` says so.
 

@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
+from mlm.columns import PAGE, fit
 from mlm.data.encode import encode_texts
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
 from mlm.errors import UserError, one_line
 from mlm.figures import exp_or_inf, finite
-from mlm.inference.columns import PAGE, fit
-from mlm.inference.sentences import read_sentences
+from mlm.files import read_sentences
 from mlm.model.load import ModelConfig, check_embeddings, load_model
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import max_positions

@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from mlm.columns import PAGE, fit
 from mlm.data.tokenizer import load_tokenizer, spell
 from mlm.errors import UserError, at_least
-from mlm.inference.columns import PAGE, fit
 from mlm.inference.sentences import encode, mask_positions, predict
 from mlm.model.load import ModelConfig, check_embeddings, load_model
 from mlm.model.sparse_head import SparseMaskedLM
@@ -30,9 +30,7 @@ class FillMaskConfig:
     compare: str | None = None  # Show this second checkpoint, the base, beside it.
     sentences_file: str | None = None  # Read sentences from this text file, one a line (-: standard input).
     top_k: int = 5  # Show this many fillers for each mask, or ways to fill a sentence.
-    order: Order = (
-        "independent"  # Fill masks each on its own, or jointly: one after the other, or the surest first.
-    )
+    order: Order = "independent"  # Fill masks each on its own, or jointly: one after the other, or the surest first.
     num_beams: int | None = None  # A joint order keeps this many sentences as beams (default: --top_k).
     targets: str | None = None  # Score these words instead, separated by commas: good,bad,"so, so".
     trust_remote_code: bool = False  # Run the Python code that a checkpoint brings along.
@@ -40,9 +38,7 @@ class FillMaskConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "top_k", "num_beams")
         if self.num_beams is not None and self.order == "independent":
-            raise UserError(
-                "--num_beams: beam search fills jointly; give --order left_to_right or confidence"
-            )
+            raise UserError("--num_beams: beam search fills jointly; give --order left_to_right or confidence")
         if self.targets is not None and self.order != "independent":
             raise UserError(f"--targets scores given words, --order {self.order} searches for some: give one")
 

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mlm.columns import columns
 from mlm.data.tokenizer import spell, template
-from mlm.inference.columns import columns
 from mlm.inference.sentences import encode, mask_positions, predict
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import max_positions
@@ -45,8 +45,7 @@ def cells(answers: Sequence[Sequence[Filled]], width: int) -> list[list[str]]:
     lines = [[(f"{filled.log_probability:8.2f} nats  ", filled) for filled in answer] for answer in answers]
     whole = all(columns(head + filled.text) <= width for answer in lines for head, filled in answer)
     return [
-        [head + (filled.text if whole else " … ".join(filled.tokens)) for head, filled in answer]
-        for answer in lines
+        [head + (filled.text if whole else " … ".join(filled.tokens)) for head, filled in answer] for answer in lines
     ]
 
 
@@ -61,11 +60,7 @@ class _Hypothesis(NamedTuple):
 
 
 def fill_jointly(
-    model: SparseMaskedLM,
-    tokenizer: PreTrainedTokenizerBase,
-    sentences: Sequence[str],
-    order: Order,
-    num_beams: int,
+    model: SparseMaskedLM, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], order: Order, num_beams: int
 ) -> list[list[Filled]]:
     """The likeliest ways to fill all masks, by beam search: `[sentence][rank]`, likeliest first.
 
@@ -77,9 +72,7 @@ def fill_jointly(
     rows = encode(tokenizer, sentences, max_positions(model.model.config))
     masks = [tuple(mask_positions(tokenizer, row)) for row in rows]
     beams = [[_Hypothesis(tuple(row), left, 0.0)] for row, left in zip(rows, masks, strict=True)]
-    while growing := [
-        (i, hypothesis) for i, beam in enumerate(beams) for hypothesis in beam if hypothesis.left
-    ]:
+    while growing := [(i, hypothesis) for i, beam in enumerate(beams) for hypothesis in beam if hypothesis.left]:
         places = [h.left[:1] if order == "left_to_right" else h.left for _, h in growing]
         best = _likeliest_at(model, [h.row for _, h in growing], places, num_beams)
         candidates: dict[int, list[tuple[float, _Hypothesis, int, int]]] = {i: [] for i, _ in growing}

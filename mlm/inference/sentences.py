@@ -1,6 +1,5 @@
 """Sentences of a user: read from a file, encoded with their masks, predicted without padding."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -15,30 +14,7 @@ MASK = "[MASK]"  # how a sentence writes a mask, whatever the tokenizer's own ma
 AT_A_TIME = 32  # sentences in a batch; does not change the results
 
 
-def read_sentences(path: str) -> dict[int, str]:
-    """The non-blank lines of a UTF-8 text file (`-`: standard input): {line number from 1: sentence}.
-
-    Raises UserError where the file cannot be read, or holds none.
-    """
-    name = "standard input" if path == "-" else path
-    try:
-        # utf-8-sig: editors on Windows write a byte order mark
-        with open(
-            sys.stdin.fileno() if path == "-" else path, encoding="utf-8-sig", closefd=path != "-"
-        ) as file:
-            sentences = {number: line.rstrip("\n") for number, line in enumerate(file, 1) if line.strip()}
-    except OSError as error:
-        raise UserError(f"{name}: cannot read the sentences ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 text ({one_line(error)})") from None
-    if not sentences:
-        raise UserError(f"{name}: no sentence in it; write one on each line")
-    return sentences
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], longest: int | None
-) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], longest: int | None) -> list[list[int]]:
     """The ids of each sentence, with the special tokens around it.
 
     A mask is `[MASK]` or the tokenizer's own mask token. Raises UserError where a sentence has no mask or

@@ -35,9 +35,7 @@ class Target(NamedTuple):
 
     def __str__(self) -> str:
         pieces = f"  = {' '.join(self.pieces)}" if len(self.pieces) > 1 else ""
-        return (
-            f"{self.log_probability:8.2f} nats  {math.exp(self.log_probability):<8.3g}  {self.word}{pieces}"
-        )
+        return f"{self.log_probability:8.2f} nats  {math.exp(self.log_probability):<8.3g}  {self.word}{pieces}"
 
 
 def parse_targets(text: str) -> list[str]:
@@ -53,10 +51,7 @@ def parse_targets(text: str) -> list[str]:
 
 
 def score_targets(
-    model: SparseMaskedLM,
-    tokenizer: PreTrainedTokenizerBase,
-    sentences: Sequence[str],
-    targets: Sequence[str],
+    model: SparseMaskedLM, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], targets: Sequence[str]
 ) -> list[list[list[Target]]]:
     """The log-probability of each target at every mask: `[sentence][mask][target]`, in the order given.
 
@@ -91,9 +86,7 @@ def score_targets(
     return [[[*map(target, targets, words)] for words in masks] for masks in chains]
 
 
-def _chain(
-    tokenizer: PreTrainedTokenizerBase, sentence: str, row: list[int], mask: int, word: str
-) -> list[Step]:
+def _chain(tokenizer: PreTrainedTokenizerBase, sentence: str, row: list[int], mask: int, word: str) -> list[Step]:
     """The predictions whose product is the probability of `word` at the mask with this number."""
     position = mask_positions(tokenizer, row)[mask]
     pieces = _pieces(tokenizer, sentence, row[:position], mask, word)
@@ -104,9 +97,7 @@ def _chain(
     ]
 
 
-def _pieces(
-    tokenizer: PreTrainedTokenizerBase, sentence: str, before: list[int], mask: int, word: str
-) -> list[int]:
+def _pieces(tokenizer: PreTrainedTokenizerBase, sentence: str, before: list[int], mask: int, word: str) -> list[int]:
     """The ids of `word` in the place of a mask, encoded together with the text before the mask.
 
     So a blank before the word belongs to its first piece where the vocabulary has such pieces ("a [MASK]":

@@ -37,15 +37,7 @@ DEMO_VOCABULARY = 8192  # tokens
 DEMO_POSITIONS = 128
 
 # What transformers raises where a configuration or weights are missing, damaged or unsafe, or need a package.
-UNUSABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    RuntimeError,
-    ImportError,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
+UNUSABLE = (OSError, ValueError, TypeError, RuntimeError, ImportError, pickle.UnpicklingError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -90,9 +82,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
         model = build(config, arch)
         table = getattr(model.get_input_embeddings(), "weight", None)
         if table is None:  # Perceiver's latents
-            raise UserError(
-                f"{type(model).__name__} has no table of token embeddings; choose another architecture"
-            )
+            raise UserError(f"{type(model).__name__} has no table of token embeddings; choose another architecture")
         rows, needed = len(table), vocab_size(tokenizer)
         if needed > rows:
             log.warning("the embeddings grow from %d to %d rows: the tokenizer has more tokens", rows, needed)
@@ -117,9 +107,7 @@ def model_config(config: ModelConfig) -> PreTrainedConfig:
     if source := config.config_name or config.model_name_or_path:
         try:
             arch = AutoConfig.from_pretrained(
-                source,
-                trust_remote_code=config.trust_remote_code,
-                local_files_only=local_files_only(source),
+                source, trust_remote_code=config.trust_remote_code, local_files_only=local_files_only(source)
             )
         except UNUSABLE as error:
             raise explain_load_failure("model", source, error) from error
@@ -141,9 +129,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     Not by the bits of the weights: fresh ones may depend on the kind of processor that drew them.
     """
-    described = {
-        k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
-    }
+    described = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
     with torch.no_grad():
         size = sum(p.abs().sum(dtype=torch.float64).item() for p in model.parameters())
@@ -256,9 +242,7 @@ def _from_checkpoint(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedM
 
 def _from_scratch(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedModel:
     try:
-        return AutoModelForMaskedLM.from_config(
-            arch, dtype=torch.float32, trust_remote_code=config.trust_remote_code
-        )
+        return AutoModelForMaskedLM.from_config(arch, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
     except UNUSABLE as error:
         if config.config_name:
             raise explain_load_failure("model", config.config_name, error) from error

@@ -66,8 +66,7 @@ def gain_chart(compared: Compared) -> go.Figure:
         )
     chart.add_vline(x=1, line={"color": "var(--muted)", "width": 1})
     chart.update_layout(
-        height=110 + 36 * len(compared),
-        yaxis={"autorange": "reversed", "automargin": True, "type": "category"},
+        height=110 + 36 * len(compared), yaxis={"autorange": "reversed", "automargin": True, "type": "category"}
     )
     return chart
 
@@ -78,9 +77,7 @@ def breakdown_chart(compared: Compared, kind: str, title: str) -> go.Figure:
     chart = _chart(title, "nats gained a masked token" if several else "nats a masked token")
     for run, comparison in compared:
         rows = [row for row in comparison["breakdowns"].get(kind, []) if row["count"]]
-        names = [
-            _label(row["name"].partition(" ")[0] if kind == "frequency" else row["name"]) for row in rows
-        ]
+        names = [_label(row["name"].partition(" ")[0] if kind == "frequency" else row["name"]) for row in rows]
         before, after = ([mean(row, when) for row in rows] for when in ("before", "after"))
         if several:
             gained = [None if None in pair else pair[0] - pair[1] for pair in zip(before, after, strict=True)]

@@ -58,12 +58,8 @@ def _commit() -> str | None:
     here = Path(__file__).parent
     try:
         git = ["git", "-C", str(here)]
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True
-        ).stdout.strip()
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
         return head + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -31,9 +31,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.step = 0  # updates that were applied
-        self.sums: dict[
-            str, float
-        ] = {}  # the loss and the named scalars, over the masked tokens of all steps
+        self.sums: dict[str, float] = {}  # the loss and the named scalars, over the masked tokens of all steps
         self.masked = 0  # ... and their number
         self.tokens = 0  # that went through the model, padding not counted
         self.seconds = 0.0  # spent in training steps
@@ -137,14 +135,7 @@ class Log:
         tokens: seen in training so far, padding not counted
         """
         speed = window.tokens / window.seconds
-        self.event(
-            "train",
-            step,
-            tokens=tokens,
-            **window.means,
-            learning_rate=learning_rate,
-            tokens_per_second=speed,
-        )
+        self.event("train", step, tokens=tokens, **window.means, learning_rate=learning_rate, tokens_per_second=speed)
         shown = [f"{name} {value:.3f}" for name, value in window.means.items()]
         text = ", ".join([*shown, f"lr {learning_rate:.1e}", f"{speed:,.0f} tokens/s"])
         self.bar.set_postfix_str(text)

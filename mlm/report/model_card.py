@@ -24,10 +24,7 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
     results: as in all_results.json
     """
     base, text = config.model.model_name_or_path, config.corpus
-    held_out, out_of_domain = (
-        corpus.origin(text, "validation"),
-        corpus.out_of_domain(config.out_of_domain, text),
-    )
+    held_out, out_of_domain = (corpus.origin(text, "validation"), corpus.out_of_domain(config.out_of_domain, text))
     local = base is not None and Path(base).exists()
     data = ModelCardData(
         library_name="transformers",
@@ -40,10 +37,7 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
             *_eval_results(results, "", held_out, text.dataset_config_name),
             *(
                 _eval_results(
-                    results,
-                    "general_",
-                    corpus.origin(out_of_domain, "validation"),
-                    out_of_domain.dataset_config_name,
+                    results, "general_", corpus.origin(out_of_domain, "validation"), out_of_domain.dataset_config_name
                 )
                 if out_of_domain
                 else ()

@@ -19,9 +19,7 @@ def outcome(results: dict[str, Any]) -> str:
     results: as in all_results.json, and `output_dir`
     """
     has_before = "perplexity_before" in results
-    lines = [
-        f"{'':<26}{'before' if has_before else '':<11}{'after':<11}{'gain' if has_before else ''}".rstrip()
-    ]
+    lines = [f"{'':<26}{'before' if has_before else '':<11}{'after':<11}{'gain' if has_before else ''}".rstrip()]
     for title, name in ROWS.items():
         if name in results:
             before = figure(results[f"{name}_before"]) if f"{name}_before" in results else ""

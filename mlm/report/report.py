@@ -59,8 +59,7 @@ def render(runs: Sequence[RunRecord]) -> str:
     page.filters |= {f.__name__: f for f in filters} | {"shlex_join": shlex.join}
     charts = (breakdown_chart, event_chart, gain_chart, loss_chart)
     page.globals |= {
-        f.__name__: f
-        for f in (*charts, aligned, count, share, same, mean, duration, unlike, largest_change, zip)
+        f.__name__: f for f in (*charts, aligned, count, share, same, mean, duration, unlike, largest_change, zip)
     }
     held_out, general = (
         [(run, run.comparison[text]) for run in runs if run.comparison.get(text)] for text in COMPARED
@@ -83,15 +82,12 @@ def unlike(runs: Sequence[RunRecord], text: str) -> str:
     differ = {
         key
         for key in (f"{text} corpus", "tokenizer", "masks", *MEASURED)
-        if len({json.dumps(run.about["experiment"][key]) for run in runs if key in run.about["experiment"]})
-        > 1
+        if len({json.dumps(run.about["experiment"][key]) for run in runs if key in run.about["experiment"]}) > 1
     }
     names = {f"{text} corpus": "texts", "tokenizer": "tokenizers", **MEASURED}
     # The fingerprint of the masks is of the tokenizer's vocabulary too, and since evaluation has masks of its
     # own, of training's masks alone.
-    if "tokenizer" not in differ and any(
-        "eval_mlm_probability" not in run.about["experiment"] for run in runs
-    ):
+    if "tokenizer" not in differ and any("eval_mlm_probability" not in run.about["experiment"] for run in runs):
         names["masks"] = "ways of masking"
     what = [name for key, name in names.items() if key in differ]
     if not what:

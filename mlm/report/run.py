@@ -198,9 +198,7 @@ class Run:
         """Has a checkpoint written; returns as soon as its copy is in host memory."""
         started = time.perf_counter()
         if self.is_main:
-            self.writer.save(
-                self.progress.step, lambda: checkpoint.snapshot(self.model, self.states, self.experiment)
-            )
+            self.writer.save(self.progress.step, lambda: checkpoint.snapshot(self.model, self.states, self.experiment))
         blocked = time.perf_counter() - started
         self.progress.blocked += blocked
         self.log.event("checkpoint", self.progress.step, seconds_blocked=blocked)
@@ -266,6 +264,5 @@ class Run:
 def _for_trackers(described: dict[str, Any]) -> dict[str, int | float | str | bool]:
     """Settings under dotted names, of the kinds that every tracker takes."""
     return {
-        name: value if isinstance(value, int | float | str | bool) else str(value)
-        for name, value in flat(described)
+        name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in flat(described)
     }

@@ -198,11 +198,7 @@ class RunDirectory:
             shutil.rmtree(partial, ignore_errors=True)
 
     def save_results(
-        self,
-        results: dict[str, Any],
-        comparison: dict[str, Any] | None,
-        documents: pa.Table | None,
-        card: str,
+        self, results: dict[str, Any], comparison: dict[str, Any] | None, documents: pa.Table | None, card: str
     ) -> None:
         """The figures, as compare.py has them, and the model card. Raises OSError."""
         if not self.is_main:

@@ -41,9 +41,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
     Raises UserError where one holds no run, a file of it is damaged, or it is named twice.
     """
-    return [
-        _read(folder, name, i) for i, (folder, name) in enumerate(zip(folders, _names(folders), strict=True))
-    ]
+    return [_read(folder, name, i) for i, (folder, name) in enumerate(zip(folders, _names(folders), strict=True))]
 
 
 def results_digest(folder: Path) -> str | None:
@@ -70,8 +68,7 @@ def _read(folder: Path, name: str, number: int) -> RunRecord:
     events = _events(folder / "metrics.jsonl")
     ends = [e["seconds"] for e in events if isinstance(e.get("seconds"), int | float)][-1:]
     curves = {
-        kind: [e for e in events if e["event"] == kind and e.keys() >= set(fields)]
-        for kind, fields in EVENTS.items()
+        kind: [e for e in events if e["event"] == kind and e.keys() >= set(fields)] for kind, fields in EVENTS.items()
     }
     current = kept.get("results") == results_digest(folder)
     return RunRecord(

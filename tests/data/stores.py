@@ -6,9 +6,7 @@ import pytest
 from hypothesis import settings
 from transformers.models.esm.tokenization_esm import EsmTokenizer
 
-from mlm.data.token_store import (
-    build,
-)
+from mlm.data.token_store import build
 from mlm.data.tokenizer import tokenizer_info
 from tests.tokenizers_for_tests import byte_level_bpe, unigram, wordpiece
 

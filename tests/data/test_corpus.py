@@ -91,11 +91,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, kind, packed):
 
 @pytest.mark.parametrize(
     ("sample_by", "expected"),
-    [
-        ("line", ["one", "two", "three"]),
-        ("paragraph", ["one\ntwo", "three\n"]),
-        ("document", ["one\ntwo\n\nthree\n"]),
-    ],
+    [("line", ["one", "two", "three"]), ("paragraph", ["one\ntwo", "three\n"]), ("document", ["one\ntwo\n\nthree\n"])],
 )
 def test_sample_by_says_what_a_document_of_a_text_file_is(tmp_path, sample_by, expected):
     path = tmp_path / "texts.txt"
@@ -505,10 +501,7 @@ def test_the_library_is_quiet_inside_and_as_it_was_outside(tmp_path, capfd):
 @pytest.mark.parametrize("function", [identify, load])
 @pytest.mark.parametrize("flag", ["train_file", "validation_file"])
 def test_a_file_that_cannot_be_meant_is_refused(tmp_path, function, flag):
-    assert (
-        refusal(function, **{flag: str(tmp_path / "no.txt")})
-        == f"--{flag} {tmp_path / 'no.txt'}: no such file"
-    )
+    assert refusal(function, **{flag: str(tmp_path / "no.txt")}) == f"--{flag} {tmp_path / 'no.txt'}: no such file"
     (tmp_path / "paper.pdf").write_text("text")
     unknown = refusal(function, **{flag: str(tmp_path / "paper.pdf")})
     assert all(word in unknown for word in (".txt", ".jsonl", ".json", ".csv", ".parquet", ".gz"))
@@ -634,9 +627,7 @@ def test_a_hub_name_without_network_is_the_cached_commit_or_one_line(tmp_path, n
     ref.parent.mkdir(parents=True)
     ref.write_text("c0ffee")
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), **network}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.stderr == ""
     cached, *refused = done.stdout.splitlines()
     assert cached == "['some/cached', 'c0ffee']"

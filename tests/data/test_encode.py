@@ -7,9 +7,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from tokenizers.normalizers import Replace
 from transformers import PreTrainedTokenizerFast
 
-from mlm.data.token_store import (
-    build,
-)
+from mlm.data.token_store import build
 from mlm.data.tokenizer import tokenizer_info
 from tests.data.stores import TEXTS, TOKENIZERS, built, documents_of, few, kinds, slow_tokenizer
 from tests.oracles import tokens_of
@@ -37,9 +35,9 @@ def test_an_example_to_check_by_eye(tmp_path):
     assert store.mean_word == 5 / 4
 
 
-sentences = st.lists(
-    st.sampled_from([*" .,'!\n\t", "fox", "unlikely", "Grapes", "don't", "中", "é", "ＡＢ"])
-).map("".join)
+sentences = st.lists(st.sampled_from([*" .,'!\n\t", "fox", "unlikely", "Grapes", "don't", "中", "é", "ＡＢ"])).map(
+    "".join
+)
 
 texts = st.lists(st.one_of(sentences, st.text(max_size=20)), max_size=6)
 

@@ -243,9 +243,7 @@ def test_after_a_run_that_is_killed_at_any_moment_the_next_builds_at_once(kind, 
         world.ended(world.start("next"))
         assert world.log("next") == "", "it does not wait"
         assert kind == "tokenizer" or world.workspaces() == set()
-    tally(
-        "`kill -9` while a store or vocabulary is built", moments, "the next run builds it at once, the same"
-    )
+    tally("`kill -9` while a store or vocabulary is built", moments, "the next run builds it at once, the same")
 
 
 @kinds

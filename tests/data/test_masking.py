@@ -69,9 +69,7 @@ seeds = st.integers(0, 2**63 - 1)
 rates = st.sampled_from([0.0, 0.15, 0.5, 1.0])
 
 
-@given(
-    seed=seeds, epoch=st.integers(0, 2**31), chunks=st.lists(st.integers(0, 2**40), min_size=1, max_size=4)
-)
+@given(seed=seeds, epoch=st.integers(0, 2**31), chunks=st.lists(st.integers(0, 2**40), min_size=1, max_size=4))
 def test_numpy_and_torch_draw_the_bits_of_the_definition(seed, epoch, chunks):
     fast = draw(seed, epoch, np.array(chunks), 7)
     assert fast.tolist() == slow_draw(seed, epoch, chunks, 7)

@@ -20,14 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mlm.data import corpus, token_store
 from mlm.data.corpus import CorpusConfig
-from mlm.data.token_store import (
-    TokenStoreConfig,
-    check_words,
-    limit_threads,
-    open_store,
-    prepare,
-    store_folder,
-)
+from mlm.data.token_store import TokenStoreConfig, check_words, limit_threads, open_store, prepare, store_folder
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
 from mlm.errors import UserError
 from tests.conftest import REPOSITORY
@@ -65,9 +58,7 @@ def test_unsegmented_text_under_sentencepiece_has_no_words_to_mask(texts, tmp_pa
     store = built(texts, tokenizer, tmp_path)
     tokens = sum(len(tokens_of(tokenizer, text)[0]) - 2 for text in texts)
     mean = tokens / len(texts)  # a document is one word
-    with pytest.raises(
-        UserError, match=rf"--whole_word_mask.*words of {mean:.0f} tokens on average.*at most 10"
-    ):
+    with pytest.raises(UserError, match=rf"--whole_word_mask.*words of {mean:.0f} tokens on average.*at most 10"):
         check_words(store)
 
 
@@ -120,8 +111,7 @@ def test_text_of_unknown_tokens_alone_has_no_words(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype"),
-    [(200, "uint8"), (256, "uint8"), (257, "uint16"), (65_536, "uint16"), (65_537, "uint32")],
+    ("size", "dtype"), [(200, "uint8"), (256, "uint8"), (257, "uint16"), (65_536, "uint16"), (65_537, "uint32")]
 )
 def test_ids_take_the_smallest_unsigned_type(size, dtype, tmp_path):
     vocabulary = {"[UNK]": 0, "[MASK]": 1, **{f"w{token_id}": token_id for token_id in range(2, size)}}
@@ -205,12 +195,7 @@ class World:
             f"    return prepare({self.source!r}, tokenizer, tokenizer_info(tokenizer), config)\n{code}"
         )
         environment = {**os.environ, "HF_HOME": str(self.folder.parent / "hf")}
-        return subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=subprocess.PIPE,
-        )
+        return subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE)
 
 
 def test_the_header_counts_what_is_in_the_split(world):
@@ -410,10 +395,7 @@ def leave_behind(world, days, built_by=""):
 @pytest.mark.parametrize("built_by", ["", f".{MACHINE}", ".elsewhere", f".{MACHINE}.elsewhere"])
 def test_a_build_removes_what_killed_ones_of_its_store_left(built_by, world):
     world.prepare()
-    old, other = (
-        leave_behind(world, 1.1, built_by),
-        world.folder / f"0123456789abcdef.building{built_by}.x1y2",
-    )
+    old, other = (leave_behind(world, 1.1, built_by), world.folder / f"0123456789abcdef.building{built_by}.x1y2")
     shutil.copytree(old, other)
     world.prepare()
     assert old.exists(), "a store that is found is no time to tidy up"

@@ -20,18 +20,7 @@ from transformers import AutoModelForMaskedLM
 
 from mlm.data.masking import MaskingConfig
 from mlm.engine import checkpoint
-from mlm.engine.checkpoint import (
-    CheckpointConfig,
-    Writer,
-    bests,
-    damaged,
-    find,
-    load,
-    snapshot,
-    steps,
-    tensors,
-    write,
-)
+from mlm.engine.checkpoint import CheckpointConfig, Writer, bests, damaged, find, load, snapshot, steps, tensors, write
 from mlm.errors import UserError
 from mlm.report.metrics import Progress
 from mlm.train import train
@@ -62,9 +51,7 @@ def test_a_resumed_run_ends_in_the_bits_of_the_uninterrupted_one(toy, tmp_path, 
     train(config)
     (tmp_path / "cut" / "checkpoints" / "step_10").rename(tmp_path / "out_of_the_way")
     (tmp_path / "cut" / "all_results.json").unlink()
-    resumed = train(
-        dataclasses.replace(config, checkpoint=CheckpointConfig(5, resume_from_checkpoint="latest"))
-    )
+    resumed = train(dataclasses.replace(config, checkpoint=CheckpointConfig(5, resume_from_checkpoint="latest")))
     assert_same_bits(whole.model.state_dict(), resumed.model.state_dict())
     assert resumed.results["train_loss"] == whole.results["train_loss"]
     assert_each_step_once(tmp_path / "cut")
@@ -88,9 +75,7 @@ def interrupted(toy, folder, at=5, **loop):
 
     It left a checkpoint every `at` steps.
     """
-    config = dataclasses.replace(
-        toy.config(folder, **loop), checkpoint=CheckpointConfig(checkpointing_steps=at)
-    )
+    config = dataclasses.replace(toy.config(folder, **loop), checkpoint=CheckpointConfig(checkpointing_steps=at))
     train(config)
     (folder / "all_results.json").unlink()
     return dataclasses.replace(config, checkpoint=CheckpointConfig(at, resume_from_checkpoint="latest"))
@@ -111,9 +96,7 @@ def test_another_experiment_is_not_resumed(toy, tmp_path, change, words):
     before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
     with pytest.raises(UserError, match=re.escape(words)):
         train(dataclasses.replace(toy.config(tmp_path / "run", **change), checkpoint=config.checkpoint))
-    assert before == {
-        path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()
-    }
+    assert before == {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
 
 
 def test_other_masks_or_other_text_are_another_experiment(toy, tmp_path):
@@ -234,12 +217,7 @@ def test_a_finished_run_that_is_resumed_writes_nothing_twice(toy, tmp_path):
 
 
 # After which no weights are better than those that it begins with.
-DIVERGING = {
-    "learning_rate": 3.0,
-    "lr_scheduler_type": "constant",
-    "eval_steps": 1,
-    "load_best_model_at_end": True,
-}
+DIVERGING = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "eval_steps": 1, "load_best_model_at_end": True}
 
 
 def test_the_best_weights_survive_a_resume(toy, tmp_path):
@@ -322,21 +300,14 @@ def test_damage_at_random_places_is_detected_or_harmless(written, tmp_path, tall
                 assert (victim / name).read_bytes() == contents[name], what
         shutil.rmtree(victim)
     assert detected > 150
-    tally(
-        "a file of a checkpoint cut short, or a bit flipped",
-        200,
-        f"{detected} detected, {200 - detected} harmless",
-    )
+    tally("a file of a checkpoint cut short, or a bit flipped", 200, f"{detected} detected, {200 - detected} harmless")
 
 
 def test_damaged_checkpoints_are_named_and_passed_over(toy, tmp_path, capsys):
     whole = train(toy.config(tmp_path / "whole"))
     config = interrupted(toy, tmp_path / "run", at=4)
     checkpoints = tmp_path / "run" / "checkpoints"
-    truncated, altered = (
-        checkpoints / "step_12" / "state.safetensors",
-        checkpoints / "step_8" / "state.json",
-    )
+    truncated, altered = (checkpoints / "step_12" / "state.safetensors", checkpoints / "step_8" / "state.json")
     truncated.write_bytes(truncated.read_bytes()[:-1])
     altered.write_bytes(re.sub(rb'"step",\s*8', lambda m: m[0].replace(b"8", b"9"), altered.read_bytes()))
     capsys.readouterr()
@@ -542,9 +513,7 @@ def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints_intact(toy, tm
 
 def test_a_signalled_run_that_cannot_write_its_checkpoint_does_not_say_that_it_has(toy, small_disk):
     folder = small_disk / "run"
-    process = start(
-        PYTHON, toy.flags(folder, max_train_steps=100_000, eval_on_start="false", eval_steps=10**6)
-    )
+    process = start(PYTHON, toy.flags(folder, max_train_steps=100_000, eval_on_start="false", eval_steps=10**6))
     wait_for(lambda: steps_taken(folder) > 10, process)
     fill(small_disk)
     process.terminate()
@@ -581,8 +550,6 @@ def test_a_run_goes_on_without_the_checkpoints_that_a_full_disk_costs(toy, tmp_p
     assert status == 0, errors
     assert json.loads(output.splitlines()[-1])["steps"] == 2000
     assert max(steps(checkpoints)) == 2000
-    whole = train(
-        toy.config(tmp_path / "whole", max_train_steps=2000, eval_on_start=False, eval_steps=10_000)
-    )
+    whole = train(toy.config(tmp_path / "whole", max_train_steps=2000, eval_on_start=False, eval_steps=10_000))
     assert_same_bits(weights(small_disk / "run"), whole.model.state_dict())
     tally("the same, `--on_save_error continue`", 1, "says so and goes on; the same bits")

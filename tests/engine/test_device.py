@@ -85,9 +85,7 @@ def start(launcher, program, tmp_path):
     path.write_text(program)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     environment.pop("ACCELERATE_USE_CPU", None)
-    return subprocess.run(
-        [*launcher, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    return subprocess.run([*launcher, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True)
 
 
 @ON_THE_CPU
@@ -161,8 +159,7 @@ def test_a_step_finds_the_memory_that_the_step_before_has_freed():
 def test_peak_memory_is_that_of_the_process_not_of_the_one_that_started_it():
     """A notebook, say, that has had gigabytes; Linux hands its peak on to what it starts."""
     child = (
-        "import torch; from mlm.report.environment import peak_memory_mib; "
-        "print(peak_memory_mib(torch.device('cpu')))"
+        "import torch; from mlm.report.environment import peak_memory_mib; print(peak_memory_mib(torch.device('cpu')))"
     )
     parent = f"""
 import subprocess, sys

@@ -225,9 +225,7 @@ def test_a_micro_batch_that_cannot_or_may_not_be_smaller_is_a_mistake_in_one_lin
     status, _, errors = run(PYTHON, flags, program)
     assert status == 2
     assert "out of memory with one chunk of 16 tokens; use --gradient_checkpointing true or a" in errors
-    status, _, errors = run(
-        PYTHON, [*flags, "--per_device_train_batch_size=8", "--overwrite_output_dir"], program
-    )
+    status, _, errors = run(PYTHON, [*flags, "--per_device_train_batch_size=8", "--overwrite_output_dir"], program)
     assert status == 2
     assert "out of memory with --per_device_train_batch_size 8; `auto` finds what fits" in errors
 

@@ -61,9 +61,7 @@ def check_it_goes_on(toy, folder, launcher, whole):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signalled_run_writes_a_checkpoint_says_how_to_go_on_and_exits_with_it(
-    toy, tmp_path, whole, number, tally
-):
+def test_a_signalled_run_writes_a_checkpoint_says_how_to_go_on_and_exits_with_it(toy, tmp_path, whole, number, tally):
     folder = tmp_path / "run"
     process = start(PYTHON, flags(toy, folder))
     wait_for(under_way(folder), process)
@@ -101,9 +99,7 @@ with StopSignals():
     print("begun", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "begun\n"
         process.terminate()

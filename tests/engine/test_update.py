@@ -40,9 +40,7 @@ def data(toy, tmp_path_factory):
 def make_update(toy, data, optimizers, accelerator=None, loss=objective, dropout=0.0, **config):
     """An update of the toy's model. optimizers: from its named parameters, a list of optimizers."""
     tokenizer, batches = data
-    model = SparseMaskedLM(
-        load_model(ModelConfig(str(toy.checkpoint), dropout=dropout), tokenizer, 0)
-    ).train()
+    model = SparseMaskedLM(load_model(ModelConfig(str(toy.checkpoint), dropout=dropout), tokenizer, 0)).train()
     made = optimizers(dict(model.named_parameters()))
     schedulers = [get_scheduler("linear", optimizer, 0, STEPS) for optimizer in made]
     config = UpdateConfig(train_batch_size=8, **{"per_device_train_batch_size": "auto", **config})
@@ -96,9 +94,7 @@ def test_a_step_is_that_of_a_plain_loop_whatever_the_optimizers(toy, data, optim
 
 
 @optimizers
-def test_a_gradient_that_is_not_finite_moves_no_weight_of_any_optimizer_nor_does_a_later_one(
-    toy, data, optimizers
-):
+def test_a_gradient_that_is_not_finite_moves_no_weight_of_any_optimizer_nor_does_a_later_one(toy, data, optimizers):
     steps = itertools.count()
 
     def poisoned(model, batch):
@@ -189,7 +185,5 @@ def test_named_scalars_are_sums_over_the_masked_tokens_however_the_batch_is_cut(
     def counting(model, batch):
         return objective(model, batch), {"tokens": torch.tensor(len(batch.targets))}
 
-    sums = [
-        make_update(toy, data, fused, loss=counting, per_device_train_batch_size=micro)(0) for micro in (8, 3)
-    ]
+    sums = [make_update(toy, data, fused, loss=counting, per_device_train_batch_size=micro)(0) for micro in (8, 3)]
     assert [applied.sums[1].item() for applied in sums] == [applied.masked for applied in sums]

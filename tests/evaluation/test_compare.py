@@ -58,9 +58,7 @@ class World:
         return compare(self.eval_set, self.before, after or self.after, self.tokenizer, self.counts)
 
 
-@pytest.fixture(
-    scope="module", params=[{"remainder": "pad"}, {"line_by_line": True}], ids=["concat", "lines"]
-)
+@pytest.fixture(scope="module", params=[{"remainder": "pad"}, {"line_by_line": True}], ids=["concat", "lines"])
 def world(toy, tmp_path_factory, request):
     return World(toy, tmp_path_factory.mktemp("world"), **request.param)
 
@@ -242,17 +240,13 @@ def test_documents_are_resampled_not_tokens():
 def test_memory_for_resampling_does_not_grow_with_the_documents(monkeypatch):
     count, difference = documents_drawn(np.random.default_rng(3), 50, -0.2)
     whole = bootstrap(difference, count, resamples=1000)
-    monkeypatch.setattr(
-        "mlm.evaluation.compare.AT_A_TIME", 175
-    )  # three resamples at a time, one in the last slice
+    monkeypatch.setattr("mlm.evaluation.compare.AT_A_TIME", 175)  # three resamples at a time, one in the last slice
     assert bootstrap(difference, count, resamples=1000) == whole
 
 
 def test_one_document_is_resampled_by_its_chunks(toy, tmp_path):
     world = World(toy, tmp_path, remainder="pad")
-    book = dataclasses.replace(
-        world.eval_set.store, document_offsets=np.array([0, len(world.eval_set.store.ids)])
-    )
+    book = dataclasses.replace(world.eval_set.store, document_offsets=np.array([0, len(world.eval_set.store.ids)]))
     world.eval_set = dataclasses.replace(world.eval_set, store=book)
     found = world.compare()
     assert (found["bootstrap"]["unit"], found["masks"]["documents"]) == ("chunks", 1)
@@ -333,9 +327,7 @@ def test_nothing_is_left_where_few_tokens_are_all_there_are():
 
 def test_a_gain_within_the_noise_is_not_called_concentrated(world):
     """Two models that differ by chance: a part of next to nothing can be any number."""
-    nats = np.round(
-        (world.before.nats + np.random.default_rng(0).normal(-0.01, 1, world.before.masked)) * GRID
-    )
+    nats = np.round((world.before.nats + np.random.default_rng(0).normal(-0.01, 1, world.before.masked)) * GRID)
     found = world.compare(after=world.before._replace(nats=nats / GRID))
     assert found["gain"]["interval"][0] < 1 < found["gain"]["value"]
     assert found["concentration"] is None
@@ -385,12 +377,7 @@ def test_a_run_says_what_it_gained_and_what_it_forgot(toy, out_of_domain_file, t
     assert found["general_gain"] < found["gain"]
     by_seed = written["held_out"]["after"]["perplexity_by_seed"]
     assert found["perplexity_spread"] == max(by_seed) - min(by_seed) > 0
-    assert {
-        "bits_per_character",
-        "bits_per_word",
-        "general_eval_loss",
-        "general_eval_loss_before",
-    } <= found.keys()
+    assert {"bits_per_character", "bits_per_word", "general_eval_loss", "general_eval_loss_before"} <= found.keys()
 
     table = pq.read_table(folder / "documents.parquet").to_pylist()
     masked = Counter()
@@ -404,8 +391,7 @@ def test_a_run_says_what_it_gained_and_what_it_forgot(toy, out_of_domain_file, t
 
     printed = capsys.readouterr().out.splitlines()
     assert any(
-        f"{few['share']:.0%} of it ({' '.join(few['types'])}), on all others it is {few['gain_without']:.4g}"
-        in line
+        f"{few['share']:.0%} of it ({' '.join(few['types'])}), on all others it is {few['gain_without']:.4g}" in line
         for line in printed
     )
     assert sum(line.startswith("held-out text:") and "95% interval" in line for line in printed) == 1
@@ -471,9 +457,7 @@ def test_a_resumed_run_compares_with_what_was_before_the_first_step(toy, out_of_
 
 
 def test_a_general_text_that_cannot_be_is_refused_in_words(toy, tmp_path):
-    with pytest.raises(
-        UserError, match="--out_of_domain_file and --out_of_domain_dataset_name: give one of the two"
-    ):
+    with pytest.raises(UserError, match="--out_of_domain_file and --out_of_domain_dataset_name: give one of the two"):
         OutOfDomainConfig(out_of_domain_file="a.txt", out_of_domain_dataset_name="b")
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match=r"^--out_of_domain_file .*empty\.txt is empty"):
@@ -494,9 +478,7 @@ def test_of_a_general_data_set_the_held_out_part_alone_is_tokenised(toy, out_of_
         "token_store": TokenStoreConfig(token_store=str(tmp_path / "stores")),
     }
     config = toy.config(tmp_path / "run", modules=modules, max_train_steps=1)
-    by_file = dataclasses.replace(
-        config, out_of_domain=OutOfDomainConfig(out_of_domain_file=str(out_of_domain_file))
-    )
+    by_file = dataclasses.replace(config, out_of_domain=OutOfDomainConfig(out_of_domain_file=str(out_of_domain_file)))
     found = train(config).results
     assert sorted(path.name for path in (tmp_path / "stores").glob("*/train")) == ["train"], "the domain's"
     by_file = dataclasses.replace(by_file, run=RunConfig(output_dir=str(tmp_path / "by_file")))

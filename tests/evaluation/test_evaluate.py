@@ -40,9 +40,7 @@ def held_out(toy):
 def measure(held_out, chunk_ids=None, complete=True, **config) -> Evaluation:
     model, eval_set = held_out
     eval_set = dataclasses.replace(
-        eval_set,
-        chunk_ids=eval_set.chunk_ids if chunk_ids is None else chunk_ids,
-        config=EvaluateConfig(**config),
+        eval_set, chunk_ids=eval_set.chunk_ids if chunk_ids is None else chunk_ids, config=EvaluateConfig(**config)
     )
     return evaluate(SparseMaskedLM(model), eval_set, Accelerator(cpu=True), complete)
 
@@ -122,9 +120,7 @@ def test_folds_predict_each_token_once_and_keep_words_together(seed, folds, whol
     flags = st.lists(st.booleans(), min_size=rows * length, max_size=rows * length)
     maskable, starts = (np.array(data.draw(flags)).reshape(shape) for _ in range(2))
     draws = draw(seed, 0, np.arange(rows), length)
-    chosen = np.stack(
-        [select_fold(maskable, draws, starts if whole_word else None, k, folds) for k in range(folds)]
-    )
+    chosen = np.stack([select_fold(maskable, draws, starts if whole_word else None, k, folds) for k in range(folds)])
     assert (chosen.sum(axis=0) == maskable).all(), "each maskable token in one fold, no other in any"
 
     for row in range(rows):
@@ -259,9 +255,7 @@ def short_of_memory(sparse, most):
 def test_an_evaluation_that_runs_out_of_memory_goes_on_in_smaller_batches(held_out, most, caplog):
     """To the bit as if the batches had been so small from the start, and no chunk is lost or seen twice."""
     model, eval_set = held_out
-    eval_set = dataclasses.replace(
-        eval_set, config=EvaluateConfig(per_device_eval_batch_size=12, eval_mask_seeds=2)
-    )
+    eval_set = dataclasses.replace(eval_set, config=EvaluateConfig(per_device_eval_batch_size=12, eval_mask_seeds=2))
     sparse = short_of_memory(SparseMaskedLM(copy.deepcopy(model)), most).train()
     with caplog.at_level("INFO", "mlm"):
         found = evaluate(sparse, eval_set, Accelerator(cpu=True))
@@ -300,20 +294,9 @@ def test_other_failures_of_an_evaluation_are_not_taken_for_a_lack_of_memory(held
 
 def test_evaluation_masks_do_not_follow_the_masks_of_training(toy, tmp_path):
     plain = train(toy.config(tmp_path / "plain", max_train_steps=1)).results
-    masks = {
-        "mlm_probability": 0.3,
-        "whole_word_mask": True,
-        "mask_replace_prob": 0.5,
-        "random_replace_prob": 0.5,
-    }
+    masks = {"mlm_probability": 0.3, "whole_word_mask": True, "mask_replace_prob": 0.5, "random_replace_prob": 0.5}
     other = train(toy.config(tmp_path / "other", max_train_steps=1, **masks)).results
-    same = (
-        "perplexity_before",
-        "eval_loss_before",
-        "accuracy_before",
-        "eval_masked_tokens",
-        "perplexity_unigram",
-    )
+    same = ("perplexity_before", "eval_loss_before", "accuracy_before", "eval_masked_tokens", "perplexity_unigram")
     assert {name: other[name] for name in same} == {name: plain[name] for name in same}
     assert other["train_loss"] != plain["train_loss"]
 
@@ -331,9 +314,7 @@ def test_whole_words_are_measured_where_asked_for_and_else_tokens(tmp_path):
     """A vocabulary that has long words in pieces."""
     tokenizer = wordpiece(["the old fox likes the young owl"] * 9, 120)
     info = tokenizer_info(tokenizer)
-    store = build(
-        ["the fox whenever undrinkable grapes "] * 60, tokenizer, info, tmp_path, {"split": "validation"}
-    )
+    store = build(["the fox whenever undrinkable grapes "] * 60, tokenizer, info, tmp_path, {"split": "validation"})
     cut = {}
     for whole_words in (False, True):
         config = EvaluateConfig(eval_whole_word_mask=whole_words)
@@ -369,9 +350,7 @@ def test_a_run_is_not_resumed_under_other_evaluation_masks(toy, tmp_path):
     resumed = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoints" / "step_1")}
     for setting in ({"eval_mlm_probability": 0.3}, {"eval_whole_word_mask": True}):
         with pytest.raises(UserError, match=f"another experiment, with {next(iter(setting))} "):
-            train(
-                toy.config(tmp_path / "run", max_train_steps=2, checkpointing_steps=1, **resumed, **setting)
-            )
+            train(toy.config(tmp_path / "run", max_train_steps=2, checkpointing_steps=1, **resumed, **setting))
 
 
 # Several processes

@@ -149,9 +149,7 @@ def test_a_line_is_printed_for_each_sentence_and_one_for_the_total(toy, tmp_path
     assert first.split()[:2] == ["1", str(found["sentences"][0]["tokens"])]
     assert first.endswith("  the old cat likes milk every day .")
     assert second.endswith("…")
-    assert last.startswith(
-        f"pseudo-perplexity {found['pseudo_perplexity']:.4g} over {found['tokens']} tokens"
-    )
+    assert last.startswith(f"pseudo-perplexity {found['pseudo_perplexity']:.4g} over {found['tokens']} tokens")
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ from transformers import (
     pipeline,
 )
 
+from mlm.columns import columns
 from mlm.data.tokenizer import load_tokenizer, train_tokenizer
 from mlm.errors import UserError
-from mlm.inference.columns import columns
 from mlm.inference.fill_mask import Filler, FillMaskConfig, fill, load, table
 from mlm.inference.joint import Filled, fill_jointly
 from mlm.inference.targets import Target, score_targets

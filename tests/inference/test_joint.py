@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForMaskedLM
 
+from mlm.columns import columns
 from mlm.data.tokenizer import train_tokenizer
-from mlm.inference.columns import columns
 from mlm.inference.fill_mask import fill
 from mlm.inference.joint import Filled, cells, fill_jointly, likeliest
 from mlm.model.sparse_head import SparseMaskedLM
@@ -62,13 +62,9 @@ def every_way(model, tokenizer, sentence: str, order: str) -> dict[tuple[str, ..
 def test_a_beam_that_is_wide_enough_is_exhaustive_search(order):
     model, tokenizer = letters()
     ways = len(tokenizer) ** 3
-    for sentence, found in zip(
-        SENTENCES, fill_jointly(model, tokenizer, SENTENCES, order, ways), strict=True
-    ):
+    for sentence, found in zip(SENTENCES, fill_jointly(model, tokenizer, SENTENCES, order, ways), strict=True):
         expected = every_way(model, tokenizer, sentence, order)
-        assert {filled.tokens: filled.log_probability for filled in found} == pytest.approx(
-            expected, abs=1e-4
-        )
+        assert {filled.tokens: filled.log_probability for filled in found} == pytest.approx(expected, abs=1e-4)
         values = [filled.log_probability for filled in found]
         assert values == sorted(values, reverse=True)
         assert sum(map(math.exp, values)) == pytest.approx(1, abs=1e-5)
@@ -80,9 +76,7 @@ def test_a_narrow_beam_goes_on_from_the_likeliest_beginnings(order, num_beams):
     """Mask by mask, by the exhaustive probabilities of sentences that are filled in part."""
     model, tokenizer = letters()
     net = model.model
-    for sentence, found in zip(
-        SENTENCES, fill_jointly(model, tokenizer, SENTENCES, order, num_beams), strict=True
-    ):
+    for sentence, found in zip(SENTENCES, fill_jointly(model, tokenizer, SENTENCES, order, num_beams), strict=True):
         row = tokenizer(sentence)["input_ids"]
         masks = [i for i, token in enumerate(row) if token == tokenizer.mask_token_id]
         beam = [(0.0, row, masks)]
@@ -97,9 +91,7 @@ def test_a_narrow_beam_goes_on_from_the_likeliest_beginnings(order, num_beams):
             beam = sorted(grown, key=lambda way: -way[0])[:num_beams]
         expected = [tuple(tokenizer.convert_ids_to_tokens([ids[i] for i in masks])) for _, ids, _ in beam]
         assert [filled.tokens for filled in found] == expected
-        assert [filled.log_probability for filled in found] == pytest.approx(
-            [p for p, _, _ in beam], abs=1e-4
-        )
+        assert [filled.log_probability for filled in found] == pytest.approx([p for p, _, _ in beam], abs=1e-4)
 
 
 def test_the_surest_mask_is_filled_first_wherever_it_stands():
@@ -129,9 +121,7 @@ def test_of_equally_likely_fillers_the_lower_ids_come_first(order):
 
 
 @given(
-    st.lists(
-        st.lists(st.sampled_from([0.0, -0.0, -1e-30, -0.5, -1.0, -30.0]), min_size=6, max_size=6), min_size=1
-    ),
+    st.lists(st.lists(st.sampled_from([0.0, -0.0, -1e-30, -0.5, -1.0, -30.0]), min_size=6, max_size=6), min_size=1),
     st.integers(1, 6),
 )
 def test_the_likeliest_are_those_of_a_stable_sort(rows, k):

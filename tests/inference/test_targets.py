@@ -68,12 +68,7 @@ def pair(request):
         ("byte-level", "[MASK] is good", "film", ["fi", "lm"]),  # no blank before it
         ("byte-level", "a great[MASK] is", "film", ["fi", "lm"]),
         ("byte-level", "[MASK] is a [MASK]", "great film", ["g", "reat", "Ġfilm"]),
-        (
-            "byte-level, the blank left",
-            "a great [MASK].",
-            "film",
-            ["fi", "lm"],
-        ),  # behind a blank that is a token
+        ("byte-level, the blank left", "a great [MASK].", "film", ["fi", "lm"]),  # behind a blank that is a token
         ("unigram", "a great [MASK].", "film", ["▁film"]),
         ("unigram", "[MASK] is good", "film", ["▁film"]),
     ],
@@ -100,9 +95,7 @@ def test_a_word_of_one_piece_has_the_probability_of_the_independent_filler(pair)
     model, tokenizer = pair
     sentences = ["this is a [MASK] film", "[MASK] and the [MASK]."]
     ranked = fill(model, tokenizer, sentences, top_k=len(tokenizer))
-    for masks, fillers in zip(
-        score_targets(model, tokenizer, sentences, ["great", "g"]), ranked, strict=True
-    ):
+    for masks, fillers in zip(score_targets(model, tokenizer, sentences, ["great", "g"]), ranked, strict=True):
         for targets, ranking in zip(masks, fillers, strict=True):
             for target in targets:
                 if len(target.pieces) == 1:
@@ -146,9 +139,7 @@ def test_a_word_does_not_depend_on_the_other_words_and_sentences(pair):
         for i, word in enumerate(words):
             [alone] = score_targets(model, tokenizer, [sentence], [word])
             expected = [[target.log_probability for target in mask] for mask in alone]
-            assert [mask[i].log_probability for mask in masks] == pytest.approx(
-                [p for [p] in expected], abs=1e-5
-            )
+            assert [mask[i].log_probability for mask in masks] == pytest.approx([p for [p] in expected], abs=1e-5)
 
 
 def test_words_that_the_tokenizer_does_not_know_are_refused():

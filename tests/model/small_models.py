@@ -25,11 +25,7 @@ ARCHITECTURES = {
     "camembert": {},
     "convbert": {"embedding_size": 16, "conv_kernel_size": 3},
     "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False},
-    "deberta-v2": {
-        "relative_attention": True,
-        "pos_att_type": ["c2p", "p2c"],
-        "position_biased_input": False,
-    },
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False},
     "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
     "electra": {"embedding_size": 16},
     "esm": {"mask_token_id": 4, "token_dropout": True, "position_embedding_type": "rotary"},
@@ -55,9 +51,7 @@ def small_model(model_type: str, **changes) -> PreTrainedModel:
     return model
 
 
-def batch(
-    rows: int = 3, length: int = 12, masked: int = 7
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def batch(rows: int = 3, length: int = 12, masked: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Input ids [rows, length], sorted positions [masked] and targets [masked]."""
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(5, VOCAB, (rows, length), generator=generator)

@@ -19,14 +19,7 @@ from transformers import (
 )
 
 from mlm.errors import UserError
-from mlm.model.load import (
-    DEMO_VOCABULARY,
-    ModelConfig,
-    demo_config,
-    load_model,
-    position_limit,
-    vocabulary_size,
-)
+from mlm.model.load import DEMO_VOCABULARY, ModelConfig, demo_config, load_model, position_limit, vocabulary_size
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import max_positions
 from tests.model.small_models import ARCHITECTURES, SMALL, VOCAB, batch, losses, small_model, tokenizer_of
@@ -39,9 +32,7 @@ def test_checkpoint_loads_in_float32_whatever_it_stores(tmp_path: Path):
     stock.save_pretrained(tmp_path)
     model = load_model(ModelConfig(str(tmp_path)), tokenizer_of(), seed=0)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert torch.equal(
-        model.bert.embeddings.word_embeddings.weight, stock.get_input_embeddings().weight.float()
-    )
+    assert torch.equal(model.bert.embeddings.word_embeddings.weight, stock.get_input_embeddings().weight.float())
 
 
 def test_real_checkpoint_fits_and_loses_nothing(messages):
@@ -103,9 +94,7 @@ def test_model_from_scratch_takes_the_tokenizers_ids_and_the_seed(model_type: st
     changes = {} if model_type == "distilbert" else {"pad_token_id": 7}
     small_model(model_type, **changes).config.save_pretrained(tmp_path)
     tokenizer, generator = tokenizer_of(60), torch.get_rng_state()
-    first, again, other = (
-        load_model(ModelConfig(config_name=str(tmp_path)), tokenizer, seed=s) for s in (1, 1, 2)
-    )
+    first, again, other = (load_model(ModelConfig(config_name=str(tmp_path)), tokenizer, seed=s) for s in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), generator)
     assert first.config.model_type == model_type
     assert len(first.get_input_embeddings().weight) == first.config.vocab_size == 60

@@ -11,13 +11,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForMaskedLM,
-    BertConfig,
-    BertForMaskedLM,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from mlm.config import Config
@@ -195,9 +189,7 @@ def test_model_that_the_hook_does_not_fit_gets_the_dense_head_and_a_log_line(kin
     stock = kind(BertConfig(**SMALL)).eval()
     model = SparseMaskedLM(copy.deepcopy(stock)).eval()
     assert model.sparse is False
-    assert [kind.__name__ in line and reason in line for line in messages() if "all positions" in line] == [
-        True
-    ]
+    assert [kind.__name__ in line and reason in line for line in messages() if "all positions" in line] == [True]
     assert not model.model.base_model._forward_hooks
     input_ids, positions, targets = batch()
     dense = stock(input_ids).logits.flatten(0, 1)[positions]
@@ -288,9 +280,7 @@ def one_length_model(model_type: str) -> PreTrainedModel:
 def test_length_that_an_architecture_cannot_be_trained_at_is_a_mistake_that_names_the_right_one(
     model_type: str, length: int
 ):
-    with pytest.raises(
-        UserError, match=rf"on chunks of {length} tokens; give --max_seq_length 16 and"
-    ) as error:
+    with pytest.raises(UserError, match=rf"on chunks of {length} tokens; give --max_seq_length 16 and") as error:
         SparseMaskedLM(one_length_model(model_type), length)
     assert "\n" not in str(error.value)
 

@@ -6,10 +6,7 @@ import pytest
 import torch
 
 from mlm.errors import UserError
-from mlm.model.load import (
-    ModelConfig,
-    load_model,
-)
+from mlm.model.load import ModelConfig, load_model
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import max_positions
 from tests.model.small_models import ARCHITECTURES, VOCAB, batch, small_model, tokenizer_of

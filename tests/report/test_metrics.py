@@ -18,9 +18,7 @@ from tests.conftest import REPOSITORY
 from tests.runs import CPU, PYTHON, SCRIPT, metrics, run
 
 EVALUATION = re.compile(r"step (\d+): held-out loss \d+\.\d{4}, perplexity [\d.]+")
-LINE = re.compile(
-    r"\d\d:\d\d:\d\d step (\d+)/12: loss [\d.]+, lr [\d.]+e[+-]\d+, [\d,]+ tokens/s, \d+:\d\d:\d\d left"
-)
+LINE = re.compile(r"\d\d:\d\d:\d\d step (\d+)/12: loss [\d.]+, lr [\d.]+e[+-]\d+, [\d,]+ tokens/s, \d+:\d\d:\d\d left")
 BAR = re.compile(r"(\d+)/12 .* \d\d:\d\d left, loss [\d.]+, lr [\d.]+e[+-]\d+, [\d,]+ tokens/s")
 
 
@@ -94,13 +92,9 @@ def test_events_count_the_tokens_seen(toy, tmp_path):
 
 
 def test_tensorboard_reads_back_what_the_run_measured(toy, tmp_path):
-    record = RunConfig(
-        output_dir=str(tmp_path / "run"), logging_steps=5, with_tracking=True, report_to="tensorboard"
-    )
+    record = RunConfig(output_dir=str(tmp_path / "run"), logging_steps=5, with_tracking=True, report_to="tensorboard")
     results = train(toy.config(modules={"run": record}, eval_steps=4)).results
-    [folder] = {
-        path.parent for path in (tmp_path / "run").rglob("events.out.tfevents.*") if path.parent.name == "mlm"
-    }
+    [folder] = {path.parent for path in (tmp_path / "run").rglob("events.out.tfevents.*") if path.parent.name == "mlm"}
     events = EventAccumulator(str(folder))
     events.Reload()
     told = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

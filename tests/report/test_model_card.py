@@ -15,11 +15,7 @@ def run(toy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "toy"
     out_of_domain = folder.parent / toy.validation_file.name  # of the same name as the domain's
     out_of_domain.write_text("a young owl and a small fox like every old day .\n" * 20)
-    train(
-        toy.config(
-            folder, modules={"out_of_domain": OutOfDomainConfig(out_of_domain_file=str(out_of_domain))}
-        )
-    )
+    train(toy.config(folder, modules={"out_of_domain": OutOfDomainConfig(out_of_domain_file=str(out_of_domain))}))
     return folder
 
 
@@ -44,14 +40,10 @@ def test_the_hub_reads_the_figures_of_the_run_in_the_card(run):
 
 def test_the_card_tells_people_the_gain_and_what_was_forgotten(run):
     results = json.loads((run / "all_results.json").read_text())
-    domain, out_of_domain = ModelCard.load(run / "README.md").text.split(
-        "On out-of-domain text, validation.txt:"
-    )
+    domain, out_of_domain = ModelCard.load(run / "README.md").text.split("On out-of-domain text, validation.txt:")
     for text, prefix in ((domain, ""), (out_of_domain, "general_")):
         gain, low, high = (f"{results[prefix + name]:.4g}" for name in ("gain", "gain_low", "gain_high"))
-        assert (
-            f"Perplexity before / after is {gain} (95% interval {low} to {high}, paired bootstrap)." in text
-        )
+        assert f"Perplexity before / after is {gain} (95% interval {low} to {high}, paired bootstrap)." in text
         for name in ("perplexity", "accuracy", "bits_per_character"):
             before, after = (f"{results[f'{prefix}{name}{when}']:.4g}" for when in ("_before", ""))
             assert f"| {name.replace('_', ' ')} | {before} | {after} |" in text

@@ -10,13 +10,7 @@ ENDED = {
     "tokens_per_second": 9999.6,
     "train_seconds": 125.4,
 }
-BEFORE = {
-    "perplexity_before": 80.0,
-    "eval_loss_before": 4.382,
-    "gain": 2.0,
-    "gain_low": 1.9,
-    "gain_high": 2.1,
-}
+BEFORE = {"perplexity_before": 80.0, "eval_loss_before": 4.382, "gain": 2.0, "gain_low": 1.9, "gain_high": 2.1}
 
 
 def rows(results):

@@ -107,9 +107,7 @@ class Browser:
 
     def all(self, selector: str, expression: str) -> list:
         """The value of a JavaScript expression for each element e that matches."""
-        return self.js(
-            f"return [...document.querySelectorAll({json.dumps(selector)})].map(e => {expression})"
-        )
+        return self.js(f"return [...document.querySelectorAll({json.dumps(selector)})].map(e => {expression})")
 
     def figures(self) -> list[tuple[str, str, float | None, str]]:
         """Run, key of all_results.json, value and text of each figure on the page."""
@@ -198,9 +196,7 @@ def test_a_phone_scrolls_tables_and_not_the_page(run, other, browser, tmp_path):
     for page in (run / "report.html", tmp_path / "both.html"):
         browser.open(page, width=390)
         assert browser.js("return document.documentElement.scrollWidth") <= 390
-        right = browser.all(
-            "main > *, section > *, .chart, .scroll, p, h2", "e.getBoundingClientRect().right"
-        )
+        right = browser.all("main > *, section > *, .chart, .scroll, p, h2", "e.getBoundingClientRect().right")
         assert max(right) <= 390
         drawn = "e.querySelector('.trace .point path, .trace .js-line').getBoundingClientRect().width > 0"
         assert all(browser.all(".chart", drawn))
@@ -213,9 +209,7 @@ def test_headings_and_tables_are_what_a_screen_reader_needs(run, browser):
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
-    assert all(
-        browser.all("tbody tr", "(e.querySelector('th[scope=row]') ?? e.closest('.example')) !== null")
-    )
+    assert all(browser.all("tbody tr", "(e.querySelector('th[scope=row]') ?? e.closest('.example')) !== null"))
     assert all(browser.all("th", "e.scope"))
     assert all(browser.all(".chart", "e.getAttribute('aria-label')"))
 
@@ -227,10 +221,7 @@ def test_text_of_a_run_stays_text(run, browser, tmp_path):
         path = folder / name
         stored = json.loads(path.read_text())
         if name == "comparison.json":
-            for row in (
-                *stored["held_out"]["words"]["gained"],
-                *stored["held_out"]["breakdowns"]["position"],
-            ):
+            for row in (*stored["held_out"]["words"]["gained"], *stored["held_out"]["breakdowns"]["position"]):
                 row["text" if "text" in row else "name"] = NASTY
             stored["held_out"]["text"] = NASTY
         elif name == "run.json":
@@ -311,14 +302,7 @@ def test_what_an_older_run_does_not_say_is_a_dash(run):
     configuration = {k: v for k, v in record.about["configuration"].items() if k in ("model", "corpus")}
     older = dataclasses.replace(record, about=about | {"configuration": configuration}, seconds=None)
     heading = text_of(render([older]), "header")
-    for fact in (
-        "train.txt: –",
-        "validation.txt: –",
-        "Learning rate –",
-        "Duration –",
-        "Started –",
-        "Command –",
-    ):
+    for fact in ("train.txt: –", "validation.txt: –", "Learning rate –", "Duration –", "Started –", "Command –"):
         assert fact in heading
 
 
@@ -336,11 +320,7 @@ def test_what_runs_share_stands_once(run, tmp_path):
     sentences = len(json.loads((run / "fill_mask.json").read_text())["sentences"])
     for section, texts, times in (
         ("held-out", ("mask seed", "paired bootstrap", "The interval lies above 1"), 1),
-        (
-            "settings",
-            ("1 process on", "optimizer.learning_rate", "optimizer.weight_decay", "run.logging_steps"),
-            1,
-        ),
+        ("settings", ("1 process on", "optimizer.learning_rate", "optimizer.weight_decay", "run.logging_steps"), 1),
         ("examples", ("before",), sentences),
     ):
         shown = text_of(page, f'section id="{section}"')
@@ -507,8 +487,7 @@ def test_runs_that_do_not_compare_are_said_not_to(run, other):
         page = text_of(render(pair))
         assert page.index(reason) < page.index("Of each run the same masks before and after")
     folds = [
-        with_experiment(r, eval_mask_folds=k, eval_mask_seeds=k or 1)
-        for r, k in zip(runs, (None, 7), strict=True)
+        with_experiment(r, eval_mask_folds=k, eval_mask_seeds=k or 1) for r, k in zip(runs, (None, 7), strict=True)
     ]
     assert "different numbers of mask seeds and mask folds;" in unlike(folds, "held_out")
 
@@ -589,9 +568,7 @@ def test_a_foreign_or_damaged_file_is_one_clear_line(run, tmp_path, name, text, 
 def test_lines_of_metrics_that_are_no_events_are_left_out(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
-        file.write(
-            b'[1]\n3\nnull\n{}\n{"event": []}\n{"event": "train"}\n{"event": "eval", "loss": 1}\n\xff\n'
-        )
+        file.write(b'[1]\n3\nnull\n{}\n{"event": []}\n{"event": "train"}\n{"event": "eval", "loss": 1}\n\xff\n')
     [read], [whole] = read_runs([tmp_path / "run"]), read_runs([run])
     assert (read.train, read.evaluations) == (whole.train, whole.evaluations)
     assert read.train
@@ -644,10 +621,7 @@ def test_figures_that_do_not_exist_are_left_open(run, missing):
     comparison["held_out"]["gain"]["interval"] = [None, None]
     if missing == "value":
         comparison["held_out"]["gain"]["value"] = None
-        for rows in (
-            *comparison["held_out"]["breakdowns"].values(),
-            *comparison["held_out"]["words"].values(),
-        ):
+        for rows in (*comparison["held_out"]["breakdowns"].values(), *comparison["held_out"]["words"].values()):
             for row in rows:
                 row["nats_after"] = None
     page = render([dataclasses.replace(record, results=results, comparison=comparison)] * 2)
@@ -730,13 +704,7 @@ def test_a_given_sentence_without_a_mask_is_still_a_mistake(run, tmp_path):
     (tmp_path / "sentences.txt").write_text("no mask here .\n")
     with pytest.raises(UserError, match="has no mask"):
         script.main(
-            [
-                str(run),
-                "--sentences_file",
-                str(tmp_path / "sentences.txt"),
-                "--output",
-                str(tmp_path / "p.html"),
-            ]
+            [str(run), "--sentences_file", str(tmp_path / "sentences.txt"), "--output", str(tmp_path / "p.html")]
         )
     assert not (tmp_path / "p.html").exists()
 

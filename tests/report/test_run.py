@@ -27,10 +27,7 @@ def test_a_resumed_run_says_from_which_step_and_a_finished_one_that_it_is(toy, t
 
     (tmp_path / "run" / "all_results.json").unlink()
     train(latest)
-    assert (
-        f"resumed from {tmp_path / 'run' / 'checkpoints' / 'step_10'}, after step 10"
-        in capsys.readouterr().out
-    )
+    assert f"resumed from {tmp_path / 'run' / 'checkpoints' / 'step_10'}, after step 10" in capsys.readouterr().out
 
 
 def test_a_finished_run_of_another_experiment_is_not_replaced(toy, tmp_path):
@@ -81,9 +78,7 @@ def test_a_state_that_is_neither_tensors_nor_json_is_refused_by_name():
         def state_dict(self):
             return {"teacher": {"table": [torch.ones(1), object()]}}
 
-    with pytest.raises(
-        UserError, match=r"fork\.teacher\.table\.1 cannot be in a checkpoint: object is neither"
-    ):
+    with pytest.raises(UserError, match=r"fork\.teacher\.table\.1 cannot be in a checkpoint: object is neither"):
         snapshot(torch.nn.Linear(1, 1), {"fork": Fork()}, {})
 
 
