@@ -32,8 +32,7 @@ from mlm.model.sparse_head import SparseMaskedLM
 
 log = logging.getLogger(__name__)
 
-Loss = torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]
-Objective = Callable[..., Loss]  # of (model, batch)
+Objective = Callable[[SparseMaskedLM, Batch], torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """A micro-batch's loss [], a sum over its masked tokens; or that and {name: such a sum []} to be logged."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ from mlm.data.tokenizer import TokenizerInfo
 from mlm.engine.device import make_accelerator
 from mlm.engine.distributed import local_main_process_first
 from mlm.engine.optimizer import make_optimizer, make_scheduler
-from mlm.engine.update import Loss, Update
+from mlm.engine.update import Update
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import open_eval_sets
 from mlm.evaluation.evaluate import Evaluations
@@ -40,7 +41,7 @@ from mlm.report.summary import conclude_run, describe, plan, sizes
 MUON_RATE = 0.02  # the peak of its learning rate
 
 
-def objective(model: SparseMaskedLM, batch: Batch) -> Loss:
+def objective(model: SparseMaskedLM, batch: Batch) -> torch.Tensor | tuple[torch.Tensor, dict]:
     """The loss of a micro-batch: a sum over its masked tokens, [] float32.
 
     With a dict of further sums behind it, `return loss, {"agreement": …}`, these are logged beside the loss.
