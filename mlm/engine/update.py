@@ -22,7 +22,7 @@ from accelerate.utils import release_memory
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mlm.data.batches import Batches
+from mlm.data.batches import Batch, Batches
 from mlm.data.masking import DROPOUT, stream_key
 from mlm.engine.distributed import GradientSum, agree, host_group
 from mlm.engine.memory import first_micro_batch, out_of_memory, smaller

@@ -51,9 +51,7 @@ class Config(Settings):
     distillation: TeacherConfig = TeacherConfig()
 
 
-def objective(
-    model: SparseMaskedLM, batch: Batch, teacher: SparseMaskedLM
-) -> torch.Tensor | tuple[torch.Tensor, dict]:
+def objective(model: SparseMaskedLM, batch: Batch, teacher: Any) -> torch.Tensor | tuple[torch.Tensor, dict]:
     """The loss of a micro-batch: a sum over its masked tokens, [] float32.
 
     With a dict of further sums behind it, `return loss, {"agreement": …}`, these are logged beside the loss.
