@@ -148,7 +148,7 @@ def test_a_process_that_dies_ends_the_others_with_a_clear_message(toy, tmp_path,
     status, _, errors = finish(processes[1 - victim], seconds=60)
     processes[victim].communicate()
     assert status == 1
-    assert errors.count("as another process of the run has") == 1
+    assert errors.count("because another process of the run has ended") == 1
     assert "Traceback" not in errors
     assert all(damaged(path) is None for path in steps(tmp_path / "run" / "checkpoints").values())
     waited = time.monotonic() - began
