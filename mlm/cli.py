@@ -7,10 +7,9 @@
 as the flags do, so that `5e-5` is a number and `no` is what the flag makes of it (to YAML they are a string
 and a boolean), and flags win because they come after.
 
-It uses argparse, since other libraries would need as much code around them: tyro 1.0 has no flag that is
-both `--salted` and `--salted false`, no configuration file, and errors in boxes of several lines;
-jsonargparse 4.53 asks `--salted` for a value, reads `flour: no` as a boolean, takes no comment as help and
-no words between flags; HfArgumentParser keeps `5e-5` a string and knows no `int | Literal["auto"]`.
+Other libraries would need as much code around them: tyro 1.0 has no flag that is both `--salted` and `--salted
+false`, no configuration file, and errors of several lines; jsonargparse 4.53 asks `--salted` for a value and takes no
+comment as help; HfArgumentParser keeps `5e-5` a string and knows no `int | Literal["auto"]`.
 """
 
 import argparse

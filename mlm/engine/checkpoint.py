@@ -1,4 +1,4 @@
-"""Checkpoints from which a run goes on as if it had never stopped.
+"""Checkpoints from which a run resumes as if it had never stopped.
 
     <output_dir>/checkpoints/step_N/model.safetensors      parameters and buffers
                                     state.safetensors      tensors of all else: optimizers, progress, the
@@ -8,12 +8,10 @@
                                     manifest.json          size and SHA-256 of each of these files
                               best_N/                      weights of the lowest evaluation loss, if asked for
 
-No file can execute code. The order of chunks, their masks and dropout's draws are functions of (seed, step),
-both in it: that is all the state that generators have here.
-
-The loop waits for a copy to host memory (and where two are still being written, for the first of them); a
-thread writes it beside its place, syncs it and renames it, so that a folder named step_N is whole, whatever
-happens. What happens to it later, its manifest tells.
+No file can execute code. The order of chunks, their masks and dropout's draws are functions of (seed, step), so
+that no generator's state is saved. The loop waits for a copy to host memory (and where two are still being written,
+for the first of them); a thread writes it beside its place, syncs and renames it, so that a folder named step_N is
+whole. Its manifest shows later damage.
 """
 
 import contextlib
@@ -24,7 +22,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from mlm.engine.distributed import from_main
 from mlm.engine.experiment import differences
 from mlm.errors import UserError, at_least, one_line
-from mlm.files import sync
+from mlm.files import sync, write_json
 
 Files = dict[str, Any]  # name of a file: its tensors by name for .safetensors, a JSON value for .json
 PARTIAL = ".partial"  # ends the name of a folder that is being written, or removed
@@ -98,18 +96,20 @@ def load(folder: Path, model: torch.nn.Module, states: dict[str, Stateful], expe
 
     Raises UserError where the checkpoint is another experiment's, with the list of differences.
     """
-    with _readable(folder):
+    try:
         saved = _read_json(folder / "experiment.json")
         if changed := differences(saved, json.loads(json.dumps(experiment))):
             raise UserError(
                 f"--resume_from_checkpoint {folder}: another experiment, with {', '.join(changed)}; give "
                 "it its settings back, or another --output_dir"
             )
-        packed = _read_json(folder / "state.json")
         load_weights(folder, model)
-        found = load_file(folder / "state.safetensors")
+        packed, found = _read_json(folder / "state.json"), load_file(folder / "state.safetensors")
         for name, state in states.items():
             state.load_state_dict(_unpack(packed[name], found))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:  # of another version
+        reason = one_line(f"{type(error).__name__}: {error}", 120)
+        raise UserError(f"the checkpoint {folder} cannot be resumed ({reason})") from error
 
 
 def _pack(value: Any, name: str, found: dict[str, torch.Tensor]) -> Any:
@@ -244,25 +244,25 @@ class Writer:
 
     def save(self, step: int, take: Callable[[], Files]) -> None:
         """Has a checkpoint written that `take` copies to host memory, as soon as there is room for it."""
-        self._submit(self.folder / f"step_{step}", take, self._remove_old)
+        self._submit(f"step_{step}", take)
 
     def save_best(self, step: int, model: torch.nn.Module, evaluation: dict[str, float]) -> None:
         """Keeps the weights that an evaluation found better than all before, if it did."""
         if not evaluation["eval_loss"] < self.best_loss:
             return
         self.best_loss = evaluation["eval_loss"]
-        self._submit_best(
+        self._submit(
             f"best_{step}", lambda: {"model.safetensors": _on_host(tensors(model)), "evaluation.json": evaluation}
         )
 
     def remember_best(self, checkpoints: Path) -> None:
-        """What the run that is gone on with has kept counts; it comes along to another directory."""
+        """Takes over the best weights of the run that is resumed, to another directory too."""
         if best := find_best(checkpoints):
             folder, evaluation = best
             self.best_loss = evaluation["eval_loss"]
             if checkpoints.resolve() != self.folder.resolve():
                 weights = load_file(folder / "model.safetensors")
-                self._submit_best(folder.name, lambda: {"model.safetensors": weights, "evaluation.json": evaluation})
+                self._submit(folder.name, lambda: {"model.safetensors": weights, "evaluation.json": evaluation})
 
     def wait(self) -> str | None:
         """Returns when nothing is being written any more, as `take_failure` does."""
@@ -274,31 +274,24 @@ class Writer:
         failure, self._failure = self._failure, None
         return failure
 
-    def _submit_best(self, name: str, take: Callable[[], Files]) -> None:
-        def remove_others() -> None:
-            _remove(*(best for best in bests(self.folder) if best.name != name))
-
-        self._submit(self.folder / name, take, remove_others)
-
-    def _submit(self, place: Path, take: Callable[[], Files], afterwards: Callable[[], None]) -> None:
+    def _submit(self, name: str, take: Callable[[], Files]) -> None:
         self._wait_for_all_but(COPIES - 1)
-        self._pending.append(self._thread.submit(self._write, place, take(), afterwards))
+        self._pending.append(self._thread.submit(self._write, self.folder / name, take()))
 
     def _wait_for_all_but(self, few: int) -> None:
         while len(self._pending) > few:
             self._pending.popleft().result()
 
-    def _write(self, place: Path, files: Files, afterwards: Callable[[], None]) -> None:
+    def _write(self, place: Path, files: Files) -> None:
         try:
             write(place, files)
-            afterwards()
+            if _number(place) is None:  # the best weights
+                _remove(*(best for best in bests(self.folder) if best != place))
+            elif self.keep is not None:
+                numbered = steps(self.folder)
+                _remove(*(numbered[step] for step in sorted(numbered)[: -self.keep]))
         except (OSError, SafetensorError) as error:
             self._failure = f"{place} could not be written: {one_line(getattr(error, 'strerror', None) or error)}"
-
-    def _remove_old(self) -> None:
-        if self.keep is not None:
-            numbered = steps(self.folder)
-            _remove(*(numbered[step] for step in sorted(numbered)[: -self.keep]))
 
     def close(self) -> None:
         """Returns when a checkpoint that has been begun is finished, whatever ends the run."""
@@ -326,12 +319,12 @@ def write(place: Path, files: Files) -> None:
         manifest = {}
         for name, content in files.items():
             path = partial / name
-            if path.suffix == ".safetensors":
-                save_file(content, path, metadata={"format": "pt"})  # as save_pretrained does
+            if path.suffix == ".json":
+                write_json(path, content)
             else:
-                _write_json(path, content)
+                save_file(content, path, metadata={"format": "pt"})  # as save_pretrained does
             manifest[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        _write_json(partial / "manifest.json", manifest)
+        write_json(partial / "manifest.json", manifest)
         for path in [*partial.iterdir(), partial]:
             sync(path)
     except BaseException:
@@ -372,27 +365,14 @@ def find_best(checkpoints: Path) -> tuple[Path, dict[str, float]] | None:
     return min(found, key=lambda kept: kept[1]["eval_loss"], default=None)
 
 
-def load_best(checkpoints: Path, model: torch.nn.Module, accelerator: Accelerator) -> dict[str, float] | None:
-    """Gives every process the kept weights, which the main one reads; returns their evaluation, if any."""
-    evaluation = None
-    if accelerator.is_main_process and (best := find_best(checkpoints)):
+def load_best(checkpoints: Path, model: torch.nn.Module, accelerator: Accelerator) -> None:
+    """Gives every process the weights of the lowest evaluation loss, if they were kept: the main one reads them."""
+    best = find_best(checkpoints) if accelerator.is_main_process else None
+    if best:
         load_weights(best[0], model)
-        evaluation = best[1]
-    evaluation = from_main(evaluation, accelerator)
-    if accelerator.num_processes > 1 and evaluation:
+    if from_main(bool(best), accelerator) and accelerator.num_processes > 1:
         for tensor in tensors(model).values():
             torch.distributed.broadcast(tensor, 0)
-    return evaluation
-
-
-@contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """What the libraries raise on files that fit their manifest and no run: those of another version, say."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = one_line(f"{type(error).__name__}: {error}", 120)
-        raise UserError(f"the checkpoint {folder} cannot be gone on from ({reason})") from error
 
 
 def _on_host(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -413,10 +393,6 @@ def _remove(*folders: Path) -> None:
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
 def _digest(path: Path) -> str:

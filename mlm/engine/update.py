@@ -69,9 +69,9 @@ class Step(NamedTuple):
 
 
 class Update:
-    """Takes optimizer steps: `update(step)` is all of them, `state_dict()` what a checkpoint has to hold.
+    """`update(step)` takes an optimizer step, `state_dict()` is what a checkpoint has to hold.
 
-    optimizers: any, which between them hold each parameter at most once; schedulers: as many, one for each
+    optimizers: any, which between them hold each parameter at most once; schedulers: one for each
     """
 
     def __init__(
@@ -87,14 +87,15 @@ class Update:
         self.model, self.objective, self.batches = model, objective, batches
         self.optimizers, self.schedulers = optimizers, schedulers
         self.accelerator, self.scaler, self.config = accelerator, accelerator.scaler, config
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        self.parameters = [p for p in model.parameters() if id(p) in held]
         self.smallest = min(self.parameters, key=torch.numel)
         self.reduce = GradientSum(self.parameters, batches.world)
         self.group = host_group(accelerator)
         # Fused kernels read a flag on the device, and leave the weights alone where it is set.
         self.fused = all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
         self.nonfinite = torch.zeros((), device=accelerator.device)
-        self.scalars: tuple[str, ...] = ()  # names of what the objective returns beside its loss
+        self.scalars: tuple[str, ...] | None = None  # names of what the objective returns beside its loss
         self.micro_batch = first_micro_batch(
             config.per_device_train_batch_size,
             -(-batches.global_batch // batches.world),
@@ -120,7 +121,7 @@ class Update:
                     raise
                 ran_out = True
             # No process enters the reduction unless all have their gradients.
-            ran_out, S, *agreed = agree([ran_out, len(self.scalars), *requests], self.group)
+            ran_out, S, *agreed = agree([ran_out, len(self.scalars or ()), *requests], self.group)
             if ran_out:
                 self._take_smaller_micro_batches(step)
                 continue
@@ -144,6 +145,8 @@ class Update:
             with self.accelerator.autocast():
                 returned = self.objective(self.model, batch.to(self.accelerator.device))
             loss, scalars = returned if isinstance(returned, tuple) else (returned, {})
+            if self.scalars not in (None, tuple(scalars)):
+                raise ValueError(f"the objective returned {self.scalars} beside its loss, and now {tuple(scalars)}")
             self.scalars = tuple(scalars)
             mean = loss / max(masked, 1)
             (mean if self.scaler is None else self.scaler.scale(mean)).backward()

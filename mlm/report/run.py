@@ -160,7 +160,7 @@ class Run:
         Raises UserError where a loss or gradient since the last line was not finite, and names its documents.
         """
         update, progress = self.update, self.progress
-        window = progress.read(update.scalars)
+        window = progress.read(update.scalars or ())
         if window.nonfinite:
             step = progress.step - window.nonfinite
             found = find_nonfinite(update, step, store)

@@ -187,3 +187,35 @@ def test_named_scalars_are_sums_over_the_masked_tokens_however_the_batch_is_cut(
 
     sums = [make_update(toy, data, fused, loss=counting, per_device_train_batch_size=micro)(0) for micro in (8, 3)]
     assert [applied.sums[1].item() for applied in sums] == [applied.masked for applied in sums]
+
+
+def test_scalars_that_change_their_names_are_an_error(toy, data):
+    steps = itertools.count()
+
+    def changing(model, batch):
+        return objective(model, batch), ({"a": torch.ones(())} if next(steps) else {})
+
+    update = make_update(toy, data, fused, loss=changing)
+    update(0)
+    with pytest.raises(ValueError, match=r"\(\) beside its loss, and now \('a',\)"):
+        update(1)
+
+
+def test_what_no_optimizer_holds_neither_moves_nor_counts_in_the_gradients_norm(toy, data):
+    """As where a fork trains the head alone."""
+
+    def head(named):
+        return [torch.optim.SGD([p for name, p in named.items() if "cls" in name], lr=0.1)]
+
+    update = make_update(toy, data, head)
+    before = {name: tensor.clone() for name, tensor in weights(update).items()}
+    update(0)
+    moved = {name for name, tensor in weights(update).items() if not torch.equal(tensor, before[name])}
+    assert moved
+    assert all("cls" in name for name in moved)
+    [batch], masked = data[1].load(0, 8)
+    other = make_update(toy, data, head)
+    (objective(other.model, batch) / masked).backward()
+    torch.nn.utils.clip_grad_norm_(other.parameters, 1.0)
+    other.optimizers[0].step()
+    assert_same_weights(weights(update), weights(other))
