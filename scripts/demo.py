@@ -7,6 +7,8 @@ from typing import Any
 from mlm.startup import quick_imports
 
 with quick_imports():
+    from demo_corpus import with_demo_corpus
+
     from mlm import cli
     from mlm.config import Config
     from mlm.inference.fill_mask import fill, table
@@ -26,7 +28,7 @@ SENTENCES = (
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    config = cli.parse_config(Config, ["--config", str(DEMO), *argv], __doc__)
+    config = with_demo_corpus(cli.parse_config(Config, ["--config", str(DEMO), *argv], __doc__))
     result = train(config)
     # The seed draws the very weights from which training began.
     fresh = load_model(config.model, result.tokenizer, config.train.seed)

@@ -8,6 +8,8 @@ from typing import Any
 from mlm.startup import quick_imports
 
 with quick_imports():
+    from demo_corpus import with_demo_corpus
+
     from mlm import cli
     from mlm.config import Config
     from mlm.report.outcome import outcome
@@ -21,7 +23,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     model, corpus = config.model, config.corpus
     named = (model.model_name_or_path, model.config_name, model.model_type, corpus.dataset_name, corpus.train_file)
     if not any(named):
-        config = cli.parse_config(Config, ["--config", str(DEMO), *argv], __doc__)
+        config = with_demo_corpus(cli.parse_config(Config, ["--config", str(DEMO), *argv], __doc__))
     result = train(config)
     return {"output_dir": str(result.output_dir), **result.results}
 

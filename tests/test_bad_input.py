@@ -34,6 +34,7 @@ for line in sys.stdin:
         for number, name in enumerate((os.devnull, job["stdout"], job["stderr"])):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
         sys.argv = job["argv"]
+        sys.path.insert(0, os.path.dirname(sys.argv[0]))
         status = 0
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")

@@ -16,6 +16,7 @@ def test_a_script_imports_torch_without_collecting_garbage_and_then_collects_aga
     program = f"""
 import gc, runpy, sys
 collections = []
+sys.path.insert(0, "scripts")
 gc.callbacks.append(lambda phase, info: collections.append(phase))
 runpy.run_path("scripts/{name}.py", run_name="imported")
 assert "torch" in sys.modules

@@ -1,18 +1,14 @@
 """Text in, documents out: the one module that imports the datasets library, and only where text is read.
 
-A corpus is a Hub dataset, a local folder, local files, or the prose that every Python installation carries.
-`identify` names it at the cost of a few `stat` calls; `load` reads it.
+A corpus is a Hub dataset, a local folder or local files. `identify` names it at the cost of a few `stat` calls; `load`
+reads it.
 """
 
-import ast
 import gzip
 import html
 import json
 import os
 import re
-import sys
-import sysconfig
-import warnings
 import zlib
 from array import array
 from collections.abc import Iterator
@@ -20,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
 from hashlib import blake2b
-from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,10 +28,6 @@ if TYPE_CHECKING:
 
 # File extension (also followed by .gz): the datasets library's reader.
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-# The built-in corpus passes over these folders of the standard library: its tests, and what users installed.
-NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-SHORTEST_DOCUMENT = 40  # characters; shorter docstrings are "Return self." and the like
 
 # Tags, comments and declarations in a row, with the blanks between them. The name of a tag follows "<" and
 # ends at white space, "/" or ">": `a < b`, <me@example.org> and <stdio.h> are text.
@@ -101,8 +92,8 @@ def identify(config: CorpusConfig) -> dict[str, Any]:
     """Name the corpus without reading it: equal names mean equal documents in equal splits.
 
     Local files are named by absolute path, size in bytes and modification time in ns (every file of a
-    folder); a Hub dataset by its commit, or with no network by the commit in the local Hub cache; the
-    built-in corpus by the Python that carries it. The name is the same after a round trip through JSON.
+    folder); a Hub dataset by its commit, or with no network by the commit in the local Hub cache. The name
+    is the same after a round trip through JSON.
 
     Raises UserError as `load` does, for what can be seen without reading.
     """
@@ -115,8 +106,6 @@ def identify(config: CorpusConfig) -> dict[str, Any]:
             identity["dataset"] = [config.dataset_name, _hub_revision(config.dataset_name)]
         else:
             identity["dataset"] = [_stamp(file) for file in _files_under(config.dataset_name)]
-    elif not files:
-        identity["built_in"] = [sys.version, sysconfig.get_path("stdlib")]
     if config.train_file:
         identity["train_file"] = _stamp(config.train_file)
     if config.validation_file:
@@ -222,6 +211,8 @@ def held_out(hashes: np.ndarray, percentage: float) -> np.ndarray:
 def _check(config: CorpusConfig) -> None:
     """What can be wrong with a corpus before it is read."""
     name = config.dataset_name
+    if not (name or config.train_file or config.validation_file):
+        raise UserError("no text: give --dataset_name, or --train_file")
     if name and config.train_file:
         raise UserError(f"--dataset_name {name} and --train_file {config.train_file}: give one of the two")
     if name and os.path.isfile(name):
@@ -250,15 +241,12 @@ def _check_percentage(percentage: float) -> None:
 
 def _sources(config: CorpusConfig) -> dict[str, "datasets.Dataset"]:
     """The train and validation splits that the configuration names, each with the single column "text"."""
-    import datasets
 
     sources = {}
     if config.dataset_name:
         sources = _read_dataset(config.dataset_name, config)
     elif config.train_file:
         sources["train"] = _read_file(config.train_file, config)
-    elif not config.validation_file:
-        sources["train"] = datasets.Dataset.from_dict({"text": _built_in_documents()})
     if config.validation_file:
         sources["validation"] = _read_file(config.validation_file, config)
     return sources
@@ -268,7 +256,7 @@ def origin(config: CorpusConfig, split: str) -> str:
     """Where a split comes from, for messages."""
     if split == "validation" and config.validation_file:
         return config.validation_file
-    return config.dataset_name or config.train_file or "the built-in corpus"
+    return config.dataset_name or config.train_file
 
 
 def _read_dataset(name: str, config: CorpusConfig) -> dict[str, "datasets.Dataset"]:
@@ -342,49 +330,6 @@ def _scan(dataset: "datasets.Dataset", without_html: bool = False) -> tuple[np.n
             positions.append(position)
             hashes.append(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little"))
     return np.array(positions, dtype=np.int64), np.array(hashes, dtype=np.uint64)
-
-
-def _built_in_documents() -> list[str]:
-    """The language reference, a document a topic, then the standard library's docstrings, each text once.
-
-    Read from source and never imported: some of those modules act on import.
-    """
-    library = Path(sysconfig.get_path("stdlib"))
-    texts = _topics(library / "pydoc_data" / "topics.py")
-    for folder, subfolders, files in os.walk(library):
-        subfolders[:] = sorted(set(subfolders) - NOT_LIBRARY)
-        for file in sorted(files):
-            if file.endswith(".py"):
-                texts += _docstrings(Path(folder, file))
-    clean = map(cleandoc, texts)
-    return list(dict.fromkeys(text for text in clean if len(text) >= SHORTEST_DOCUMENT))
-
-
-def _topics(path: Path) -> list[str]:
-    """The texts of a module that is one assignment: a dict literal of topic names and texts."""
-    if not path.is_file():  # some distributions leave the documentation out
-        return []
-    body = ast.parse(path.read_bytes()).body
-    assignment = next(node for node in body if isinstance(node, ast.Assign | ast.AnnAssign))
-    return list(ast.literal_eval(assignment.value).values())
-
-
-def _docstrings(path: Path) -> list[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # templates that are no Python
-            return []
-    docstrings, nodes = [], [tree]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstrings.append(ast.get_docstring(node, clean=False) or "")
-        # Bodies alone: no definition is inside an expression, and expressions are most of a tree.
-        for field in ("finalbody", "orelse", "handlers", "cases", "body"):
-            nodes += reversed(getattr(node, field, []))
-    return docstrings
 
 
 def _on_hub(name: str | None) -> bool:

@@ -14,19 +14,15 @@ lock, <key>.lock; the file stays (`one_builder` says why) and may be removed whe
 A store of another format version, and one that is damaged, is built anew.
 """
 
-import contextlib
-import errno
 import hashlib
 import json
 import logging
 import os
-import shutil
-import socket
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,20 +31,20 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data import corpus
-from mlm.data.corpus import Corpus, CorpusConfig
+from mlm.data.cache import build_once, key
+from mlm.data.corpus import CorpusConfig
 from mlm.data.encode import encode_batches
 from mlm.data.tokenizer import TokenizerInfo
 from mlm.errors import UserError, at_least
-from mlm.files import one_builder
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
 ARRAYS = ("ids", "word_starts", "document_offsets")
+COUNTS = ("documents", "tokens", "maskable_tokens", "unknown_tokens", "words", "characters", "spaced_words")
 BATCH_DOCUMENTS = 1000
 BATCH_CHARACTERS = 4_000_000  # held in memory at a time, unless one document is longer
 MAX_MEAN_WORD = 10  # tokens; "words" that are longer on average are sentences of an unsegmented script
-ABANDONED = 24 * 3600  # seconds after its last write from which a build counts as dead
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,24 @@ def prepare(
 
     Raises UserError where the corpus cannot be read, or the store cannot be written.
     """
-    stores = _find_or_build(source, tokenizer, info, config, only)
+    identity = corpus.identify(source) | ({} if only is None else {"only": only})
+    folder = store_folder(config) / key([identity, info.fingerprint])
+    find = partial(_open_splits, folder, identity, info)
+    stores = {} if config.overwrite_cache else find()
+    if not stores:
+        limit_threads(config)
+        # Before the lock: a mistake in the corpus leaves nothing on disk, and reading takes less than tokenising.
+        read = corpus.load(source)
+        splits = [split for split in read.splits if only in (None, split)]
+
+        def build_splits(path: Path) -> None:
+            for split in splits:
+                progress = tqdm(read.documents(split), f"tokenising {split}", unit=" documents", disable=None)
+                origin = {"split": split, "splits": splits, "identity": identity}
+                origin["empty_documents"] = read.dropped[split]
+                build(progress, tokenizer, info, path / split, origin)
+
+        stores = build_once(folder, find, build_splits, config.overwrite_cache)
     longest = max((store.mean_word for store in stores.values() if store.header["words"]), default=0)
     if whole_words:
         for store in stores.values():
@@ -119,96 +132,6 @@ def limit_threads(config: TokenStoreConfig) -> None:
         os.environ["RAYON_NUM_THREADS"] = str(config.preprocessing_num_workers)
 
 
-def _find_or_build(
-    source: CorpusConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    info: TokenizerInfo,
-    config: TokenStoreConfig,
-    only: str | None,
-) -> dict[str, TokenStore]:
-    identity = corpus.identify(source) | ({} if only is None else {"only": only})
-    key = hashlib.sha256(json.dumps([identity, info.fingerprint], sort_keys=True).encode()).hexdigest()[:20]
-    folder = store_folder(config) / key
-    if not config.overwrite_cache:
-        stores = _open_splits(folder, identity, info)
-        if stores:
-            return stores
-
-    limit_threads(config)
-    # Before the lock: a mistake in the corpus leaves nothing on disk, and reading takes less than tokenising.
-    read = corpus.load(source)
-    wanted = [name for name in read.splits if only in (None, name)]
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with one_builder(folder) as alone:
-            stores = {} if config.overwrite_cache else _open_splits(folder, identity, info)
-            if stores:  # another run has built them meanwhile
-                return stores
-            _remove_abandoned(folder, alone)
-            name = _workspace(folder, alone)
-            with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=folder.parent) as workspace:
-                built = Path(workspace, "store")  # others may read it, unlike the folder around it
-                _build_splits(read, wanted, identity, tokenizer, info, built)
-                if config.overwrite_cache or not _open_splits(folder, identity, info):
-                    with contextlib.suppress(FileNotFoundError):
-                        folder.rename(Path(workspace, "replaced"))  # goes with the workspace
-                _put_in_place(built, folder)
-            stores = _open_splits(folder, identity, info)  # before the next run may replace them
-    except OSError as error:
-        raise UserError(f"--token_store {folder.parent}: cannot write there ({error.strerror})") from None
-    if not stores:
-        raise UserError(f"--token_store {folder}: removed by another program during the build; run again")
-    return stores
-
-
-def _build_splits(
-    read: Corpus,
-    splits: list[str],
-    identity: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    info: TokenizerInfo,
-    folder: Path,
-) -> None:
-    for split in splits:
-        progress = tqdm(read.documents(split), f"tokenising {split}", unit=" documents", disable=None)
-        origin = {
-            "split": split,
-            "splits": splits,
-            "identity": identity,
-            "empty_documents": read.dropped.get(split, 0),
-        }
-        build(progress, tokenizer, info, folder / split, origin)
-
-
-def _put_in_place(built: Path, folder: Path) -> None:
-    try:
-        built.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else a run without the lock was quicker
-            raise
-
-
-def _workspace(folder: Path, alone: bool) -> str:
-    """The name up to its last dot of the folder that a process builds in. alone: it holds the lock."""
-    return f"{folder.name}.building.{socket.gethostname()}" if alone else f"{folder.name}.building"
-
-
-def _remove_abandoned(folder: Path, alone: bool) -> None:
-    """Removes the folders of killed builds of this store.
-
-    A process that holds the lock (`alone`) knows that earlier holders on this machine are dead. Builds
-    without the lock, and those of other machines (not every shared folder locks across machines), are judged
-    by age.
-    """
-    for leftover in folder.parent.glob(f"{folder.name}.building.*"):
-        times = []
-        with contextlib.suppress(OSError):  # a build that ends meanwhile takes its folder along
-            times = [path.stat().st_mtime for path in (leftover, *leftover.rglob("*"))]
-        dead = alone and leftover.name.rpartition(".")[0] == _workspace(folder, alone)
-        if dead or (times and time.time() - max(times) > ABANDONED):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
 def store_folder(config: TokenStoreConfig) -> Path:
     """Where token stores are kept between runs."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mlm")
@@ -217,15 +140,13 @@ def store_folder(config: TokenStoreConfig) -> Path:
 
 def _open_splits(folder: Path, identity: dict[str, Any], info: TokenizerInfo) -> dict[str, TokenStore]:
     """All splits of a complete, valid store of this corpus and tokenizer; {} where anything is wrong."""
-    stores = {}
-    for split in ("train", "validation"):
-        if (folder / split).is_dir():
-            store = open_store(folder / split, info.fingerprint)
-            if store is None or store.header.get("identity") != json.loads(json.dumps(identity)):
-                return {}
-            stores[split] = store
+    paths = (folder / split for split in ("train", "validation"))
+    stores = {path.name: open_store(path, info.fingerprint) for path in paths if path.is_dir()}
     # While another process removes a store, its splits disappear one after the other.
-    whole = all(set(store.header.get("splits", ())) == set(stores) for store in stores.values())
+    whole = all(
+        store and store.header.get("identity") == identity and set(store.header.get("splits", ())) == set(stores)
+        for store in stores.values()
+    )
     return stores if whole else {}
 
 
@@ -254,41 +175,36 @@ def build(
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if info.size - 1 <= np.iinfo(kind).max)
-    digest, text = hashlib.sha256(), Counter()
-    tokens = documents = words = maskable_tokens = unknown = longest = 0
+    digest, counts, longest = hashlib.sha256(), Counter(dict.fromkeys(COUNTS, 0)), 0
     with (
         _Appender(folder / "ids.npy", dtype) as ids_file,
         _Appender(folder / "word_starts.npy", np.bool_) as starts_file,
         _Appender(folder / "document_offsets.npy", np.int64) as offsets_file,
     ):
         offsets_file.append(np.zeros(1, np.int64))
-        for encoded in encode_batches(_batches(texts, digest, text), tokenizer, info):
-            ids_file.append(encoded.ids.astype(dtype))
+        for encoded in encode_batches(_batches(texts, digest, counts), tokenizer, info):
+            ids_file.append(encoded.ids)
             starts_file.append(encoded.word_starts)
-            offsets_file.append(tokens + np.cumsum(encoded.lengths))
+            offsets_file.append(counts["tokens"] + np.cumsum(encoded.lengths))
             maskable = info.maskable[encoded.ids]
-            tokens += len(encoded.ids)
-            documents += len(encoded.lengths)
-            words += int((encoded.word_starts & maskable).sum())
-            maskable_tokens += int(maskable.sum())
-            unknown += int((encoded.ids == info.unknown_id).sum()) if info.unknown_id is not None else 0
+            counts.update(
+                documents=len(encoded.lengths),
+                tokens=len(encoded.ids),
+                maskable_tokens=int(maskable.sum()),
+                unknown_tokens=int(np.sum(encoded.ids == info.unknown_id)),
+                words=int((encoded.word_starts & maskable).sum()),
+            )
             spans = np.diff(np.flatnonzero(encoded.word_starts), append=len(encoded.ids))
             longest = max(longest, int(spans.max(initial=0)))
-    seconds = time.perf_counter() - started
     header = {
         "version": FORMAT_VERSION,
         "tokenizer": info.fingerprint,
         "corpus": digest.hexdigest(),
         "bytes": {name: (folder / f"{name}.npy").stat().st_size for name in ARRAYS},
-        "documents": documents,
-        "tokens": tokens,
-        "maskable_tokens": maskable_tokens,
-        "unknown_tokens": unknown,
-        "words": words if info.has_words else None,
-        "characters": text["characters"],
-        "spaced_words": text["words"],
+        **counts,
+        "words": counts["words"] if info.has_words else None,
         "longest_word": longest,
-        "seconds": seconds,
+        "seconds": time.perf_counter() - started,
         **origin,
     }
     (folder / "header.json").write_text(json.dumps(header, indent=1))
@@ -315,11 +231,11 @@ def _no_words(mean_word: float) -> str:
     )
 
 
-def _batches(texts: Iterable[str], digest: "hashlib._Hash", seen: Counter) -> Iterator[list[str]]:
+def _batches(texts: Iterable[str], digest: "hashlib._Hash", counts: Counter) -> Iterator[list[str]]:
     """Batches of at most BATCH_DOCUMENTS texts, and about BATCH_CHARACTERS characters.
 
     digest: updated with each text and its length, so that the borders between texts count
-    seen: counts characters (code points) and words (by white space), which depend on no tokenizer
+    counts: of characters (code points) and words (by white space), which depend on no tokenizer
     """
     batch: list[str] = []
     characters = 0
@@ -329,7 +245,7 @@ def _batches(texts: Iterable[str], digest: "hashlib._Hash", seen: Counter) -> It
         digest.update(data)
         batch.append(text)
         characters += len(text)
-        seen.update(characters=len(text), words=len(text.split()))
+        counts.update(characters=len(text), spaced_words=len(text.split()))
         if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

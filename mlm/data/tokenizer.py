@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlm.data import corpus
+from mlm.data.cache import build_once, key
 from mlm.data.corpus import CorpusConfig
 from mlm.errors import UserError, explain_load_failure
-from mlm.files import one_builder
 from mlm.hub import local_files_only
 
 # Placeholders that occur in no text: BERT's and ModernBERT's, Gemma's, fairseq's, CamemBERT's, ESM's.
@@ -105,33 +103,19 @@ def _bert_engine(model: models.WordPiece) -> Tokenizer:
 def corpus_tokenizer(source: CorpusConfig, vocab_size: int, folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer trained on the corpus's training documents, kept in `folder` for later runs.
 
-    Of several runs at once one trains it while the others wait (`one_builder`).
-
     Raises UserError where there are no training documents, or `folder` cannot be written.
     """
-    identity = json.dumps([corpus.identify(source), vocab_size], sort_keys=True)
-    place = folder / f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:20]}"
+    place = folder / f"tokenizer-{key([corpus.identify(source), vocab_size])}"
     if not place.is_dir():
         read = corpus.load(source)
         if "train" not in read.splits:
             raise UserError("no text to learn a vocabulary from: give --train_file, or --tokenizer_name")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with one_builder(place):
-                if not place.is_dir():  # another run may have trained it meanwhile
-                    _train_into(place, read.documents("train"), vocab_size)
-        except OSError as error:
-            if not place.is_dir():  # else a run without the lock was quicker
-                raise UserError(f"--token_store {folder}: cannot write there ({error.strerror})") from None
+
+        def build(path: Path) -> None:
+            train_tokenizer(read.documents("train"), vocab_size).save_pretrained(path)
+
+        build_once(place, place.is_dir, build)
     return load_tokenizer(str(place))
-
-
-def _train_into(place: Path, documents: Iterable[str], vocab_size: int) -> None:
-    tokenizer = train_tokenizer(documents, vocab_size)
-    with tempfile.TemporaryDirectory(prefix=f"{place.name}.", dir=place.parent) as workspace:
-        partial = os.path.join(workspace, "tokenizer")  # others may read it, unlike the folder around it
-        tokenizer.save_pretrained(partial)
-        os.rename(partial, place)
 
 
 def spell(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

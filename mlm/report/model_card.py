@@ -44,8 +44,7 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
             ),
         ],
     )
-    files = [short(source) for source in (text.dataset_name, text.train_file) if source]
-    domain = files[0] if files else "the prose that every Python installation carries"
+    domain = short(text.dataset_name or text.train_file)
     model = Path(base).name if local else base or f"A {config.model.model_type or 'small BERT'} from scratch"
     rate, unigram = config.optimizer.learning_rate, figure(results["perplexity_unigram"])
     return f"""---

@@ -334,67 +334,6 @@ def test_store_and_vocabulary_are_those_of_the_clean_text_where_that_is_asked_fo
     assert (vocabularies[0] == vocabularies[1]) == strip
 
 
-# The built-in corpus.
-
-
-@pytest.fixture(scope="module")
-def built_in():
-    return corpus._built_in_documents()
-
-
-def test_the_built_in_corpus_is_english_prose(built_in):
-    assert len(built_in) == len(set(built_in)) > 5000
-    assert sum(map(len, built_in)) > 1_500_000
-    assert min(map(len, built_in)) >= 40
-    assert sum(" the " in text for text in built_in) > len(built_in) / 3
-    assert any(text.startswith('The "for" statement') for text in built_in)  # a topic of the reference
-    assert any(text.startswith("Simple JSON <") for text in built_in)  # json.JSONDecoder's docstring
-
-
-def test_docstrings_are_found_at_any_depth(tmp_path):
-    path = tmp_path / "module.py"
-    path.write_text(
-        """
-"module"
-if x:
-    try:
-        pass
-    except E:
-        def f():
-            "in except"
-            class C:
-                "in function"
-    else:
-        async def g():
-            "async"
-match x:
-    case 1:
-        def h():
-            "in case"
-raise SystemExit("imported")
-"""
-    )
-    assert sorted(filter(None, corpus._docstrings(path))) == sorted(
-        ["module", "in except", "in function", "async", "in case"]
-    )
-
-
-def test_nothing_given_is_the_built_in_corpus_the_same_each_time(built_in):
-    splits = documents(CorpusConfig())
-    in_validation = set(splits["validation"])
-    assert splits["train"] == [text for text in built_in if text not in in_validation]
-    assert splits["validation"] == [text for text in built_in if text in in_validation]
-
-
-def test_a_library_module_is_read_and_neither_tests_nor_packages(tmp_path, monkeypatch):
-    for folder in ("json", "test", "json/tests", "site-packages/package"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "module.py").write_text(f'"""{folder} {"has a docstring " * 3}"""')
-    (tmp_path / "template.py").write_text("no {{ python }}")
-    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert [text.split()[0] for text in corpus._built_in_documents()] == ["json"]
-
-
 # Names.
 
 
@@ -402,7 +341,7 @@ def test_identifying_imports_no_dataset_library(tmp_path):
     path = write(tmp_path / "texts.csv", LINES)
     code = (
         "import sys; from mlm.data.corpus import CorpusConfig, identify\n"
-        f"identify(CorpusConfig(train_file={path!r})); identify(CorpusConfig())\n"
+        f"identify(CorpusConfig(train_file={path!r}))\n"
         "sys.exit(str({'datasets', 'pandas', 'pyarrow'} & {*sys.modules} or ''))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -415,8 +354,6 @@ def test_the_name_changes_with_whatever_changes_the_documents(tmp_path):
     other = write(tmp_path / "other.txt", LINES)
     folder = str(tmp_path)
     configs = [
-        CorpusConfig(),
-        CorpusConfig(validation_split_percentage=6),
         CorpusConfig(train_file=str(path)),
         CorpusConfig(train_file=other),
         CorpusConfig(validation_file=str(path)),
@@ -426,7 +363,6 @@ def test_the_name_changes_with_whatever_changes_the_documents(tmp_path):
         CorpusConfig(dataset_name=folder),
         CorpusConfig(dataset_name=folder, text_column="review"),
         CorpusConfig(dataset_name=folder, validation_file=other),
-        CorpusConfig(strip_html=True),
         CorpusConfig(train_file=str(path), strip_html=True),
     ]
     names = [json.dumps(identify(config)) for config in configs]
@@ -434,10 +370,10 @@ def test_the_name_changes_with_whatever_changes_the_documents(tmp_path):
     assert names == [json.dumps(identify(config)) for config in configs]
     assert [json.loads(name) for name in names] == [identify(config) for config in configs]
 
-    by_file, by_folder = identify(configs[2]), identify(configs[8])
+    by_file, by_folder = identify(configs[0]), identify(configs[6])
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # the same size, a new time
-    assert identify(configs[2]) != by_file
-    assert identify(configs[8]) != by_folder
+    assert identify(configs[0]) != by_file
+    assert identify(configs[6]) != by_folder
 
 
 def test_the_name_is_the_same_from_any_working_directory(tmp_path, monkeypatch):
@@ -496,6 +432,11 @@ def test_the_library_is_quiet_inside_and_as_it_was_outside(tmp_path, capfd):
 
 
 # Mistakes.
+
+
+@pytest.mark.parametrize("function", [identify, load])
+def test_no_text_at_all_is_refused_with_the_flags_that_name_one(function):
+    assert refusal(function) == "no text: give --dataset_name, or --train_file"
 
 
 @pytest.mark.parametrize("function", [identify, load])
