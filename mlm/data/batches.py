@@ -55,12 +55,12 @@ def mask_chunks(
     maskable:  [V] bool, 1: may be masked
     select:    (maskable [B, T], draws [B, T], word_starts [B, T]) -> [B, T] bool, 1: predicted
     """
-    rows = chunks.take(chunk_ids)
-    draws = _draw_rows(seed, epochs, chunk_ids, rows.ids.shape[1])
-    corrupted = corrupt(rows.ids, select(maskable[rows.ids], draws, rows.word_starts), draws, recipe)
+    ids, word_starts, lengths = chunks.take(chunk_ids)
+    draws = _draw_rows(seed, epochs, chunk_ids, ids.shape[1])
+    corrupted = corrupt(ids, select(maskable[ids], draws, word_starts), draws, recipe)
     attention_mask = None
-    if rows.lengths is not None and (rows.lengths < rows.ids.shape[1]).any():
-        attention_mask = torch.from_numpy((np.arange(rows.ids.shape[1]) < rows.lengths[:, None]).astype(np.int64))
+    if lengths is not None and (lengths < ids.shape[1]).any():
+        attention_mask = torch.from_numpy((np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64))
     return Batch(*map(torch.from_numpy, corrupted), attention_mask)
 
 
@@ -131,22 +131,18 @@ class Batches:
     def mask(self, step: int, chunk_ids: np.ndarray, epochs: np.ndarray) -> Batch:
         """Masks chunks at the rate of a step. chunk_ids, epochs: [B] int64, as in `mask_chunks`"""
         rate = self.rate(step)
-        return mask_chunks(
-            self.chunks,
-            chunk_ids,
-            epochs,
-            self.seed,
-            self.maskable,
-            self.recipe,
-            lambda maskable, draws, word_starts: self.select(maskable, draws, rate, word_starts),
-        )
+
+        def select(maskable: np.ndarray, draws: np.ndarray, word_starts: np.ndarray) -> np.ndarray:
+            return self.select(maskable, draws, rate, word_starts)
+
+        return mask_chunks(self.chunks, chunk_ids, epochs, self.seed, self.maskable, self.recipe, select)
 
     def _count(self, step: int, chunk_ids: np.ndarray, epochs: np.ndarray) -> int:
         if len(chunk_ids) == 0:
             return 0
-        rows = self.chunks.take(chunk_ids)
-        draws = _draw_rows(self.seed, epochs, chunk_ids, rows.ids.shape[1])
-        return int(self.select(self.maskable[rows.ids], draws, self.rate(step), rows.word_starts).sum())
+        ids, word_starts, _ = self.chunks.take(chunk_ids)
+        draws = _draw_rows(self.seed, epochs, chunk_ids, ids.shape[1])
+        return int(self.select(self.maskable[ids], draws, self.rate(step), word_starts).sum())
 
 
 def _draw_rows(seed: int, epochs: np.ndarray, chunk_ids: np.ndarray, length: int) -> np.ndarray:

@@ -4,7 +4,6 @@ It is built beside its place and renamed, so that no run finds half of it. Of se
 others wait for its lock, <place>.lock; that file stays (`one_builder` says why) and may be removed when no run builds.
 """
 
-import errno
 import hashlib
 import json
 import shutil
@@ -47,23 +46,19 @@ def build_once(
                     built = Path(workspace, "store")  # others may read it, unlike the folder around it
                     build(built)
                     if overwrite or not find():
-                        _replace(place, built, Path(workspace, "replaced"))
+                        with suppress(FileNotFoundError):
+                            place.rename(Path(workspace, "replaced"))
+                        try:
+                            built.rename(place)
+                        except OSError:
+                            if not find():  # else a run without the lock was quicker
+                                raise
             found = find()  # before the next run may replace it
     except OSError as error:
         raise UserError(f"--token_store {place.parent}: cannot write there ({error.strerror})") from None
     if not found:
         raise UserError(f"--token_store {place}: removed by another program during the build; run again")
     return found
-
-
-def _replace(place: Path, built: Path, replaced: Path) -> None:
-    with suppress(FileNotFoundError):
-        place.rename(replaced)
-    try:
-        built.rename(place)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else a run without the lock was quicker
-            raise
 
 
 def _workspace(place: Path, alone: bool) -> str:

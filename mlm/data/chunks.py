@@ -32,13 +32,10 @@ class ChunkConfig:
 
 def chunk_length(config: ChunkConfig, max_positions: int | None) -> int:
     """Tokens in a chunk. Raises UserError where the model's position table is shorter than asked for."""
-    if config.max_seq_length is None:
-        return min(128, max_positions or 128)
-    if max_positions is not None and config.max_seq_length > max_positions:
-        raise UserError(
-            f"--max_seq_length {config.max_seq_length}: the model's position table takes {max_positions} tokens"
-        )
-    return config.max_seq_length
+    asked = config.max_seq_length
+    if asked and max_positions is not None and asked > max_positions:
+        raise UserError(f"--max_seq_length {asked}: the model's position table takes {max_positions} tokens")
+    return asked or min(128, max_positions or 128)
 
 
 class Rows(NamedTuple):
@@ -57,7 +54,7 @@ class Chunks:
     first:            [n] int64, where each row begins in the store; None: row c begins at c * chunk_size
     lengths:          [n] int64, tokens of each row without padding; None: all are full
     suffix:           ids that end a document, kept at the end of a row whose document was cut
-    cut:              [n] bool, 1: the row's document was longer than the row
+    cut:              [n] bool, 1: the row's document was longer than the row; given with a suffix
     """
 
     ids: np.ndarray
@@ -89,9 +86,9 @@ class Chunks:
         index = np.minimum(first[:, None] + column, len(self.ids) - 1)
         ids = np.where(inside, self.ids[index], self.pad_id).astype(np.int64)
         word_starts = np.where(inside, self.word_starts[index], True)
-        if self.suffix and self.cut is not None and self.cut[chunk_ids].any():  # then T is the chunk size
-            ids[self.cut[chunk_ids], size - len(self.suffix) :] = self.suffix
-            word_starts[self.cut[chunk_ids], size - len(self.suffix) :] = True
+        if self.suffix and (cut := self.cut[chunk_ids]).any():  # then T is the chunk size
+            ids[cut, size - len(self.suffix) :] = self.suffix
+            word_starts[cut, size - len(self.suffix) :] = True
         return Rows(ids, word_starts, lengths)
 
     def places(self, chunk_ids: np.ndarray, columns: np.ndarray | int) -> np.ndarray:
@@ -130,24 +127,14 @@ def concatenate(
     full, rest = divmod(len(ids), chunk_size)
     if remainder == "drop" or rest == 0:
         return Chunks(ids, word_starts, chunk_size, full, pad_id)
-    lengths = np.full(full + 1, chunk_size, dtype=np.int64)
-    lengths[-1] = rest
-    return Chunks(ids, word_starts, chunk_size, full + 1, pad_id, lengths=lengths)
+    return Chunks(ids, word_starts, chunk_size, full + 1, pad_id, lengths=np.append(np.full(full, chunk_size), rest))
 
 
 def line_by_line(
     ids: np.ndarray, word_starts: np.ndarray, document_offsets: np.ndarray, chunk_size: int, info: TokenizerInfo
 ) -> Chunks:
     """One document per row. A document longer than T is cut, and still ends with the suffix ([SEP])."""
-    lengths = np.diff(document_offsets)
-    return Chunks(
-        ids,
-        word_starts,
-        chunk_size,
-        num_chunks=len(lengths),
-        pad_id=info.pad_id,
-        first=np.asarray(document_offsets[:-1]),
-        lengths=np.minimum(lengths, chunk_size),
-        suffix=info.suffix if len(info.suffix) < chunk_size else (),
-        cut=lengths > chunk_size,
-    )
+    first, lengths = np.asarray(document_offsets[:-1]), np.diff(document_offsets)
+    shown, cut = np.minimum(lengths, chunk_size), lengths > chunk_size
+    suffix = info.suffix if len(info.suffix) < chunk_size else ()
+    return Chunks(ids, word_starts, chunk_size, len(lengths), info.pad_id, first, shown, suffix, cut)

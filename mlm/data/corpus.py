@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # File extension (also followed by .gz): the datasets library's reader.
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+KNOWN = f"{', '.join(READERS)}, each also with .gz"
 
 # Tags, comments and declarations in a row, with the blanks between them. The name of a tag follows "<" and
 # ends at white space, "/" or ">": `a < b`, <me@example.org> and <stdio.h> are text.
@@ -53,9 +54,7 @@ class OutOfDomainConfig:
     """Text outside the domain, measured before and after, never trained on: it shows what a model forgets."""
 
     out_of_domain_file: str | None = None  # Measure this text too, in the formats of --train_file.
-    out_of_domain_dataset_name: str | None = (
-        None  # Or measure this Hub dataset or folder: its validation split, else 5% of it.
-    )
+    out_of_domain_dataset_name: str | None = None  # Or this dataset or folder: its validation split, else 5% of it.
     out_of_domain_dataset_config_name: str | None = None  # Choose this configuration of it.
     out_of_domain_text_column: str | None = None  # This column holds its documents (default: --text_column).
 
@@ -91,28 +90,22 @@ class Documents:
 def identify(config: CorpusConfig) -> dict[str, Any]:
     """Name the corpus without reading it: equal names mean equal documents in equal splits.
 
-    Local files are named by absolute path, size in bytes and modification time in ns (every file of a
-    folder); a Hub dataset by its commit, or with no network by the commit in the local Hub cache. The name
-    is the same after a round trip through JSON.
+    Local files are named by absolute path, size in bytes and modification time in ns (every file of a folder), a Hub
+    dataset by its commit (with no network, the one in the local Hub cache). The name is the same after a round trip
+    through JSON.
 
     Raises UserError as `load` does, for what can be seen without reading.
     """
     _check(config)
-    files = [file for file in (config.train_file, config.validation_file) if file]
+    files = {flag: getattr(config, flag) for flag in ("train_file", "validation_file") if getattr(config, flag)}
     identity: dict[str, Any] = {"text_column": config.text_column}
-    if config.dataset_name:
+    if name := config.dataset_name:
         identity["dataset_config_name"] = config.dataset_config_name
-        if _on_hub(config.dataset_name):
-            identity["dataset"] = [config.dataset_name, _hub_revision(config.dataset_name)]
-        else:
-            identity["dataset"] = [_stamp(file) for file in _files_under(config.dataset_name)]
-    if config.train_file:
-        identity["train_file"] = _stamp(config.train_file)
-    if config.validation_file:
-        identity["validation_file"] = _stamp(config.validation_file)
-    else:
+        identity["dataset"] = [name, _hub_revision(name)] if _on_hub(name) else [*map(_stamp, _files_under(name))]
+    identity |= {flag: _stamp(file) for flag, file in files.items()}
+    if not config.validation_file:
         identity["validation_split_percentage"] = config.validation_split_percentage
-    if config.dataset_name or any(_reader(file) == "text" for file in files):
+    if config.dataset_name or any(_reader(file) == "text" for file in files.values()):
         identity["sample_by"] = config.sample_by
     if config.strip_html:
         identity["strip_html"] = True
@@ -134,16 +127,19 @@ def load(config: CorpusConfig) -> Corpus:
     with _quiet_datasets(from_hub=_on_hub(config.dataset_name)):
         import datasets
 
-        sources = _sources(config)
+        sources = _read_dataset(config.dataset_name, config) if config.dataset_name else {}
+        files = {"train": config.train_file, "validation": config.validation_file}
+        sources |= {split: _read_file(file, config) for split, file in files.items() if file}
         kept, hashes, dropped = {}, {}, {}
         for split, source in sources.items():
             where = origin(config, split)
             with _explained(where):
                 kept[split], hashes[split] = _scan(source, config.strip_html)  # int64[n], uint64[n]
             dropped[split] = len(source) - len(kept[split])
-            if not len(kept[split]):
-                why = f"{dropped[split]} empty or whitespace ones were dropped"
-                raise UserError(f"{where} holds no {split} document: {why}")
+            if dropped[split] == len(source):
+                raise UserError(
+                    f"{where} holds no {split} document: {len(source)} empty or whitespace ones were dropped"
+                )
 
         if "validation" not in sources:
             out = held_out(hashes["train"], config.validation_split_percentage)  # bool[n]
@@ -218,17 +214,15 @@ def _check(config: CorpusConfig) -> None:
     if name and os.path.isfile(name):
         raise UserError(f"--dataset_name {name} is a file: give it as --train_file")
     if name and os.path.isdir(name) and not _is_saved(name) and not any(map(_reader, _files_under(name))):
-        raise UserError(f"{name} holds no data files: expected a save_to_disk folder, or {_known()}")
+        raise UserError(f"{name} holds no data files: expected a save_to_disk folder, or {KNOWN}")
     for flag, file in (("--train_file", config.train_file), ("--validation_file", config.validation_file)):
-        if not file:
-            continue
-        if not os.path.exists(file):
+        if file and not os.path.exists(file):
             raise UserError(f"{flag} {file}: no such file")
-        if not os.path.isfile(file):
+        if file and not os.path.isfile(file):
             raise UserError(f"{flag} {file} is not a file: give a folder as --dataset_name")
-        if not _reader(file):
-            raise UserError(f"{flag} {file}: unknown kind of file, expected {_known()}")
-        if not os.path.getsize(file):
+        if file and not _reader(file):
+            raise UserError(f"{flag} {file}: unknown kind of file, expected {KNOWN}")
+        if file and not os.path.getsize(file):
             raise UserError(f"{flag} {file} is empty")
     if not config.validation_file and not name:  # a dataset may bring its own validation split
         _check_percentage(config.validation_split_percentage)
@@ -239,24 +233,10 @@ def _check_percentage(percentage: float) -> None:
         raise UserError(f"--validation_split_percentage {percentage}: must be more than 0 and less than 100")
 
 
-def _sources(config: CorpusConfig) -> dict[str, "datasets.Dataset"]:
-    """The train and validation splits that the configuration names, each with the single column "text"."""
-
-    sources = {}
-    if config.dataset_name:
-        sources = _read_dataset(config.dataset_name, config)
-    elif config.train_file:
-        sources["train"] = _read_file(config.train_file, config)
-    if config.validation_file:
-        sources["validation"] = _read_file(config.validation_file, config)
-    return sources
-
-
 def origin(config: CorpusConfig, split: str) -> str:
     """Where a split comes from, for messages."""
-    if split == "validation" and config.validation_file:
-        return config.validation_file
-    return config.dataset_name or config.train_file
+    file = config.validation_file if split == "validation" else None
+    return file or config.dataset_name or config.train_file
 
 
 def _read_dataset(name: str, config: CorpusConfig) -> dict[str, "datasets.Dataset"]:
@@ -271,10 +251,10 @@ def _read_dataset(name: str, config: CorpusConfig) -> dict[str, "datasets.Datase
         else:
             path = name if _on_hub(name) else os.path.abspath(name)
             splits = _convert(path, config, name=config.dataset_config_name)
-    sources = {split: splits[split] for split in ("train", "validation") if split in splits}
-    if not sources:
+    used = [split for split in ("train", "validation") if split in splits]
+    if not used:
         raise UserError(f"{name} has neither a train nor a validation split, only {', '.join(splits)}")
-    return {split: _text_only(source, f"{name} ({split})", config.text_column) for split, source in sources.items()}
+    return {split: _text_only(splits[split], f"{name} ({split})", config.text_column) for split in used}
 
 
 def _read_file(file: str, config: CorpusConfig) -> "datasets.Dataset":
@@ -282,7 +262,7 @@ def _read_file(file: str, config: CorpusConfig) -> "datasets.Dataset":
 
     reader, path = _reader(file), os.path.abspath(file)
     with _explained(file):
-        if reader == "parquet" and _is_gzip(file):  # the one reader that does not unpack by itself
+        if reader == "parquet" and file.lower().endswith(".gz"):  # the one reader that does not unpack by itself
             # The unpacked copy is cached by path alone: unpack again, the file may have changed in place.
             fresh = datasets.DownloadConfig(force_extract=True)
             path = datasets.DownloadManager(download_config=fresh).extract(path)
@@ -295,22 +275,18 @@ def _convert(path: str, config: CorpusConfig, **where: Any) -> "datasets.Dataset
     import datasets
 
     reader = datasets.load_dataset_builder(path, **where)
-    options: dict[str, Any] = {}
-    if hasattr(reader.config, "sample_by"):
-        options["sample_by"] = config.sample_by
-    # In a .csv file a text of digits stays a text. NA, NaN, null and None are empty documents, as pandas has
-    # it: with other settings it would turn gaps in the other columns to strings, and their types would clash.
-    if hasattr(reader.config, "converters"):
-        options["converters"] = {config.text_column: str}
-    return datasets.load_dataset(path, **where, **options)
+    # In a .csv file a text of digits stays a text. NA, NaN, null and None are empty documents, as pandas has it: with
+    # other settings it would turn gaps in the other columns to strings, and their types would clash.
+    options = {"sample_by": config.sample_by, "converters": {config.text_column: str}}
+    has = {name: value for name, value in options.items() if hasattr(reader.config, name)}
+    return datasets.load_dataset(path, **where, **has)
 
 
 def _text_only(dataset: "datasets.Dataset", origin: str, column: str) -> "datasets.Dataset":
     import datasets
 
-    if column not in dataset.column_names:
-        there = ", ".join(dataset.column_names)
-        raise UserError(f"{origin} has no column {column!r}, but {there}: name the text with --text_column")
+    if column not in (there := dataset.column_names):
+        raise UserError(f"{origin} has no column {column!r}, but {', '.join(there)}: name the text with --text_column")
     feature = dataset.features[column]
     kind = feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
     if kind not in ("string", "large_string", "null"):
@@ -326,7 +302,7 @@ def _scan(dataset: "datasets.Dataset", without_html: bool = False) -> tuple[np.n
     """
     positions, hashes = array("q"), array("Q")
     for position, text in enumerate(texts(dataset)):
-        if text and not text.isspace() and not (without_html and not strip_html(text).strip()):
+        if text and (strip_html(text) if without_html else text).strip():
             positions.append(position)
             hashes.append(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little"))
     return np.array(positions, dtype=np.int64), np.array(hashes, dtype=np.uint64)
@@ -354,14 +330,6 @@ def _reader(file: str) -> str | None:
     return READERS.get(Path(file.lower().removesuffix(".gz")).suffix)
 
 
-def _is_gzip(file: str) -> bool:
-    return file.lower().endswith(".gz")
-
-
-def _known() -> str:
-    return f"{', '.join(READERS)}, each also with .gz"
-
-
 def _is_saved(folder: str) -> bool:
     """Whether `save_to_disk` wrote the folder, from a DatasetDict (the first file) or a Dataset."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_dict.json", "state.json"))
@@ -379,10 +347,8 @@ def _stamp(file: str) -> list[str | int]:
 
 @contextmanager
 def _quiet_datasets(from_hub: bool) -> Iterator[None]:
-    """No bars and no chatter of the datasets library inside; as it was afterwards.
-
-    For local files nor does it count a download on the Hub, which takes seconds where there is no network.
-    """
+    """Inside, the datasets library logs nothing and shows no bars. For local files it does not count a download on the
+    Hub either, which takes seconds where there is no network."""
     import datasets
     from datasets import utils
 
@@ -414,8 +380,7 @@ def _explained(origin: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__:
             cause = cause.__cause__
-        reason = one_line(f"{type(cause).__name__}: {cause}")
-        raise UserError(f"cannot read {origin}: {reason}") from error
+        raise UserError(f"cannot read {origin}: {one_line(f'{type(cause).__name__}: {cause}')}") from error
 
 
 def _fault(file: str) -> str | None:
@@ -425,7 +390,7 @@ def _fault(file: str) -> str | None:
         return None
     filled, offset, is_list = 0, 0, False
     try:
-        with (gzip.open if _is_gzip(file) else open)(file, "rb") as lines:
+        with (gzip.open if file.lower().endswith(".gz") else open)(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 try:
                     text = line.decode().removeprefix("\ufeff")
@@ -444,8 +409,7 @@ def _fault(file: str) -> str | None:
                 return _json_fault(lines.read().decode().removeprefix("\ufeff"), 1)
     except (EOFError, gzip.BadGzipFile, zlib.error):
         return "not a whole gzip file"
-    headers = 1 if reader == "csv" else 0
-    return "holds no document" if filled <= headers else None
+    return "holds no document" if filled <= (reader == "csv") else None  # a .csv file has a header
 
 
 def _json_fault(text: str, number: int) -> str | None:

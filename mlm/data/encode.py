@@ -56,17 +56,17 @@ def encode_texts(
 
 
 def _unpack(batch: list[str], encodings: list[Encoding], backend: Tokenizer, info: TokenizerInfo) -> Encoded:
-    chain = itertools.chain.from_iterable
-    lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
-    ids = np.fromiter(chain(e.ids for e in encodings), np.int64, lengths.sum())
+    ids = _flat(e.ids for e in encodings)
     if info.special[ids[ids != info.unknown_id]].any():
         # A vocabulary can hold its special tokens as pieces (XLM-R's does) and so find them in text.
         encodings = [_as_text(text, e, backend, info) for text, e in zip(batch, encodings, strict=True)]
-        lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
-        ids = np.fromiter(chain(e.ids for e in encodings), np.int64, lengths.sum())
-    words = np.fromiter(chain(e.word_ids for e in encodings), np.int64, lengths.sum())
-    word_starts = np.diff(words, prepend=-1) != 0
-    return _close_documents(ids, word_starts, lengths, info)
+        ids = _flat(e.ids for e in encodings)
+    word_starts = np.diff(_flat(e.word_ids for e in encodings), prepend=-1) != 0
+    return _close_documents(ids, word_starts, np.array([len(e) for e in encodings]), info)
+
+
+def _flat(rows: Iterable[list[int]]) -> np.ndarray:
+    return np.fromiter(itertools.chain.from_iterable(rows), np.int64)
 
 
 def _as_text(text: str, encoding: Encoding, backend: Tokenizer, info: TokenizerInfo) -> Encoding:
@@ -91,9 +91,8 @@ def _encode_slow(batch: list[str], tokenizer: PreTrainedTokenizerBase, info: Tok
     literal = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens))
     batch = [literal.sub(lambda match: _broken(match[0]), text) for text in batch]
     rows = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    ids = np.fromiter(itertools.chain.from_iterable(rows), np.int64, lengths.sum())
-    return _close_documents(ids, np.ones(len(ids), bool), lengths, info)
+    ids = _flat(rows)
+    return _close_documents(ids, np.ones(len(ids), bool), np.array([len(row) for row in rows]), info)
 
 
 def _close_documents(ids: np.ndarray, word_starts: np.ndarray, lengths: np.ndarray, info: TokenizerInfo) -> Encoded:
@@ -103,10 +102,8 @@ def _close_documents(ids: np.ndarray, word_starts: np.ndarray, lengths: np.ndarr
     offsets = np.concatenate([[0], np.cumsum(lengths + before + after)])
     document = np.repeat(np.arange(len(lengths)), lengths)  # [n] each token's document
     place = np.arange(len(ids)) + before * (document + 1) + after * document
-    out = np.empty(offsets[-1], np.int64)
-    starts = np.ones(offsets[-1], bool)
-    out[place] = ids
-    starts[place] = word_starts
+    out, starts = np.empty(offsets[-1], np.int64), np.ones(offsets[-1], bool)
+    out[place], starts[place] = ids, word_starts
     for i, token_id in enumerate(info.prefix):
         out[offsets[:-1] + i] = token_id
     for i, token_id in enumerate(info.suffix):

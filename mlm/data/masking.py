@@ -54,11 +54,9 @@ class MaskingConfig:
         for name in ("mlm_probability", "mask_replace_prob", "random_replace_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name} {getattr(self, name)}: a probability lies between 0 and 1")
-        if self.mask_replace_prob + self.random_replace_prob > 1 + 1e-9:
-            raise UserError(
-                f"--mask_replace_prob {self.mask_replace_prob} and --random_replace_prob "
-                f"{self.random_replace_prob} sum to more than 1"
-            )
+        mask, randomise = self.mask_replace_prob, self.random_replace_prob
+        if mask + randomise > 1 + 1e-9:
+            raise UserError(f"--mask_replace_prob {mask} and --random_replace_prob {randomise} sum to more than 1")
 
 
 @dataclass(frozen=True)
@@ -86,16 +84,10 @@ class Corrupted(NamedTuple):
 
 
 def make_recipe(info: TokenizerInfo, mask: float = 0.8, randomise: float = 0.1) -> Recipe:
-    """The shares of the predicted tokens that become the mask token, and a random token, as thresholds.
-
-    The defaults are BERT's (Devlin et al. 2019, section 3.1): 80% masked, 10% random, 10% unchanged.
-    """
-    return Recipe(
-        replace=_threshold(mask),
-        randomise=min(_threshold(mask + randomise), SCALE),
-        mask_id=info.mask_id,
-        maskable_ids=np.flatnonzero(info.maskable),
-    )
+    """A recipe of the shares that become the mask token and a random token. The defaults are BERT's (Devlin et al.
+    2019, section 3.1): 80% masked, 10% random, 10% unchanged."""
+    either = min(_threshold(mask + randomise), SCALE)
+    return Recipe(_threshold(mask), either, info.mask_id, np.flatnonzero(info.maskable))
 
 
 def mix(x: int) -> int:
@@ -163,14 +155,15 @@ def select_fold(
     word_starts: [B, T] bool to keep words together, None to deal out single tokens
     fold, folds: which fold, in [0, folds), of how many; the other arguments as in `select_tokens`
     """
-    rows, length = draws.shape
-    head = np.broadcast_to(np.arange(length), draws.shape) if word_starts is None else _word_heads(word_starts)
-    units = np.zeros((rows, length), bool)  # 1: a token, or the head of a word, to deal out
-    row, column = np.nonzero(maskable)
-    units[row, head[row, column]] = True
+    column = np.broadcast_to(np.arange(draws.shape[1]), draws.shape)  # [B, T]
+    # [B, T] the column at which each token's word begins in its chunk
+    head = column if word_starts is None else np.maximum.accumulate(np.where(word_starts, column, 0), axis=1)
+    units = np.zeros(draws.shape, bool)  # 1: a token, or the head of a word, to deal out
+    row, place = np.nonzero(maskable)
+    units[row, head[row, place]] = True
     order = np.argsort(np.where(units, draws, ALL_BITS), axis=1, kind="stable")
-    turn = np.empty((rows, length), np.int64)
-    np.put_along_axis(turn, order, np.broadcast_to(np.arange(length), draws.shape), axis=1)
+    turn = np.empty(draws.shape, np.int64)
+    np.put_along_axis(turn, order, column, axis=1)
     turn += ((draws[:, :1] & np.uint64(0xFFFFFFFF)) % np.uint64(folds)).astype(np.int64)
     return (np.take_along_axis(turn % folds, head, axis=1) == fold) & maskable
 
@@ -228,12 +221,6 @@ def corrupt_torch(ids: torch.Tensor, selected: torch.Tensor, draws: torch.Tensor
 
 def _threshold(share: float) -> int:
     return round(share * SCALE)
-
-
-def _word_heads(word_starts: np.ndarray) -> np.ndarray:
-    """[B, T] int64, the column at which each token's word begins in its chunk."""
-    column = np.arange(word_starts.shape[1])
-    return np.maximum.accumulate(np.where(word_starts, column, 0), axis=1)
 
 
 def _through_words(hit: np.ndarray, starts: np.ndarray) -> np.ndarray:

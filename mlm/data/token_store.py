@@ -6,12 +6,9 @@
                               header.json          its sources, counts, sizes and fingerprints
                         validation/…
 
-The key is a hash of the corpus (paths, sizes and times, or the Hub's revision) and the tokenizer, so that a
-second run finds its store without reading a document. A store is built beside its place and renamed, so that
-no run finds half of one. Of several runs that need the same store one builds it while the others wait for its
-lock, <key>.lock; the file stays (`one_builder` says why) and may be removed when no run is building.
-
-A store of another format version, and one that is damaged, is built anew.
+The key is a hash of the corpus (paths, sizes and times, or the Hub's revision) and the tokenizer, so that a second run
+finds its store without reading a document (cache.py). A store of another format version, and one that is damaged, is
+built anew.
 """
 
 import hashlib
@@ -20,11 +17,12 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -89,9 +87,8 @@ def prepare(
 ) -> dict[str, TokenStore]:
     """Opens the token stores of the corpus's splits, {"train": …, "validation": …}, and builds missing ones.
 
-    whole_words: check that the tokenizer finds words to mask: a UserError where it does not. Without it that
-        is a warning
-    only: the one split to build; the others are not tokenised
+    whole_words: a tokenizer that finds no words to mask is a UserError, not a warning
+    only:        the one split to build; the others are not tokenised
 
     Raises UserError where the corpus cannot be read, or the store cannot be written.
     """
@@ -125,8 +122,7 @@ def prepare(
 def limit_threads(config: TokenStoreConfig) -> None:
     """Limits the threads of the tokenizers library to the number in `config`.
 
-    Call it before the process's first use of a tokenizer: the library reads the number once, when it starts
-    its thread pool.
+    Call it before the process's first use of a tokenizer, when the library starts its thread pool.
     """
     if config.preprocessing_num_workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(config.preprocessing_num_workers)
@@ -154,8 +150,8 @@ def open_store(folder: Path, tokenizer_fingerprint: str) -> TokenStore | None:
     """The store in `folder`; None where it is damaged, of another version or of another tokenizer."""
     try:
         header = json.loads((folder / "header.json").read_text())
-        sizes = {name: (folder / f"{name}.npy").stat().st_size for name in ARRAYS}
-        if (header["version"], header["tokenizer"], header["bytes"]) != (FORMAT_VERSION, tokenizer_fingerprint, sizes):
+        written = header["version"], header["tokenizer"], header["bytes"]
+        if written != (FORMAT_VERSION, tokenizer_fingerprint, _sizes(folder)):
             return None
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
     except (OSError, ValueError, KeyError, TypeError):
@@ -168,24 +164,22 @@ def build(
 ) -> TokenStore:
     """Tokenises `texts` into `folder`, batch by batch, so that memory does not grow with the corpus.
 
-    A text without a token (of control characters, say) is left out.
-
-    origin: copied into the header
+    A text without a token (of control characters, say) is left out. The header repeats `origin`.
     """
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if info.size - 1 <= np.iinfo(kind).max)
     digest, counts, longest = hashlib.sha256(), Counter(dict.fromkeys(COUNTS, 0)), 0
     with (
-        _Appender(folder / "ids.npy", dtype) as ids_file,
-        _Appender(folder / "word_starts.npy", np.bool_) as starts_file,
-        _Appender(folder / "document_offsets.npy", np.int64) as offsets_file,
+        _growing(folder / "ids.npy", dtype) as append_ids,
+        _growing(folder / "word_starts.npy", np.bool_) as append_starts,
+        _growing(folder / "document_offsets.npy", np.int64) as append_offsets,
     ):
-        offsets_file.append(np.zeros(1, np.int64))
+        append_offsets(np.zeros(1, np.int64))
         for encoded in encode_batches(_batches(texts, digest, counts), tokenizer, info):
-            ids_file.append(encoded.ids)
-            starts_file.append(encoded.word_starts)
-            offsets_file.append(counts["tokens"] + np.cumsum(encoded.lengths))
+            append_ids(encoded.ids)
+            append_starts(encoded.word_starts)
+            append_offsets(counts["tokens"] + np.cumsum(encoded.lengths))
             maskable = info.maskable[encoded.ids]
             counts.update(
                 documents=len(encoded.lengths),
@@ -200,7 +194,7 @@ def build(
         "version": FORMAT_VERSION,
         "tokenizer": info.fingerprint,
         "corpus": digest.hexdigest(),
-        "bytes": {name: (folder / f"{name}.npy").stat().st_size for name in ARRAYS},
+        "bytes": _sizes(folder),
         **counts,
         "words": counts["words"] if info.has_words else None,
         "longest_word": longest,
@@ -208,9 +202,11 @@ def build(
         **origin,
     }
     (folder / "header.json").write_text(json.dumps(header, indent=1))
-    store = open_store(folder, info.fingerprint)
-    assert store is not None
-    return store
+    return open_store(folder, info.fingerprint)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {name: (folder / f"{name}.npy").stat().st_size for name in ARRAYS}
 
 
 def check_words(store: TokenStore, flag: str = "--whole_word_mask") -> None:
@@ -237,12 +233,10 @@ def _batches(texts: Iterable[str], digest: "hashlib._Hash", counts: Counter) -> 
     digest: updated with each text and its length, so that the borders between texts count
     counts: of characters (code points) and words (by white space), which depend on no tokenizer
     """
-    batch: list[str] = []
-    characters = 0
+    batch, characters = [], 0
     for text in texts:
         data = text.encode()
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
+        digest.update(len(data).to_bytes(8, "little") + data)
         batch.append(text)
         characters += len(text)
         counts.update(characters=len(text), spaced_words=len(text.split()))
@@ -253,29 +247,24 @@ def _batches(texts: Iterable[str], digest: "hashlib._Hash", counts: Counter) -> 
         yield batch
 
 
-class _Appender:
-    """A one-dimensional .npy file that grows: NumPy pads the header so that the final length fits."""
+@contextmanager
+def _growing(path: Path, dtype: type) -> Iterator[Callable[[np.ndarray], None]]:
+    """Appends to a new one-dimensional .npy file: NumPy pads the header so that the final length fits."""
+    with path.open("wb") as file:
+        length = 0
 
-    def __init__(self, path: Path, dtype: type) -> None:
-        self.dtype, self.length = np.dtype(dtype), 0
-        self.file: IO[bytes] = path.open("wb")
-        self._write_header()
+        def write_header() -> None:
+            file.seek(0)
+            described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (length,)}
+            np.lib.format.write_array_header_1_0(file, described)
 
-    def append(self, values: np.ndarray) -> None:
-        self.file.write(np.ascontiguousarray(values, self.dtype).data)
-        self.length += len(values)
+        def append(values: np.ndarray) -> None:
+            nonlocal length
+            file.write(np.ascontiguousarray(values, dtype).data)
+            length += len(values)
 
-    def _write_header(self) -> None:
-        described = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
-        self.file.seek(0)
-        np.lib.format.write_array_header_1_0(self.file, described)
-
-    def __enter__(self) -> "_Appender":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with self.file:
-            if exception[0] is None:
-                self._write_header()
-                self.file.flush()
-                os.fsync(self.file.fileno())
+        write_header()
+        yield append
+        write_header()
+        file.flush()
+        os.fsync(file.fileno())

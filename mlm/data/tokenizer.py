@@ -64,32 +64,24 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     The same documents give the same vocabulary: the trainer breaks ties between equally frequent pairs by the
     ids of their characters, which it assigns in the order of a hash map, so they get their ids beforehand.
     """
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    specials = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     backend = _bert_engine(models.WordPiece(unk_token="[UNK]"))
-    starts: set[str] = set()
-    inside: set[str] = set()
+    starts, inside = set(), set()
     for text in documents:
         for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)):
             starts.add(word[0])
             inside.update(word[1:])
-    numbered = [*specials, *sorted(starts), *(f"##{character}" for character in sorted(inside))]
+    numbered = [*specials.values(), *sorted(starts), *(f"##{character}" for character in sorted(inside))]
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=numbered, show_progress=False)
     backend.train_from_iterator(documents, trainer)
-    vocabulary = backend.get_vocab()
-    backend = _bert_engine(models.WordPiece(vocabulary, unk_token="[UNK]"))  # in it letters are not special
+    # Another engine, in which letters are not special.
+    backend = _bert_engine(models.WordPiece(backend.get_vocab(), unk_token="[UNK]"))
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **specials)
 
 
 def _bert_engine(model: models.WordPiece) -> Tokenizer:
@@ -138,30 +130,30 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
     """Raises UserError where the tokenizer has no mask token, or no token that may be masked."""
-    if tokenizer.mask_token_id is None:
+    name, mask_id, pad_id = tokenizer.name_or_path, tokenizer.mask_token_id, tokenizer.pad_token_id
+    if mask_id is None:
         raise UserError(
-            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no mask token; "
+            f"the tokenizer {name or type(tokenizer).__name__} has no mask token; "
             "masked language models need one, choose another with --tokenizer_name"
         )
     vocabulary = tokenizer.get_vocab()
     size = max(vocabulary.values()) + 1
     special = np.zeros(size, dtype=bool)
-    special[tokenizer.all_special_ids] = True
-    special[[token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
+    added = [token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]
+    special[tokenizer.all_special_ids + added] = True
     maskable = np.zeros(size, dtype=bool)
     maskable[[token_id for token, token_id in vocabulary.items() if not UNUSED.fullmatch(token)]] = True
     maskable &= ~special
     if not maskable.any():
-        raise UserError(f"the tokenizer {tokenizer.name_or_path} knows no token besides its special ones")
+        raise UserError(f"the tokenizer {name} knows no token besides its special ones")
 
     prefix, suffix = template(tokenizer)
-    pad_id = tokenizer.pad_token_id
     return TokenizerInfo(
         size=size,
         special=special,
         maskable=maskable,
-        mask_id=tokenizer.mask_token_id,
-        pad_id=tokenizer.mask_token_id if pad_id is None else pad_id,  # the attention mask hides it
+        mask_id=mask_id,
+        pad_id=mask_id if pad_id is None else pad_id,  # the attention mask hides it
         unknown_id=tokenizer.unk_token_id,
         prefix=prefix,
         suffix=suffix,
