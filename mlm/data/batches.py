@@ -56,7 +56,7 @@ def mask_chunks(
     select:    (maskable [B, T], draws [B, T], word_starts [B, T]) -> [B, T] bool, 1: predicted
     """
     ids, word_starts, lengths = chunks.take(chunk_ids)
-    draws = _draw_rows(seed, epochs, chunk_ids, ids.shape[1])
+    draws = draw(seed, epochs, chunk_ids, ids.shape[1])
     corrupted = corrupt(ids, select(maskable[ids], draws, word_starts), draws, recipe)
     attention_mask = None
     if lengths is not None and (lengths < ids.shape[1]).any():
@@ -66,25 +66,18 @@ def mask_chunks(
 
 @dataclass(frozen=True)
 class Batches:
-    """The training batches of process `rank` of `world`.
-
-    maskable:     [V] bool, 1: may be masked
-    select:       selects the tokens to predict, at a rate
-    rate:         the rate at a step
-    global_batch: chunks a step, over all processes
-    samples:      train on this many chunks only, drawn by the seed
-    """
+    """The training batches of process `rank` of `world`."""
 
     chunks: Chunks
     recipe: Recipe
-    maskable: np.ndarray
-    select: Select
-    rate: Callable[[int], float]
+    maskable: np.ndarray  # [V] bool, 1: may be masked
+    select: Select  # selects the tokens to predict, at a rate
+    rate: Callable[[int], float]  # at a step
     seed: int
-    global_batch: int
+    global_batch: int  # chunks a step, over all processes
     rank: int = 0
     world: int = 1
-    samples: int | None = None
+    samples: int | None = None  # train on this many chunks only, drawn by the seed
 
     @property
     def num_chunks(self) -> int:
@@ -141,16 +134,5 @@ class Batches:
         if len(chunk_ids) == 0:
             return 0
         ids, word_starts, _ = self.chunks.take(chunk_ids)
-        draws = _draw_rows(self.seed, epochs, chunk_ids, ids.shape[1])
+        draws = draw(self.seed, epochs, chunk_ids, ids.shape[1])
         return int(self.select(self.maskable[ids], draws, self.rate(step), word_starts).sum())
-
-
-def _draw_rows(seed: int, epochs: np.ndarray, chunk_ids: np.ndarray, length: int) -> np.ndarray:
-    """Draws [B, length] uint64 of chunks that may be seen in different epochs."""
-    distinct = np.unique(epochs)
-    if len(distinct) == 1:
-        return draw(seed, int(distinct[0]), chunk_ids, length)
-    draws = np.empty((len(chunk_ids), length), np.uint64)
-    for epoch in distinct:
-        draws[epochs == epoch] = draw(seed, int(epoch), chunk_ids[epochs == epoch], length)
-    return draws

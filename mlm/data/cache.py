@@ -41,8 +41,9 @@ def build_once(
         place.parent.mkdir(parents=True, exist_ok=True)
         with one_builder(place) as alone:
             if overwrite or not find():
-                _remove_abandoned(place, alone)
-                with tempfile.TemporaryDirectory(prefix=f"{_workspace(place, alone)}.", dir=place.parent) as workspace:
+                name = f"{place.name}.building.{socket.gethostname()}" if alone else f"{place.name}.building"
+                _remove_abandoned(place, name if alone else None)
+                with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=place.parent) as workspace:
                     built = Path(workspace, "store")  # others may read it, unlike the folder around it
                     build(built)
                     if overwrite or not find():
@@ -61,21 +62,17 @@ def build_once(
     return found
 
 
-def _workspace(place: Path, alone: bool) -> str:
-    """The name up to its last dot of the folder that a process builds in. alone: it holds the lock."""
-    return f"{place.name}.building.{socket.gethostname()}" if alone else f"{place.name}.building"
-
-
-def _remove_abandoned(place: Path, alone: bool) -> None:
+def _remove_abandoned(place: Path, holders: str | None) -> None:
     """Removes what killed builds left.
 
-    A process that holds the lock (`alone`) knows that earlier holders on this machine are dead. Builds without the
-    lock, and those of other machines (not every shared folder locks across machines), are judged by age.
+    holders: the name, up to its last dot, of builds by the lock's earlier holders on this machine, which are dead if
+        this process holds it; None if it does not. Builds without the lock, and those of other machines (not every
+        shared folder locks across machines), are judged by age.
     """
     for leftover in place.parent.glob(f"{place.name}.building.*"):
         times = []
         with suppress(OSError):  # a build that ends meanwhile takes its folder along
             times = [path.stat().st_mtime for path in (leftover, *leftover.rglob("*"))]
-        dead = alone and leftover.name.rpartition(".")[0] == _workspace(place, alone)
+        dead = leftover.name.rpartition(".")[0] == holders
         if dead or (times and time.time() - max(times) > ABANDONED):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -48,24 +48,17 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunks:
-    """The chunks of a split as views of the token store: only `take` copies.
+    """The chunks of a split as views of the token store: only `take` copies."""
 
-    ids, word_starts: [N], the whole store
-    first:            [n] int64, where each row begins in the store; None: row c begins at c * chunk_size
-    lengths:          [n] int64, tokens of each row without padding; None: all are full
-    suffix:           ids that end a document, kept at the end of a row whose document was cut
-    cut:              [n] bool, 1: the row's document was longer than the row; given with a suffix
-    """
-
-    ids: np.ndarray
-    word_starts: np.ndarray
+    ids: np.ndarray  # [N] unsigned, the whole store
+    word_starts: np.ndarray  # [N] bool
     chunk_size: int
     num_chunks: int
     pad_id: int
-    first: np.ndarray | None = None
-    lengths: np.ndarray | None = None
-    suffix: tuple[int, ...] = ()
-    cut: np.ndarray | None = None
+    first: np.ndarray | None = None  # [n] int64, where each row begins in the store; None: row c at c * chunk_size
+    lengths: np.ndarray | None = None  # [n] int64, tokens of each row without padding; None: all are full
+    suffix: tuple[int, ...] = ()  # ids that end a document, kept at the end of a row whose document was cut
+    cut: np.ndarray | None = None  # [n] bool, 1: the row's document was longer than the row; given with a suffix
     pad_to_max_length: bool = False  # rows of chunk_size tokens even where all rows taken are shorter
 
     def __len__(self) -> int:

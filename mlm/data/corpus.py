@@ -48,6 +48,11 @@ class CorpusConfig:
     sample_by: Literal["line", "paragraph", "document"] = "line"  # This is one document of a .txt file.
     strip_html: bool = False  # Remove HTML tags from the documents, and turn entities into characters.
 
+    @property
+    def files(self) -> dict[str, str]:
+        """The files that are given, by their flags."""
+        return {flag: file for flag in ("train_file", "validation_file") if (file := getattr(self, flag))}
+
 
 @dataclass(frozen=True)
 class OutOfDomainConfig:
@@ -97,15 +102,14 @@ def identify(config: CorpusConfig) -> dict[str, Any]:
     Raises UserError as `load` does, for what can be seen without reading.
     """
     _check(config)
-    files = {flag: getattr(config, flag) for flag in ("train_file", "validation_file") if getattr(config, flag)}
     identity: dict[str, Any] = {"text_column": config.text_column}
     if name := config.dataset_name:
         identity["dataset_config_name"] = config.dataset_config_name
         identity["dataset"] = [name, _hub_revision(name)] if _on_hub(name) else [*map(_stamp, _files_under(name))]
-    identity |= {flag: _stamp(file) for flag, file in files.items()}
+    identity |= {flag: _stamp(file) for flag, file in config.files.items()}
     if not config.validation_file:
         identity["validation_split_percentage"] = config.validation_split_percentage
-    if config.dataset_name or any(_reader(file) == "text" for file in files.values()):
+    if config.dataset_name or any(_reader(file) == "text" for file in config.files.values()):
         identity["sample_by"] = config.sample_by
     if config.strip_html:
         identity["strip_html"] = True
@@ -115,21 +119,19 @@ def identify(config: CorpusConfig) -> dict[str, Any]:
 def load(config: CorpusConfig) -> Corpus:
     """Read the corpus into splits of one string column, "text", memory-mapped from the datasets cache.
 
-    Validation documents come from `validation_file`, else from the dataset's "validation" split, else from
-    the training documents, by `held_out`. Only `validation_file` given: only a validation split. Other splits
-    of a dataset stay untouched.
+    Validation documents come from `validation_file`, else from the dataset's "validation" split, else from the
+    training documents, by `held_out`. With `validation_file` alone there is no training split.
 
-    Raises UserError for files that are missing, empty, malformed or not UTF-8, for a text column that is
-    missing or holds no strings, for a split without a document, for a dataset that cannot be had, and for a
-    held-out share outside (0, 100) where one is needed.
+    Raises UserError for files that are missing, empty, malformed or not UTF-8, for a text column that is missing or
+    holds no strings, for a split without a document, for a dataset that cannot be had, and for a held-out share
+    outside (0, 100) where one is needed.
     """
     _check(config)
     with _quiet_datasets(from_hub=_on_hub(config.dataset_name)):
         import datasets
 
         sources = _read_dataset(config.dataset_name, config) if config.dataset_name else {}
-        files = {"train": config.train_file, "validation": config.validation_file}
-        sources |= {split: _read_file(file, config) for split, file in files.items() if file}
+        sources |= {flag.removesuffix("_file"): _read_file(file, config) for flag, file in config.files.items()}
         kept, hashes, dropped = {}, {}, {}
         for split, source in sources.items():
             where = origin(config, split)
@@ -137,9 +139,7 @@ def load(config: CorpusConfig) -> Corpus:
                 kept[split], hashes[split] = _scan(source, config.strip_html)  # int64[n], uint64[n]
             dropped[split] = len(source) - len(kept[split])
             if dropped[split] == len(source):
-                raise UserError(
-                    f"{where} holds no {split} document: {len(source)} empty or whitespace ones were dropped"
-                )
+                raise UserError(f"{where} holds no {split} document: {len(source)} empty ones were dropped")
 
         if "validation" not in sources:
             out = held_out(hashes["train"], config.validation_split_percentage)  # bool[n]
@@ -172,8 +172,8 @@ def texts(dataset: "datasets.Dataset") -> Iterator[str | None]:
 def strip_html(text: str) -> str:
     """A document without its HTML tags and comments, and with its entities as characters.
 
-    Tags in a row become one blank, or nothing beside white space and at either end of the text. All else
-    stays as it is, the code of a script element too: the rule is for text with some markup, not web pages.
+    Tags in a row become one blank, or nothing beside white space and at either end of the text. All else stays as it
+    is, the code of a script element too: the rule is for text with some markup, not web pages.
     """
 
     def gap(tags: re.Match) -> str:
@@ -187,11 +187,11 @@ def strip_html(text: str) -> str:
 def held_out(hashes: np.ndarray, percentage: float) -> np.ndarray:
     """Which documents are held out: those whose content hash is in the lowest `percentage` of its range.
 
-    A document's side depends on its text alone, so it stays when others are added or reordered, and equal
-    texts share a side. Where that leaves a side empty, the texts of the lowest (or highest) hash cross over.
+    A document's side depends on its text alone, so it stays when others are added or reordered, and equal texts share
+    a side. Where that leaves a side empty, the texts of the lowest (or highest) hash cross over.
 
-    hashes: uint64[n], n > 0. Returns bool[n]. Raises UserError for a percentage outside (0, 100), and where
-    all n are equal: one text has no two sides.
+    hashes: uint64[n], n > 0. Returns bool[n]. Raises UserError for a percentage outside (0, 100), and where all n are
+    equal: one text has no two sides.
     """
     _check_percentage(percentage)
     if hashes.min() == hashes.max():
@@ -207,7 +207,7 @@ def held_out(hashes: np.ndarray, percentage: float) -> np.ndarray:
 def _check(config: CorpusConfig) -> None:
     """What can be wrong with a corpus before it is read."""
     name = config.dataset_name
-    if not (name or config.train_file or config.validation_file):
+    if not (name or config.files):
         raise UserError("no text: give --dataset_name, or --train_file")
     if name and config.train_file:
         raise UserError(f"--dataset_name {name} and --train_file {config.train_file}: give one of the two")
@@ -215,15 +215,15 @@ def _check(config: CorpusConfig) -> None:
         raise UserError(f"--dataset_name {name} is a file: give it as --train_file")
     if name and os.path.isdir(name) and not _is_saved(name) and not any(map(_reader, _files_under(name))):
         raise UserError(f"{name} holds no data files: expected a save_to_disk folder, or {KNOWN}")
-    for flag, file in (("--train_file", config.train_file), ("--validation_file", config.validation_file)):
-        if file and not os.path.exists(file):
-            raise UserError(f"{flag} {file}: no such file")
-        if file and not os.path.isfile(file):
-            raise UserError(f"{flag} {file} is not a file: give a folder as --dataset_name")
-        if file and not _reader(file):
-            raise UserError(f"{flag} {file}: unknown kind of file, expected {KNOWN}")
-        if file and not os.path.getsize(file):
-            raise UserError(f"{flag} {file} is empty")
+    for flag, file in config.files.items():
+        if not os.path.exists(file):
+            raise UserError(f"--{flag} {file}: no such file")
+        if not os.path.isfile(file):
+            raise UserError(f"--{flag} {file} is not a file: give a folder as --dataset_name")
+        if not _reader(file):
+            raise UserError(f"--{flag} {file}: unknown kind of file, expected {KNOWN}")
+        if not os.path.getsize(file):
+            raise UserError(f"--{flag} {file} is empty")
     if not config.validation_file and not name:  # a dataset may bring its own validation split
         _check_percentage(config.validation_split_percentage)
 
@@ -283,12 +283,9 @@ def _convert(path: str, config: CorpusConfig, **where: Any) -> "datasets.Dataset
 
 
 def _text_only(dataset: "datasets.Dataset", origin: str, column: str) -> "datasets.Dataset":
-    import datasets
-
     if column not in (there := dataset.column_names):
         raise UserError(f"{origin} has no column {column!r}, but {', '.join(there)}: name the text with --text_column")
-    feature = dataset.features[column]
-    kind = feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+    kind = getattr(dataset.features[column], "dtype", type(dataset.features[column]).__name__)
     if kind not in ("string", "large_string", "null"):
         raise UserError(f"{origin}: column {column!r} holds {kind}, no text: choose with --text_column")
     dataset = dataset.select_columns([column])
@@ -398,13 +395,11 @@ def _fault(file: str) -> str | None:
                     byte = f"byte 0x{line[error.start]:02x} at offset {offset + error.start}"
                     return f"line {number} is not UTF-8 ({byte}): convert the file to UTF-8"
                 offset += len(line)
-                if not text.strip():
-                    continue
-                filled += 1
-                is_list |= filled == 1 and text.lstrip().startswith("[")
-                if reader == "json" and not is_list and (fault := _json_fault(text, number)):
+                filled += bool(text.strip())
+                is_list |= reader == "json" and filled == 1 and text.lstrip().startswith("[")
+                if reader == "json" and text.strip() and not is_list and (fault := _json_fault(text, number)):
                     return fault
-            if reader == "json" and is_list:
+            if is_list:
                 lines.seek(0)
                 return _json_fault(lines.read().decode().removeprefix("\ufeff"), 1)
     except (EOFError, gzip.BadGzipFile, zlib.error):

@@ -105,10 +105,11 @@ def stream_key(seed: int, epoch: int, purpose: int) -> int:
     return key
 
 
-def draw(seed: int, epoch: int, chunk_ids: np.ndarray, length: int, purpose: int = MASKS) -> np.ndarray:
-    """chunk_ids [B] -> draws [B, length] uint64, uniform over all 64 bits."""
-    chunk_keys = np.asarray(chunk_ids).astype(np.uint64) * np.uint64(GOLDEN)
-    chunk_keys = _mix(chunk_keys + np.uint64(stream_key(seed, epoch, purpose)))  # [B]
+def draw(seed: int, epochs: int | np.ndarray, chunk_ids: np.ndarray, length: int, purpose: int = MASKS) -> np.ndarray:
+    """chunk_ids [B] -> draws [B, length] uint64, uniform over all 64 bits. epochs: one, or [B] one for each chunk"""
+    distinct, which = np.unique(epochs, return_inverse=True)
+    keys = np.array([stream_key(seed, int(epoch), purpose) for epoch in distinct], np.uint64)[which.reshape(-1)]
+    chunk_keys = _mix(np.asarray(chunk_ids).astype(np.uint64) * np.uint64(GOLDEN) + keys)  # [B]
     steps = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(GOLDEN)  # [T]
     return _mix(chunk_keys[:, None] + steps)
 

@@ -24,28 +24,20 @@ UNUSED = re.compile(r"\[unused\d+\]|<unused\d+>|madeupword\d+|</?\w+>NOTUSED|<nu
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What masking, chunking and the model need to know of a tokenizer.
+    """What masking, chunking and the model need to know of a tokenizer."""
 
-    size:           largest id + 1
-    special:        [size] bool, 1: a special token, padding and unknown included
-    maskable:       [size] bool, 1: a token that may be masked, predicted and drawn as a replacement;
-                    0: a special token, an unused one, or an id without a token
-    unknown_id:     None where every text can be written in the vocabulary (byte-level)
-    prefix, suffix: special ids that the tokenizer puts around a document ([CLS] and [SEP])
-    has_words:      whether it is a fast tokenizer; slow ones do not know the words that they split
-    fingerprint:    changes with anything that changes ids or words
-    """
-
-    size: int
-    special: np.ndarray
-    maskable: np.ndarray
+    size: int  # the largest id + 1
+    special: np.ndarray  # [size] bool, 1: a special token, padding and unknown included
+    maskable: (
+        np.ndarray
+    )  # [size] bool, 1: may be masked, predicted, drawn as a replacement: no special or unused token
     mask_id: int
     pad_id: int
-    unknown_id: int | None
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-    has_words: bool
-    fingerprint: str
+    unknown_id: int | None  # None: every text can be written in the vocabulary (byte-level)
+    prefix: tuple[int, ...]  # special ids that the tokenizer puts before a document, [CLS]
+    suffix: tuple[int, ...]  # and after it, [SEP]
+    has_words: bool  # a fast tokenizer; slow ones do not know the words that they split
+    fingerprint: str  # changes with anything that changes ids or words
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
