@@ -188,8 +188,7 @@ def corrupt(ids: np.ndarray, selected: np.ndarray, draws: np.ndarray, recipe: Re
     return Corrupted(corrupted, positions, targets)
 
 
-# The same to the bit on torch tensors of any device. The product masks on the host while the device computes;
-# these functions mask on the device instead, and show that the masks are no property of one library.
+# The same to the bit on torch tensors of any device, for masking on the device instead of the host.
 
 
 def select_tokens_torch(maskable: torch.Tensor, draws: torch.Tensor, rate: float) -> torch.Tensor:

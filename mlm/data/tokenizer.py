@@ -3,13 +3,14 @@
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
+from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlm.data import corpus
@@ -57,31 +58,17 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     ids of their characters, which it assigns in the order of a hash map, so they get their ids beforehand.
     """
     specials = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    backend = _bert_engine(models.WordPiece(unk_token="[UNK]"))
+    engine = BertWordPieceTokenizer()
     starts, inside = set(), set()
     for text in documents:
-        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)):
+        for word, _ in engine.pre_tokenizer.pre_tokenize_str(engine.normalizer.normalize_str(text)):
             starts.add(word[0])
             inside.update(word[1:])
     numbered = [*specials.values(), *sorted(starts), *(f"##{character}" for character in sorted(inside))]
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=numbered, show_progress=False)
-    backend.train_from_iterator(documents, trainer)
-    # Another engine, in which letters are not special.
-    backend = _bert_engine(models.WordPiece(backend.get_vocab(), unk_token="[UNK]"))
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **specials)
-
-
-def _bert_engine(model: models.WordPiece) -> Tokenizer:
-    engine = Tokenizer(model)
-    engine.normalizer = normalizers.BertNormalizer(lowercase=True)
-    engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    engine.decoder = decoders.WordPiece()
-    return engine
+    options = {"min_frequency": 0, "limit_alphabet": sys.maxsize, "show_progress": False}
+    engine.train_from_iterator(documents, vocab_size, special_tokens=numbered, **options)
+    engine = BertWordPieceTokenizer(engine.get_vocab())  # another one, in which letters are not special
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(engine.to_str()), **specials)
 
 
 def corpus_tokenizer(source: CorpusConfig, vocab_size: int, folder: Path) -> PreTrainedTokenizerBase:
@@ -130,10 +117,9 @@ def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
         )
     vocabulary = tokenizer.get_vocab()
     size = max(vocabulary.values()) + 1
-    special = np.zeros(size, dtype=bool)
+    special, maskable = np.zeros(size, bool), np.zeros(size, bool)
     added = [token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]
     special[tokenizer.all_special_ids + added] = True
-    maskable = np.zeros(size, dtype=bool)
     maskable[[token_id for token, token_id in vocabulary.items() if not UNUSED.fullmatch(token)]] = True
     maskable &= ~special
     if not maskable.any():
@@ -164,8 +150,7 @@ def template(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int], special: np.ndarray) -> str:
-    engine: Any = [type(tokenizer).__name__, sorted(vocabulary.items())]
-    if tokenizer.is_fast:
-        engine = text_encoder(tokenizer).to_str()
+    slow = [type(tokenizer).__name__, sorted(vocabulary.items())]
+    engine = text_encoder(tokenizer).to_str() if tokenizer.is_fast else slow
     roles = [np.flatnonzero(special).tolist(), tokenizer.mask_token_id, tokenizer.pad_token_id]
     return hashlib.sha256(json.dumps([engine, roles]).encode()).hexdigest()
