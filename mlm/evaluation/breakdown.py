@@ -1,7 +1,7 @@
 """Where a model has gained and lost: nats before and after, by kinds of tokens, by token, and by word.
 
-Every prediction is in exactly one row of a breakdown, and sums of nats are exact (evaluate.py): the counts
-and nats of its rows add up to the totals to the bit.
+Every prediction is in exactly one row of a breakdown, and sums of nats are exact (evaluate.py): the counts and nats of
+its rows add up to the totals to the bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,28 +26,31 @@ def grouped(group: np.ndarray, n: int, before: np.ndarray, after: np.ndarray) ->
 def breakdowns(eval_set: EvalSet, before: Evaluation, after: Evaluation, counts: np.ndarray | None) -> dict[str, Rows]:
     """By frequency, by whole words and word pieces, and by position.
 
-    counts: [V] int64, how often each token stands in the training corpus; None: not known, and no breakdown
-        by frequency. There is none by words where the tokenizer sees no words.
+    counts: [V] int64, how often each token stands in the training corpus; None: not known, and no breakdown by
+        frequency. There is none by words where the tokenizer sees no words.
     """
-    rows = {}
+    groups: dict[str, tuple[Sequence[str], np.ndarray]] = {}  # the name of each group, the group [M] of each token
     if counts is not None:
         tenth = frequency_tenths(counts, eval_set.info.maskable)
         sizes = np.bincount(tenth[eval_set.info.maskable], minlength=10)
         names = [f"{i} ({size:,} tokens)" for i, size in enumerate(sizes, start=1)]
-        rows["frequency"] = _rows(names, tenth[before.target], before, after)
+        groups["frequency"] = names, tenth[before.target]
     if eval_set.store.sees_words:
-        rows["word"] = _rows(("whole words", "word pieces"), word_pieces(eval_set, before), before, after)
+        groups["word"] = ("whole words", "word pieces"), word_pieces(eval_set, before)
     tenth = before.column * 10 // eval_set.chunks.chunk_size
-    rows["position"] = _rows([f"{10 * i}–{10 * i + 10}%" for i in range(10)], tenth, before, after)
-    return rows
+    groups["position"] = [f"{10 * i}–{10 * i + 10}%" for i in range(10)], tenth
+    return {
+        kind: _rows("name", names, *grouped(group, len(names), before.nats, after.nats))
+        for kind, (names, group) in groups.items()
+    }
 
 
 def frequency_tenths(counts: np.ndarray, maskable: np.ndarray) -> np.ndarray:
     """The tenth [V] int64, in 0 … 9, of each token: tenths of the corpus, not of the vocabulary.
 
-    Tokens, the most frequent first (then by id), are cut so that each tenth holds about a tenth of the
-    training corpus: a token is in tenth ⌊10 · occurrences of those before it / all occurrences⌋. Tokens that
-    never occur are in the last.
+    Tokens, the most frequent first (then by id), are cut so that each tenth holds about a tenth of the training
+    corpus: a token is in tenth ⌊10 · occurrences of those before it / all occurrences⌋. Tokens that never occur are
+    in the last.
 
     counts: [V] int64, how often each token stands in the training corpus; maskable: [V] bool
     """
@@ -125,10 +128,12 @@ def by_word(
     return _largest(count, nats_before, nats_after, read)
 
 
-def _rows(names: Sequence[str], group: np.ndarray, before: Evaluation, after: Evaluation) -> Rows:
-    sums = grouped(group, len(names), before.nats, after.nats)
-    fields = ("name", "count", "nats_before", "nats_after")
-    return [dict(zip(fields, row, strict=True)) for row in zip(names, *(s.tolist() for s in sums), strict=True)]
+def _rows(label: str, names: Sequence[str], *sums: np.ndarray) -> Rows:
+    """One row for each name; sums: the three [n] of `grouped`."""
+    return [
+        {label: name, "count": count, "nats_before": before, "nats_after": after}
+        for name, count, before, after in zip(names, *(values.tolist() for values in sums), strict=True)
+    ]
 
 
 def _largest(count: np.ndarray, before: np.ndarray, after: np.ndarray, text: Callable[[int], str]) -> dict[str, Rows]:
@@ -136,13 +141,6 @@ def _largest(count: np.ndarray, before: np.ndarray, after: np.ndarray, text: Cal
     largest = {}
     for name, improvement in (("gained", before - after), ("lost", after - before)):
         rows = np.argsort(-improvement, kind="stable")[:MOST]
-        largest[name] = [
-            {
-                "text": text(row),
-                "count": int(count[row]),
-                "nats_before": float(before[row]),
-                "nats_after": float(after[row]),
-            }
-            for row in rows[improvement[rows] > 0].tolist()
-        ]
+        rows = rows[improvement[rows] > 0]
+        largest[name] = _rows("text", [text(row) for row in rows.tolist()], count[rows], before[rows], after[rows])
     return largest

@@ -4,11 +4,10 @@
 
 A mean of batch means is another number, as batches differ in their count of masked tokens.
 
-An evaluation keeps every prediction, so that sums over chunks, documents or kinds of tokens, and comparisons
-with another model, all come from the same numbers. Nats are rounded to multiples of 2**-24 (float32's own
-spacing from 0.5 to 1): sums of them in float64 are exact in any order, up to 2**29 nats in all, and the rows
-of a breakdown add up to the total to the bit. Memory on each process is some 60 bytes a prediction at the end
-of `evaluate`, and 100 in compare.py; --max_eval_samples bounds it.
+An evaluation keeps every prediction, so that sums over chunks, documents or kinds of tokens, and comparisons with
+another model, all come from the same numbers. Nats are rounded to multiples of 2**-24 (float32's own spacing from 0.5
+to 1): sums of them in float64 are exact in any order, up to 2**29 nats in all. Memory on each process is some 60 bytes
+a prediction at the end of `evaluate`, and 100 in compare.py; --max_eval_samples bounds it.
 """
 
 import logging
@@ -27,6 +26,7 @@ from mlm.engine.memory import out_of_memory
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import EvalSet, EvaluateConfig
 from mlm.figures import exp_or_inf
+from mlm.model.predict import without_dropout
 from mlm.model.sparse_head import SparseMaskedLM
 
 log = logging.getLogger(__name__)
@@ -118,8 +118,8 @@ def evaluate(
 ) -> Evaluation | None:
     """Measures `model` on an eval set, its chunks cut into contiguous shares over the processes.
 
-    Where a batch does not fit into memory, this process goes on with batches of half the size. No figure
-    depends on the size, and the processes meet only at the end, so that each does so on its own.
+    Where a batch does not fit into memory, this process goes on with batches of half the size. No figure depends on
+    the size, and the processes meet only at the end, so that each does so on its own.
 
     complete: all mask rounds, else the first one alone
     stopped: asked before each batch; where it is true on any process, all return None.
@@ -127,25 +127,20 @@ def evaluate(
     Raises UserError, on all processes, where a single chunk does not fit into memory on one of them.
     """
     rounds = len(eval_set.config.rounds) if complete else 1
-    was_training = model.training
-    model.eval()
     share: Evaluation | UserError | None
     try:
-        share = _evaluate_share(model, eval_set, accelerator, rounds, stopped)
+        with without_dropout(model):
+            share = _evaluate_share(model, eval_set, accelerator, rounds, stopped)
     except UserError as error:
         share = error
-    finally:
-        model.train(was_training)
-
     shares = gather_object([share])
-    for part in shares:
-        if isinstance(part, UserError):
-            raise part
+    if failures := [part for part in shares if isinstance(part, UserError)]:
+        raise failures[0]
     if any(part is None for part in shares):
         return None
-    whole = Evaluation(*map(np.concatenate, zip(*shares, strict=True)))
-    order = np.argsort(whole.mask_round, kind="stable")  # within a round, the shares are in order already
-    return Evaluation(*(values[order] for values in whole))
+    columns = [np.concatenate(column) for column in zip(*shares, strict=True)]
+    order = np.argsort(columns[0], kind="stable")  # by mask round; in a round, the shares are in order already
+    return Evaluation(*(column[order] for column in columns))
 
 
 def _evaluate_share(
@@ -158,30 +153,28 @@ def _evaluate_share(
     n, rank, world = len(eval_set.chunk_ids), accelerator.process_index, accelerator.num_processes
     chunk_ids = eval_set.chunk_ids[n * rank // world : n * (rank + 1) // world]
     size = eval_set.config.per_device_eval_batch_size
-    places = [np.zeros((4, 0), np.int32)]  # mask round, chunk, column, target of each prediction
-    nats = [torch.zeros(0, device=accelerator.device)]
-    hits = [torch.zeros(0, dtype=torch.bool, device=accelerator.device)]
+    none = torch.zeros(0, device=accelerator.device)
+    predictions = [(np.zeros((4, 0), np.int32), none, none.bool())]  # for a process with an empty share
     mask_round = first = 0
     while mask_round < rounds and first < len(chunk_ids):
         if stopped():
             return None
         part = chunk_ids[first : first + size]
         try:
-            where, batch_nats, batch_hits = _predict(model, eval_set, accelerator, part, mask_round)
+            predicted = _predict(model, eval_set, accelerator, part, mask_round)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            where = None
-        if where is None:  # outside of `except`, whose traceback holds the activations
+            predicted = None
+        if predicted is None:  # outside of `except`, whose traceback holds the activations
             size = _smaller(len(part), eval_set.chunks.chunk_size)
             continue
-        places.append(where)
-        nats.append(batch_nats)
-        hits.append(batch_hits)
+        predictions.append(predicted)
         first += len(part)
         if first == len(chunk_ids):
             mask_round, first = mask_round + 1, 0
-    # The host waits for the device here and nowhere else.
+    places, nats, hits = zip(*predictions, strict=True)
+    # The device synchronises here and nowhere else.
     exact = np.round(torch.cat(nats).cpu().double().numpy() * GRID) / GRID
     return Evaluation(*np.concatenate(places, axis=1), exact, torch.cat(hits).cpu().numpy())
 
@@ -190,7 +183,8 @@ def _evaluate_share(
 def _predict(
     model: SparseMaskedLM, eval_set: EvalSet, accelerator: Accelerator, chunk_ids: np.ndarray, mask_round: int
 ) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-    """One mask round of the chunks [B]: places [4, M] int32, and on the device nats [M], hits [M] bool."""
+    """One mask round of the chunks [B]: the first four columns of an Evaluation, [4, M] int32, and on the device nats
+    [M] and hits [M] bool."""
     batch = eval_set.batch(chunk_ids, mask_round)
     row, column = np.divmod(batch.positions.numpy(), batch.input_ids.shape[1])
     places = [np.full(len(row), mask_round), chunk_ids[row], column, batch.targets.numpy()]
@@ -224,10 +218,9 @@ def evaluate_all(
     """`evaluate` on each of `eval_sets`; None as soon as one is given up."""
     evaluations = Evaluations()
     for name, eval_set in eval_sets.items():
-        evaluation = evaluate(model, eval_set, accelerator, complete, stopped)
-        if evaluation is None:
+        evaluations[name] = evaluate(model, eval_set, accelerator, complete, stopped)
+        if evaluations[name] is None:
             return None
-        evaluations[name] = evaluation
     return evaluations
 
 
@@ -236,11 +229,11 @@ def measure(evaluation: Evaluation, eval_set: EvalSet) -> dict[str, Any]:
 
     bits per character = loss / ln 2 · maskable tokens of the text / its characters
 
-    Characters are code points of the documents as they were read, and words are separated by white space
-    (None where they are longer than LONGEST_SPACED_WORD on average, as in a script without spaces). Neither
-    depends on the tokenizer, so that models with different ones can be compared. The figure is neither a
-    likelihood of the text nor a compression rate: each token was predicted from both its sides, some of them
-    masked as well, and unknown tokens, which are never predicted, cost nothing.
+    Characters are code points of the documents as they were read, and words are separated by white space (None where
+    they are longer than LONGEST_SPACED_WORD on average, as in a script without spaces). Neither depends on the
+    tokenizer, so that models with different ones can be compared. The figure is neither a likelihood of the text nor
+    a compression rate: each token was predicted from both its sides, some of them masked as well, and unknown tokens,
+    which are never predicted, cost nothing.
     """
     header = eval_set.store.header
     bits = evaluation.loss / math.log(2) * header["maskable_tokens"]

@@ -28,10 +28,10 @@ from mlm.data.tokenizer import TokenizerInfo, corpus_tokenizer, load_tokenizer, 
 from mlm.errors import UserError, explain_load_failure, listed, one_line
 from mlm.hub import local_files_only
 from mlm.model.seeded import seeded_cpu_generator
-from mlm.model.vocabulary import enlarge, max_positions, vocab_size
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.model.vocabulary import enlarge, max_positions, only_length, vocab_size
 
 log = logging.getLogger(__name__)
-
 
 DEMO_VOCABULARY = 8192  # tokens
 DEMO_POSITIONS = 128
@@ -56,21 +56,21 @@ class ModelConfig:
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f"--dropout {self.dropout} is no dropout probability: give one in [0, 1)")
 
+    @property
+    def is_demo(self) -> bool:
+        return not (self.model_name_or_path or self.config_name or self.model_type)
+
 
 def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """Loads the checkpoint that `config` names, or initialises a model from scratch, in float32 on the CPU.
 
-    New weights (of a model from scratch, missing in the checkpoint, of tokens that it does not know) are
-    drawn from `seed`; the global generators keep their state. The embeddings grow where the tokenizer is
-    larger, and never shrink.
-
-    `config.dropout` is a setting of this run: the modules use it, while `model.config`, which
+    New weights (of a model from scratch, missing in the checkpoint, of tokens that it does not know) are drawn from
+    `seed`; the global generators keep their state. The embeddings grow where the tokenizer is larger, and never
+    shrink. `config.dropout` is a setting of this run: the modules use it, while `model.config`, which
     `save_pretrained` writes, keeps the model's own probabilities.
 
-    Raises:
-        UserError: the checkpoint or configuration cannot be found, reached or read, is not of a masked
-            language model over tokens, needs `trust_remote_code`, or has no gradient checkpointing, though
-            `config` asks for it.
+    Raises UserError where the checkpoint or configuration cannot be found, reached or read, is not of a masked
+    language model over tokens, needs `trust_remote_code`, or lacks the gradient checkpointing that `config` asks for.
     """
     arch = _architecture(config, tokenizer)
     own_dropout = [] if config.dropout is None else list(_dropout_fields(arch))
@@ -78,8 +78,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
         setattr(owner, field, float(config.dropout))
 
     with seeded_cpu_generator(seed):
-        build = _from_checkpoint if config.model_name_or_path else _from_scratch
-        model = build(config, arch)
+        model = _build(config, arch)
         table = getattr(model.get_input_embeddings(), "weight", None)
         if table is None:  # Perceiver's latents
             raise UserError(f"{type(model).__name__} has no table of token embeddings; choose another architecture")
@@ -97,6 +96,24 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
         for (owner, field, _), (_, _, value) in zip(_dropout_fields(model.config), own_dropout, strict=True):
             setattr(owner, field, value)
     return model
+
+
+def load_trained(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device | str, length: int | None = None
+) -> SparseMaskedLM:
+    """The checkpoint that `config` names, on `device`, for sequences of `length` tokens, or of any (None).
+
+    Raises UserError as `load_model` and `check_embeddings` do, and where the model takes no such sequences.
+    """
+    check_embeddings(config, tokenizer)
+    model = load_model(config, tokenizer, seed=0)
+    only = only_length(model.config)
+    if only not in (None, length):
+        raise UserError(
+            f"{config.model_name_or_path}: {type(model).__name__} takes sequences of {only} tokens only; "
+            f"evaluate it on a text with --max_seq_length {only} and --pad_to_max_length true"
+        )
+    return SparseMaskedLM(model, only).to(device)
 
 
 def model_config(config: ModelConfig) -> PreTrainedConfig:
@@ -140,8 +157,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 def check_embeddings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UserError where the tokenizer gives ids beyond the embedding table of the named checkpoint.
 
-    Call it before `load_model` where the model is not trained: `load_model` enlarges the table, by rows that
-    mean nothing before training.
+    `load_model` enlarges the table by rows that mean nothing before training.
     """
     rows = getattr(model_config(config).get_text_config(), "vocab_size", None)
     largest = vocab_size(tokenizer) - 1
@@ -157,16 +173,14 @@ def position_limit(config: ModelConfig) -> int | None:
 
     For a model from scratch, at its default padding id: RoBERTa's limit depends on the tokenizer's.
     """
-    if not (config.model_name_or_path or config.config_name or config.model_type):
-        return DEMO_POSITIONS
-    return max_positions(model_config(config))
+    return DEMO_POSITIONS if config.is_demo else max_positions(model_config(config))
 
 
 def open_corpus(config: Any) -> tuple[PreTrainedTokenizerBase, TokenizerInfo, dict[str, TokenStore]]:
     """The tokenizer, what the other modules need to know of it, and the token store of each split.
 
-    The tokenizer is the named one; for a model from scratch without a name, it is trained on the corpus. Call
-    this before the process's first use of a tokenizer, as it sets the number of threads.
+    The tokenizer is the named one; for a model from scratch without a name, it is trained on the corpus. Call this
+    before the process's first use of a tokenizer, as it sets the number of threads.
 
     config: a mlm.config.Config; its parts model, corpus, token_store and masking are used
     """
@@ -174,8 +188,7 @@ def open_corpus(config: Any) -> tuple[PreTrainedTokenizerBase, TokenizerInfo, di
     if name := config.model.tokenizer_name or config.model.model_name_or_path:
         tokenizer = load_tokenizer(name, config.model.trust_remote_code)
     else:
-        size, folder = vocabulary_size(config.model), store_folder(config.token_store)
-        tokenizer = corpus_tokenizer(config.corpus, size, folder)
+        tokenizer = corpus_tokenizer(config.corpus, vocabulary_size(config.model), store_folder(config.token_store))
     info = tokenizer_info(tokenizer)
     stores = prepare(config.corpus, tokenizer, info, config.token_store, config.masking.whole_word_mask)
     return tokenizer, info, stores
@@ -183,9 +196,7 @@ def open_corpus(config: Any) -> tuple[PreTrainedTokenizerBase, TokenizerInfo, di
 
 def vocabulary_size(config: ModelConfig) -> int:
     """The size of the vocabulary to train for a model from scratch: its default, or the demo's."""
-    if config.config_name or config.model_type:
-        return model_config(config).get_text_config().vocab_size
-    return DEMO_VOCABULARY
+    return DEMO_VOCABULARY if config.is_demo else model_config(config).get_text_config().vocab_size
 
 
 def demo_config(tokenizer: PreTrainedTokenizerBase) -> BertConfig:
@@ -209,7 +220,7 @@ def demo_config(tokenizer: PreTrainedTokenizerBase) -> BertConfig:
 
 def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The configuration to build from; without a checkpoint, with the tokenizer's size and special ids."""
-    if not (config.model_name_or_path or config.config_name or config.model_type):
+    if config.is_demo:
         return demo_config(tokenizer)
     arch = model_config(config)
     if not config.model_name_or_path:
@@ -221,32 +232,26 @@ def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
     return arch
 
 
-def _from_checkpoint(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedModel:
-    name = config.model_name_or_path
+def _build(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedModel:
+    name, settings = config.model_name_or_path, {"dtype": torch.float32, "trust_remote_code": config.trust_remote_code}
     try:
+        if not name:
+            return AutoModelForMaskedLM.from_config(arch, **settings)
         model, loading = AutoModelForMaskedLM.from_pretrained(
             name,
             config=arch,
-            dtype=torch.float32,  # master weights, whatever the checkpoint stores
             weights_only=True,  # a pickle may hold tensors, no code
-            trust_remote_code=config.trust_remote_code,
             local_files_only=local_files_only(name),
             output_loading_info=True,
+            **settings,
         )
     except UNUSABLE as error:
-        raise explain_load_failure("model", name, error) from error
+        if source := name or config.config_name:
+            raise explain_load_failure("model", source, error) from error
+        raise UserError(f"--model_type {config.model_type}: {one_line(error)}") from error
     if missing := sorted(loading["missing_keys"]):
         log.warning("%s: newly initialised, as the checkpoint lacks them: %s", name, listed(missing))
     return model
-
-
-def _from_scratch(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedModel:
-    try:
-        return AutoModelForMaskedLM.from_config(arch, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
-    except UNUSABLE as error:
-        if config.config_name:
-            raise explain_load_failure("model", config.config_name, error) from error
-        raise UserError(f"--model_type {config.model_type}: {one_line(error)}") from error
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:
