@@ -14,7 +14,6 @@ from mlm.data.tokenizer import spell
 from mlm.evaluation.evaluate import EvalSet, Evaluation
 
 MOST = 50  # tokens, or words, that are listed as gained, and as lost
-HANDFUL, LEAST, MOST_OF = 5, 0.05, 0.5  # a concentrated gain: `carriers` says how
 Rows = list[dict[str, Any]]  # {"name" or "text", "count", "nats_before", "nats_after"}
 
 
@@ -36,7 +35,9 @@ def breakdowns(eval_set: EvalSet, before: Evaluation, after: Evaluation, counts:
         names = [f"{i} ({size:,} tokens)" for i, size in enumerate(sizes, start=1)]
         groups["frequency"] = names, tenth[before.target]
     if eval_set.store.sees_words:
-        groups["word"] = ("whole words", "word pieces"), word_pieces(eval_set, before)
+        place = eval_set.chunks.places(before.chunk, before.column)
+        starts = np.append(eval_set.store.word_starts, True)  # the end of the text ends a word
+        groups["word"] = ("whole words", "word pieces"), (~(starts[place] & starts[place + 1])).astype(np.int64)
     tenth = before.column * 10 // eval_set.chunks.chunk_size
     groups["position"] = [f"{10 * i}–{10 * i + 10}%" for i in range(10)], tenth
     return {
@@ -62,30 +63,6 @@ def frequency_tenths(counts: np.ndarray, maskable: np.ndarray) -> np.ndarray:
     return tenth
 
 
-def word_pieces(eval_set: EvalSet, evaluation: Evaluation) -> np.ndarray:
-    """[M] int64: 0 where a masked token is a whole word, 1 where it is a piece of one."""
-    starts = eval_set.store.word_starts
-    place = eval_set.chunks.places(evaluation.chunk, evaluation.column)
-    after = np.minimum(place + 1, len(starts) - 1)
-    return (~(starts[place] & (starts[after] | (after == place)))).astype(np.int64)
-
-
-def carriers(before: Evaluation, after: Evaluation) -> tuple[np.ndarray, float]:
-    """The few tokens [k] int32 that carry most of the nats gained, the largest gain first; and their share.
-
-    They are at most HANDFUL, each carries LEAST of the total or more, and together they carry MOST_OF it; if
-    not, k and the share are 0.
-    """
-    tokens, group = np.unique(before.target, return_inverse=True)
-    _, nats_before, nats_after = grouped(group, len(tokens), before.nats, after.nats)
-    improvement = nats_before - nats_after
-    total = improvement.sum()
-    order = np.argsort(-improvement, kind="stable")[:HANDFUL]
-    order = order[improvement[order] >= LEAST * total]
-    share = float(improvement[order].sum() / total) if total > 0 else 0.0
-    return (tokens[order], share) if share > MOST_OF else (tokens[:0], 0.0)
-
-
 def by_token(tokenizer: PreTrainedTokenizerBase, before: Evaluation, after: Evaluation) -> dict[str, Rows]:
     """The tokens of the largest summed improvement and worsening, over all their masked occurrences."""
     tokens, group = np.unique(before.target, return_inverse=True)
@@ -102,30 +79,21 @@ def by_word(
     """
     if not eval_set.store.sees_words:
         return None
-    ids, N = eval_set.store.ids, len(eval_set.store.ids)
+    ids = np.asarray(eval_set.store.ids)  # a slice of a memory map would be ten times as slow
     starts = np.flatnonzero(eval_set.store.word_starts)
     place = eval_set.chunks.places(before.chunk, before.column)
     # words [W]: those with a masked token, by number in the text; word [M]: each masked token's index in them
     words, word = np.unique(np.searchsorted(starts, place, side="right") - 1, return_inverse=True)
-    begin, end = starts[words], np.append(starts, N)[words + 1]
-    group = np.empty(len(words), np.int64)  # equal where the ids are
-    examples: list[int] = []
-    for length in np.unique(end - begin):
-        same = np.flatnonzero(end - begin == length)
-        spelling = ids[begin[same][:, None] + np.arange(length)]  # [words of this length, length]
-        _, first, which = np.unique(spelling, axis=0, return_index=True, return_inverse=True)
-        group[same] = len(examples) + which.reshape(-1)
-        examples += same[first].tolist()
+    spans = zip(starts[words].tolist(), np.append(starts, len(ids))[words + 1].tolist(), strict=True)
+    spellings: dict[bytes, int] = {}
+    group = [spellings.setdefault(ids[begin:end].tobytes(), len(spellings)) for begin, end in spans]
+    group = np.array(group, np.int64)  # [W] equal where the ids are
 
     seed = before.mask_round // (eval_set.config.eval_mask_folds or 1)
     occurrences = np.unique(seed.astype(np.int64) * len(words) + word) % max(len(words), 1)
-    _, nats_before, nats_after = grouped(group[word], len(examples), before.nats, after.nats)
-    count = np.bincount(group[occurrences], minlength=len(examples))
-
-    def read(row: int) -> str:
-        return spell(tokenizer, ids[begin[examples[row]] : end[examples[row]]].tolist())
-
-    return _largest(count, nats_before, nats_after, read)
+    _, *nats = grouped(group[word], len(spellings), before.nats, after.nats)
+    count, spelt = np.bincount(group[occurrences], minlength=len(spellings)), list(spellings)
+    return _largest(count, *nats, lambda row: spell(tokenizer, np.frombuffer(spelt[row], ids.dtype).tolist()))
 
 
 def _rows(label: str, names: Sequence[str], *sums: np.ndarray) -> Rows:

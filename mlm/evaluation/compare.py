@@ -14,7 +14,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data.tokenizer import spell
-from mlm.evaluation.breakdown import breakdowns, by_token, by_word, carriers, grouped
+from mlm.evaluation.breakdown import breakdowns, by_token, by_word, grouped
 from mlm.evaluation.evaluate import EvalSet, Evaluation, measure, unigram_perplexity
 from mlm.figures import exp_or_inf, figure, finite
 
@@ -22,6 +22,7 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 SEED = 0
 AT_A_TIME = 1 << 22  # drawn units that are held in memory
+HANDFUL, LEAST, MOST_OF = 5, 0.05, 0.5  # a concentrated gain, see `concentration`
 OPENING = 24  # tokens of a document by which a person knows it
 
 
@@ -121,20 +122,25 @@ def concentration(
 ) -> dict[str, Any] | None:
     """Whether a handful of token types carries most of the gain, such as the markup of web pages.
 
-    types                  the tokens, the one that gains most first (`carriers`)
+    types                  the tokens, the one that gains most first: at most HANDFUL, each with LEAST of the nats
+                           gained or more, and together with more than MOST_OF them
     share                  their part of the nats gained, more than 1 where the other tokens have lost
     gain_without           the gain over all other masked tokens
     gain_without_interval  its ends, [None, None] as in `compare`
 
     units: [M] int, what is resampled, for each masked token. None: no few types carry most of the gain.
     """
-    tokens, share = carriers(before, after)
-    if not len(tokens):
+    tokens, group = np.unique(before.target, return_inverse=True)
+    gained = np.bincount(group, before.nats - after.nats, len(tokens))
+    total = gained.sum()
+    few = np.argsort(-gained, kind="stable")[:HANDFUL]
+    few = few[gained[few] >= LEAST * total]
+    if not gained[few].sum() > MOST_OF * total > 0:
         return None
-    gain, _ = _gain_over(before, after, units, ~np.isin(before.target, tokens))
+    gain, _ = _gain_over(before, after, units, ~np.isin(before.target, tokens[few]))
     return {
-        "types": [spell(tokenizer, [token]) for token in tokens.tolist()],
-        "share": share,
+        "types": [spell(tokenizer, [token]) for token in tokens[few].tolist()],
+        "share": float(gained[few].sum() / total),
         "gain_without": gain["value"],
         "gain_without_interval": gain["interval"],
     }

@@ -167,7 +167,14 @@ def _evaluate_share(
                 raise
             predicted = None
         if predicted is None:  # outside of `except`, whose traceback holds the activations
-            size = _smaller(len(part), eval_set.chunks.chunk_size)
+            if len(part) == 1:
+                raise UserError(
+                    f"out of memory evaluating one chunk of {eval_set.chunks.chunk_size} tokens "
+                    "(--per_device_eval_batch_size 1): use a shorter --max_seq_length"
+                )
+            size = len(part) // 2
+            release_memory()
+            log.info("out of memory in evaluation: from here on %d chunks at a time", size)
             continue
         predictions.append(predicted)
         first += len(part)
@@ -194,18 +201,6 @@ def _predict(
         logits = model(batch.input_ids, batch.positions, batch.attention_mask).float()  # [M, V]
         nats = F.cross_entropy(logits, batch.targets, reduction="none")
         return np.array(places, np.int32), nats, logits.argmax(dim=-1) == batch.targets
-
-
-def _smaller(chunks: int, length: int) -> int:
-    """The batch size after one of so many chunks of `length` tokens did not fit into memory."""
-    if chunks == 1:
-        raise UserError(
-            f"out of memory evaluating one chunk of {length} tokens (--per_device_eval_batch_size 1): "
-            "use a shorter --max_seq_length"
-        )
-    release_memory()
-    log.info("out of memory in evaluation: from here on %d chunks at a time", chunks // 2)
-    return chunks // 2
 
 
 def evaluate_all(

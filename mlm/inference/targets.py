@@ -57,32 +57,37 @@ def score_targets(
     The sentence's other masks stay masks. Raises UserError as `encode` does, where the tokenizer does not know a
     target or makes no token of it, and where its pieces make a sentence longer than the model's position table.
     """
+
+    def chain(word: str, sentence: str, row: list[int], mask: int, place: int) -> list[Step]:
+        pieces = _pieces(tokenizer, sentence, row[:place], mask, word)
+        masks = [tokenizer.mask_token_id] * len(pieces)
+        return [
+            ((*row[:place], *pieces[:j], *masks[j:], *row[place + 1 :]), place + j, piece)
+            for j, piece in enumerate(pieces)
+        ]
+
     rows, masks = encode(model, tokenizer, sentences)
     chains = [
-        [
-            [_chain(row, place, _pieces(tokenizer, text, row[:place], i, word), tokenizer) for word in targets]
-            for i, place in enumerate(places)
-        ]
-        for text, row, places in zip(sentences, rows, masks, strict=True)
+        [[chain(word, sentence, row, mask, place) for word in targets] for mask, place in enumerate(places)]
+        for sentence, row, places in zip(sentences, rows, masks, strict=True)
     ]
     steps = [step for sentence in chains for words in sentence for chain in words for step in chain]
     check_length(model, "with the targets in it a sentence", max((row for row, _, _ in steps), key=len))
-    scores = _log_probabilities(model, steps)
+    places = list(dict.fromkeys((row, position) for row, position, _ in steps))  # targets share predictions
+    tokens = sorted({piece for _, _, piece in steps})
+    found = predict(
+        model,
+        [row for row, _ in places],
+        [[at] for _, at in places],
+        lambda logits: [logits.log_softmax(-1)[:, tokens]],
+    )
+    scores = {place: dict(zip(tokens, values, strict=True)) for place, [(values,)] in zip(places, found, strict=True)}
 
     def target(word: str, chain: list[Step]) -> Target:
         pieces = tokenizer.convert_ids_to_tokens([piece for _, _, piece in chain])
         return Target(word, tuple(pieces), sum(scores[row, position][piece] for row, position, piece in chain))
 
     return [[[*map(target, targets, words)] for words in sentence] for sentence in chains]
-
-
-def _chain(row: list[int], position: int, pieces: list[int], tokenizer: PreTrainedTokenizerBase) -> list[Step]:
-    """The predictions whose product is the probability of a word of these pieces at the mask at `position`."""
-    masks = [tokenizer.mask_token_id] * len(pieces)
-    return [
-        ((*row[:position], *pieces[:j], *masks[j:], *row[position + 1 :]), position + j, piece)
-        for j, piece in enumerate(pieces)
-    ]
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, sentence: str, before: list[int], mask: int, word: str) -> list[int]:
@@ -110,18 +115,3 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, sentence: str, before: list[int]
             f"makes {token} of it"
         )
     return pieces
-
-
-def _log_probabilities(
-    model: SparseMaskedLM, steps: Sequence[Step]
-) -> dict[tuple[tuple[int, ...], int], dict[int, float]]:
-    """The log-probability in nats of every step's token, and of the other steps' tokens, at each (row, position)."""
-    places = list(dict.fromkeys((row, position) for row, position, _ in steps))
-    tokens = sorted({token for _, _, token in steps})
-    scores = predict(
-        model,
-        [row for row, _ in places],
-        [[position] for _, position in places],
-        lambda logits: [logits.log_softmax(dim=-1)[:, tokens]],
-    )
-    return {place: dict(zip(tokens, values, strict=True)) for place, [(values,)] in zip(places, scores, strict=True)}

@@ -12,15 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForMaskedLM,
-    BertConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as KNOWN
 
 from mlm.data.token_store import TokenStore, limit_threads, prepare, store_folder
@@ -138,7 +130,7 @@ def model_config(config: ModelConfig) -> PreTrainedConfig:
             f"--model_type {config.model_type}: transformers has no masked language model of this name; "
             f"it has {', '.join(near)}"
         )
-    return CONFIG_MAPPING[config.model_type]()
+    return AutoConfig.for_model(config.model_type)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -199,23 +191,16 @@ def vocabulary_size(config: ModelConfig) -> int:
     return DEMO_VOCABULARY if config.is_demo else model_config(config).get_text_config().vocab_size
 
 
-def demo_config(tokenizer: PreTrainedTokenizerBase) -> BertConfig:
+def demo_config(tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """A BERT that learns more than token frequencies within minutes on two CPU cores.
 
     The usual standard deviation of fresh weights, 0.02, suits wider models; with 0.05 this one learns sooner.
     """
-    return BertConfig(
-        vocab_size=vocab_size(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=512,
-        max_position_embeddings=DEMO_POSITIONS,
-        initializer_range=0.05,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
+    sizes |= {"vocab_size": vocab_size(tokenizer), "max_position_embeddings": DEMO_POSITIONS}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    others = {"initializer_range": 0.05, "pad_token_id": tokenizer.pad_token_id}
+    return AutoConfig.for_model("bert", **sizes, **no_dropout, **others)
 
 
 def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:

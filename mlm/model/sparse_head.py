@@ -64,14 +64,20 @@ class SparseMaskedLM(nn.Module):
                 if not failure or not length:
                     break
         if failure and length:
-            name, hint = type(model).__name__, _hint(model)
-            raise UserError(f"{name} cannot be trained on chunks of {length} tokens{hint} ({failure})")
+            only = only_length(model.config)
+            if model.config.model_type == "reformer":  # takes other lengths outside of training
+                only = math.prod(model.config.axial_pos_shape)
+            hint = f"; give --max_seq_length {only} and --pad_to_max_length true" if only else ""
+            raise UserError(f"{type(model).__name__} cannot be trained on chunks of {length} tokens{hint} ({failure})")
         if failure:
             log.warning("no parameter is frozen, as the trial step fails with %s", failure)
         if misfit:
             hook.remove()
             log.warning("%s: the head runs on all positions, as %s", type(model).__name__, misfit)
-        _freeze(model, unreached)
+        for parameter in unreached:
+            model.get_parameter(parameter).requires_grad_(False)
+        if unreached:
+            log.info("frozen, as the masked-LM loss does not reach them: %s", listed(unreached))
 
     def forward(self, input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The logits at the given positions.
@@ -153,18 +159,3 @@ def _without_gradient(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor
         except Exception as error:  # whatever a model raises on a sequence of a length that it does not take
             failure = one_line(f"{type(error).__name__}: {error}")
     return [], failure
-
-
-def _hint(model: PreTrainedModel) -> str:
-    """What to do, for architectures that can be trained at a single length."""
-    exact = only_length(model.config)
-    if model.config.model_type == "reformer":
-        exact = math.prod(model.config.axial_pos_shape)
-    return f"; give --max_seq_length {exact} and --pad_to_max_length true" if exact else ""
-
-
-def _freeze(model: PreTrainedModel, names: list[str]) -> None:
-    for name in names:
-        model.get_parameter(name).requires_grad_(False)
-    if names:
-        log.info("frozen, as the masked-LM loss does not reach them: %s", listed(names))
