@@ -24,8 +24,6 @@ SEED = 0
 AT_A_TIME = 1 << 22  # drawn units that are held in memory
 HANDFUL, LEAST, MOST_OF = 5, 0.05, 0.5  # a concentrated gain, see `concentration`
 OPENING = 24  # tokens of a document by which a person knows it
-
-
 EVAL_SETS = {"held_out": ("", "held-out"), "general": ("general_", "out-of-domain")}  # prefix of JSON keys, words
 
 
@@ -101,15 +99,13 @@ def compare(
         "difference": difference,
         "concentration": concentration(before, after, units, tokenizer) if sure else None,
         "bootstrap": {
-            **{"confidence": CONFIDENCE, "resamples": RESAMPLES, "unit": kind},
-            **{"units": len(np.unique(units)), "seed": SEED},
+            "confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED,
+            "unit": kind, "units": len(np.unique(units)),
         },
         "masks": {
             "seeds": [config.eval_mask_seed + i for i in range(config.eval_mask_seeds)],
-            "folds": config.eval_mask_folds,
-            "masked_tokens": before.masked,
-            "chunks": len(eval_set.chunk_ids),
-            "documents": num_documents,
+            "folds": config.eval_mask_folds, "masked_tokens": before.masked,
+            "chunks": len(eval_set.chunk_ids), "documents": num_documents,
         },
         "breakdowns": breakdowns(eval_set, before, after, counts),
         "tokens": by_token(tokenizer, before, after),
@@ -122,8 +118,8 @@ def concentration(
 ) -> dict[str, Any] | None:
     """Whether a handful of token types carries most of the gain, such as the markup of web pages.
 
-    types                  the tokens, the one that gains most first: at most HANDFUL, each with LEAST of the nats
-                           gained or more, and together with more than MOST_OF them
+    types                  at most HANDFUL tokens, the one that gains most first, each with LEAST of the nats gained or
+                           more, together with more than MOST_OF
     share                  their part of the nats gained, more than 1 where the other tokens have lost
     gain_without           the gain over all other masked tokens
     gain_without_interval  its ends, [None, None] as in `compare`

@@ -117,7 +117,5 @@ def open_eval_sets(
             raise UserError(words.replace("--dataset_", "--out_of_domain_dataset_")) from None
         sources["general"], stores["general"] = out_of_domain, prepared["validation"]
     names = {key: corpus.origin(source, "validation") for key, source in sources.items()}
-    return {
-        key: make_eval_set(names[key], store, config.chunks, length, info, config.evaluate)
-        for key, store in stores.items()
-    }
+    cut = (config.chunks, length, info, config.evaluate)
+    return {key: make_eval_set(names[key], store, *cut) for key, store in stores.items()}

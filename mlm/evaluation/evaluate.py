@@ -2,12 +2,11 @@
 
     perplexity = exp(total nats / total masked tokens)
 
-A mean of batch means is another number, as batches differ in their count of masked tokens.
-
-An evaluation keeps every prediction, so that sums over chunks, documents or kinds of tokens, and comparisons with
-another model, all come from the same numbers. Nats are rounded to multiples of 2**-24 (float32's own spacing from 0.5
-to 1): sums of them in float64 are exact in any order, up to 2**29 nats in all. Memory on each process is some 60 bytes
-a prediction at the end of `evaluate`, and 100 in compare.py; --max_eval_samples bounds it.
+A mean of batch means is another number, as batches differ in their count of masked tokens. An evaluation keeps every
+prediction, so that all sums and comparisons come from the same numbers. Nats are rounded to multiples of 2**-24
+(float32's own spacing from 0.5 to 1): sums of them in float64 are exact in any order, up to 2**29 nats in all. Memory
+on each process is some 60 bytes a prediction at the end of `evaluate`, and 100 in compare.py; --max_eval_samples
+bounds it.
 """
 
 import logging
@@ -82,12 +81,8 @@ class Evaluation(NamedTuple):
 
     def summary(self) -> dict[str, float]:
         """The totals, under the names that all_results.json gives them."""
-        return {
-            "perplexity": self.perplexity,
-            "eval_loss": self.loss,
-            "accuracy": self.accuracy,
-            "eval_masked_tokens": self.masked,
-        }
+        figures = {"perplexity": self.perplexity, "eval_loss": self.loss, "accuracy": self.accuracy}
+        return {**figures, "eval_masked_tokens": self.masked}
 
 
 class Evaluations(dict[str, Evaluation]):
@@ -105,8 +100,7 @@ class Evaluations(dict[str, Evaluation]):
         """Replaces what is here by what `state_dict` gave, to the bit."""
         self.clear()
         for name in dict.fromkeys(key.rpartition(".")[0] for key in state):
-            columns = (state[f"{name}.{column}"].cpu().numpy() for column in Evaluation._fields)
-            self[name] = Evaluation(*columns)
+            self[name] = Evaluation(*(state[f"{name}.{column}"].cpu().numpy() for column in Evaluation._fields))
 
 
 def evaluate(
@@ -127,7 +121,6 @@ def evaluate(
     Raises UserError, on all processes, where a single chunk does not fit into memory on one of them.
     """
     rounds = len(eval_set.config.rounds) if complete else 1
-    share: Evaluation | UserError | None
     try:
         with without_dropout(model):
             share = _evaluate_share(model, eval_set, accelerator, rounds, stopped)
@@ -146,10 +139,7 @@ def evaluate(
 def _evaluate_share(
     model: SparseMaskedLM, eval_set: EvalSet, accelerator: Accelerator, rounds: int, stopped: Callable[[], int]
 ) -> Evaluation | None:
-    """This process's share of the chunks in each mask round; None where `stopped` says so.
-
-    Raises UserError where a single chunk does not fit into memory.
-    """
+    """This process's share of the chunks in each mask round; None and UserError as in `evaluate`."""
     n, rank, world = len(eval_set.chunk_ids), accelerator.process_index, accelerator.num_processes
     chunk_ids = eval_set.chunk_ids[n * rank // world : n * (rank + 1) // world]
     size = eval_set.config.per_device_eval_batch_size
@@ -224,11 +214,10 @@ def measure(evaluation: Evaluation, eval_set: EvalSet) -> dict[str, Any]:
 
     bits per character = loss / ln 2 · maskable tokens of the text / its characters
 
-    Characters are code points of the documents as they were read, and words are separated by white space (None where
-    they are longer than LONGEST_SPACED_WORD on average, as in a script without spaces). Neither depends on the
-    tokenizer, so that models with different ones can be compared. The figure is neither a likelihood of the text nor
-    a compression rate: each token was predicted from both its sides, some of them masked as well, and unknown tokens,
-    which are never predicted, cost nothing.
+    Characters are code points of the documents as they were read, words are separated by white space (None in a script
+    without spaces). Neither depends on the tokenizer, so that models with different ones can be compared. The figure
+    is neither a likelihood of the text nor a compression rate: each token was predicted from both its sides, some of
+    them masked as well, and unknown tokens, which are never predicted, cost nothing.
     """
     header = eval_set.store.header
     bits = evaluation.loss / math.log(2) * header["maskable_tokens"]

@@ -79,8 +79,13 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
             log.warning("the embeddings grow from %d to %d rows: the tokenizer has more tokens", rows, needed)
             enlarge(model, needed)
 
-    if config.gradient_checkpointing:
-        _checkpoint_activations(model)
+    if config.gradient_checkpointing:  # keeps each layer's input, recomputes the rest in backward (Chen et al. 2016)
+        # New versions of transformers have the first name and warn about the second, which old ones have.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        try:
+            enable()
+        except ValueError as error:
+            raise UserError(f"--gradient_checkpointing: {one_line(error)}") from error
     if own_dropout:
         # Modules share the configuration that they were built from, and some read it in every forward pass.
         # A copy with the model's own probabilities is the one to save.
@@ -239,21 +244,10 @@ def _build(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keeps only each layer's input in training and recomputes the rest in backward (Chen et al. 2016)."""
-    # New versions of transformers have the first name and warn about the second, which old ones have.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    try:
-        enable()
-    except ValueError as error:
-        raise UserError(f"--gradient_checkpointing: {one_line(error)}") from error
-
-
 def _dropout_fields(config: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, str, float]]:
     """(configuration, field, value) of every dropout probability, nested configurations included.
 
-    A field that is None (BERT's classifier_dropout) follows another one. A boolean one (ESM's token_dropout,
-    which rescales the embeddings) is no probability.
+    A field that is None (BERT's classifier_dropout) follows another one. A boolean one (ESM's token_dropout) is none.
     """
     for field, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
