@@ -134,12 +134,9 @@ def concentration(
     if not gained[few].sum() > MOST_OF * total > 0:
         return None
     gain, _ = _gain_over(before, after, units, ~np.isin(before.target, tokens[few]))
-    return {
-        "types": [spell(tokenizer, [token]) for token in tokens[few].tolist()],
-        "share": float(gained[few].sum() / total),
-        "gain_without": gain["value"],
-        "gain_without_interval": gain["interval"],
-    }
+    types, share = [spell(tokenizer, [token]) for token in tokens[few].tolist()], float(gained[few].sum() / total)
+    rest = {"gain_without": gain["value"], "gain_without_interval": gain["interval"]}
+    return {"types": types, "share": share, **rest}
 
 
 def _gain_over(

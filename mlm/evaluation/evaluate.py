@@ -240,14 +240,11 @@ def token_counts(store: TokenStore, size: int) -> np.ndarray:
 
 
 def unigram_perplexity(counts: np.ndarray, maskable: np.ndarray, targets: np.ndarray) -> float:
-    """The perplexity of a model that knows token frequencies alone, on the tokens that `evaluate` masks.
+    """The perplexity of a model that knows token frequencies alone, with add-one smoothing (Laplace).
 
-    Maximum likelihood over the maskable tokens of the training corpus, with add-one smoothing (Laplace):
-    p(token) = (count + 1) / (maskable tokens of the corpus + size of the maskable vocabulary).
+    p(token) = (count + 1) / (maskable tokens of the training corpus + size of the maskable vocabulary)
 
     counts: [V] int64, of the training corpus; maskable: [V] bool; targets: [M] int, the masked tokens
     """
-    smoothed = (counts + 1)[maskable]
-    logs = np.zeros(len(counts))
-    logs[maskable] = np.log(smoothed) - np.log(smoothed.sum())
+    logs = np.log(counts + 1) - np.log((counts + 1)[maskable].sum())
     return math.exp(-logs[targets].mean()) if len(targets) else math.nan

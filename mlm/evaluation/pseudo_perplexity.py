@@ -7,11 +7,10 @@ Salazar et al. 2020, "Masked Language Model Scoring" (arXiv:1910.14659), their P
 Special tokens are neither predicted nor counted in N. Nor are unknown ones, which say nothing about the word that
 stood there; their number is reported. A literal `[MASK]` in a sentence is text.
 
-No mask is drawn, so no seed changes the figure. It is not a perplexity of the text, because the product of these
-conditionals is not a probability of it. PPPL is per token, so it compares models of one tokenizer only. In bits per
-character and per word (separated by blanks), −Σ PLL / (ln 2 · their number), it comes nearer to a comparison across
-tokenizers, but it is not free of them: a word in several pieces is guessed from its own pieces, the more easily the
-more there are (Kauf and Ivanova 2023, arXiv:2305.10588).
+It is not a perplexity of the text, because the product of these conditionals is not a probability of it. PPPL is per
+token, so it compares models of one tokenizer only. Bits per character and per word (separated by blanks),
+−Σ PLL / (ln 2 · their number), come nearer to a comparison across tokenizers, but a word in several pieces is guessed
+from its own pieces, the more easily the more there are (Kauf and Ivanova 2023, arXiv:2305.10588).
 """
 
 import math
@@ -67,7 +66,7 @@ class Scores:
 
 
 def perplexity(log_likelihood: float, tokens: int) -> float:
-    """exp(−nats a token), NaN without tokens, infinite where it is beyond float64."""
+    """exp(−nats a token), NaN without tokens."""
     return exp_or_inf(-log_likelihood / tokens) if tokens else math.nan
 
 

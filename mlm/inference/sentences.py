@@ -24,10 +24,8 @@ def encode(
     than the model's position table, and where the tokenizer has no mask token.
     """
     if tokenizer.mask_token_id is None:
-        raise UserError(
-            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no mask token; "
-            "give the checkpoint of a masked language model"
-        )
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        raise UserError(f"the tokenizer {name} has no mask token; give the checkpoint of a masked language model")
     rows = [tokenizer(own_mask(tokenizer, text), verbose=False)["input_ids"] for text in sentences]
     masks = [[position for position, i in enumerate(row) if i == tokenizer.mask_token_id] for row in rows]
     for number, (sentence, row, positions) in enumerate(zip(sentences, rows, masks, strict=True), start=1):

@@ -109,9 +109,6 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, sentence: str, before: list[int]
     if not pieces:
         raise UserError(f"--targets: {word!r} is no text to the tokenizer {tokenizer.name_or_path}")
     if special := set(pieces) & set(tokenizer.all_special_ids):
-        token = tokenizer.convert_ids_to_tokens(min(special))
-        raise UserError(
-            f"--targets: {word!r} is no word that {tokenizer.name_or_path} could predict: its tokenizer "
-            f"makes {token} of it"
-        )
+        refused = f"--targets: {word!r} is no word that {tokenizer.name_or_path} could predict"
+        raise UserError(f"{refused}: its tokenizer makes {tokenizer.convert_ids_to_tokens(min(special))} of it")
     return pieces

@@ -125,16 +125,13 @@ def model_config(config: ModelConfig) -> PreTrainedConfig:
             )
         except UNUSABLE as error:
             raise explain_load_failure("model", source, error) from error
-        named_by_remote_code = getattr(arch, "auto_map", None) or ()
-        if arch.model_type not in KNOWN and "AutoModelForMaskedLM" not in named_by_remote_code:
+        if arch.model_type not in KNOWN and "AutoModelForMaskedLM" not in (getattr(arch, "auto_map", None) or ()):
             raise UserError(f"{source}: a model of type {arch.model_type} is no masked language model")
         return arch
     if config.model_type not in KNOWN:
         near = difflib.get_close_matches(config.model_type, KNOWN, n=5) or sorted(KNOWN)
-        raise UserError(
-            f"--model_type {config.model_type}: transformers has no masked language model of this name; "
-            f"it has {', '.join(near)}"
-        )
+        none = f"--model_type {config.model_type}: transformers has no masked language model of this name"
+        raise UserError(f"{none}; it has {', '.join(near)}")
     return AutoConfig.for_model(config.model_type)
 
 
@@ -145,17 +142,14 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     described = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    with torch.no_grad():
-        size = sum(p.abs().sum(dtype=torch.float64).item() for p in model.parameters())
+    size = sum(p.detach().abs().sum(dtype=torch.float64).item() for p in model.parameters())
     count = sum(p.numel() for p in model.parameters())
     return f"{type(model).__name__} {digest}, {count:,} weights of mean size {size / count:.6g}"
 
 
 def check_embeddings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError where the tokenizer gives ids beyond the embedding table of the named checkpoint.
-
-    `load_model` enlarges the table by rows that mean nothing before training.
-    """
+    """Raises UserError where the tokenizer gives ids beyond the checkpoint's embedding table, which `load_model` would
+    enlarge by rows that mean nothing before training."""
     rows = getattr(model_config(config).get_text_config(), "vocab_size", None)
     largest = vocab_size(tokenizer) - 1
     if rows is not None and largest >= rows:
@@ -166,10 +160,7 @@ def check_embeddings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def position_limit(config: ModelConfig) -> int | None:
-    """`max_positions` of the model that `config` names, or of the demo model, without loading it.
-
-    For a model from scratch, at its default padding id: RoBERTa's limit depends on the tokenizer's.
-    """
+    """`max_positions` of the model that `config` names, not loaded; from scratch, at its default padding id."""
     return DEMO_POSITIONS if config.is_demo else max_positions(model_config(config))
 
 

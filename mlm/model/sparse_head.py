@@ -27,26 +27,22 @@ class SparseMaskedLM(nn.Module):
     positions, `[1, M, H]`, so that the model's own head, whatever it is, works on M rows instead of B·T. Called on
     its own, `model` gives its usual dense logits.
 
-    At construction, a copy of the model runs three short sequences with the sparse head and the dense one:
-    - where the logits differ, the dense head is used, `sparse` is False, and a warning gives the reason;
-    - parameters that get no gradient from the loss (poolers, heads for other tasks) are frozen. Every other parameter
-      then has a gradient in every step, all zeros where no position is masked, as DistributedDataParallel requires
-      and processes with an empty share rely on.
-    The trial uses a copy (parameters and gradients, for a moment) because a forward pass may change a model: its
-    buffers, and switches such as BigBird's, which stays at full attention after one short sequence.
+    At construction, a copy of the model runs three short sequences with the sparse head and the dense one. Where the
+    logits differ, the dense head is used, `sparse` is False, and a warning gives the reason. Parameters that get no
+    gradient from the loss (poolers, heads for other tasks) are frozen: every other one then has a gradient in every
+    step, all zeros where no position is masked, as DistributedDataParallel requires and processes with an empty share
+    rely on. The trial uses a copy because a forward pass may change a model: its buffers, and switches such as
+    BigBird's, which stays at full attention after one short sequence.
 
-    A model may fail on short sequences alone (Reformer and Nystromformer train at one length). With `length`, the
-    trial is then repeated at that length, and the model is refused if it fails again. Without, nothing is frozen.
-
-    Attributes:
-        model: the model itself, which is what to save.
-        sparse: whether the head runs on the masked rows alone.
+    model:  the model itself, which is what to save
+    sparse: whether the head runs on the masked rows alone
     """
 
     def __init__(self, model: PreTrainedModel, length: int | None = None) -> None:
         """length: of the chunks that the model will be trained on; None where it will not be trained.
 
-        Raises UserError where the model cannot take a step on chunks of this length.
+        A model may fail on short sequences alone (Reformer and Nystromformer train at one length). The trial is then
+        repeated at `length`. Raises UserError where it fails again; without a length, nothing is frozen.
         """
         super().__init__()
         self.model = model
@@ -82,14 +78,12 @@ class SparseMaskedLM(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The logits at the given positions.
 
-        Args:
-            input_ids: int64 `[B, T]`, the corrupted chunks, B ≥ 1.
-            positions: int64 `[M]`, positions in the flattened batch, in [0, B·T); M may be 0.
-            attention_mask: int64 or bool `[B, T]`, zero at padding; None where there is no padding.
+        input_ids:      int64 `[B, T]`, the corrupted chunks, B ≥ 1
+        positions:      int64 `[M]`, positions in the flattened batch, in [0, B·T); M may be 0
+        attention_mask: int64 or bool `[B, T]`, zero at padding; None where there is no padding
 
-        Returns:
-            `[M, V]`, in the dtype of the model's head. Under bf16 autocast that is bfloat16, in which a cross entropy
-            loses whole nats, so widen it first. For M = 0 the sum is a zero that can be differentiated.
+        Returns `[M, V]`, in the dtype of the model's head. Under bf16 autocast that is bfloat16, in which a cross
+        entropy loses whole nats, so widen it first. For M = 0 the sum is a zero that can be differentiated.
         """
         padding = {} if attention_mask is None else {"attention_mask": attention_mask}
         self._positions = positions if self.sparse else None
