@@ -33,11 +33,10 @@ class Filled(NamedTuple):
 
 def cells(answers: Sequence[Sequence[Filled]], width: int) -> list[list[str]]:
     """`[model][rank]`, cells of a table: sentences, or the fillers alone where one is wider than `width`."""
-    lines = [[(f"{filled.log_probability:8.2f} nats  ", filled) for filled in answer] for answer in answers]
-    whole = all(columns(head + filled.text) <= width for answer in lines for head, filled in answer)
-    return [
-        [head + (filled.text if whole else " … ".join(filled.tokens)) for head, filled in answer] for answer in lines
-    ]
+    with_text = [[f"{filled.log_probability:8.2f} nats  {filled.text}" for filled in answer] for answer in answers]
+    if all(columns(cell) <= width for answer in with_text for cell in answer):
+        return with_text
+    return [[f"{filled.log_probability:8.2f} nats  {' … '.join(filled.tokens)}" for filled in a] for a in answers]
 
 
 class _Hypothesis(NamedTuple):

@@ -38,10 +38,7 @@ def encode(
 
 
 def own_mask(tokenizer: PreTrainedTokenizerBase, sentence: str) -> str:
-    """The sentence with the tokenizer's own mask token in the place of `[MASK]`.
-
-    Blanks around the mask stay: RoBERTa's tokenizer itself takes the blank before its mask token (lstrip).
-    """
+    """The sentence with the tokenizer's own mask token for `[MASK]`; RoBERTa's takes a blank before it by itself."""
     return sentence.replace(MASK, tokenizer.mask_token)
 
 
