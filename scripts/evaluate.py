@@ -30,8 +30,7 @@ with quick_imports():
     from mlm.evaluation.pseudo_perplexity import measure as measure_sentences
     from mlm.figures import figure, finite
     from mlm.files import write_json
-    from mlm.model.load import ModelConfig, check_embeddings, load_model, open_corpus, position_limit
-    from mlm.model.sparse_head import SparseMaskedLM
+    from mlm.model.load import ModelConfig, load_trained, open_corpus, position_limit
 
 
 @dataclass(frozen=True)
@@ -122,8 +121,7 @@ def measure_one(config: Config, length: int, accelerator: Accelerator) -> Measur
     with local_main_process_first(accelerator, config) as own:
         tokenizer, info, stores = open_corpus(own)
         eval_sets = open_eval_sets(own, tokenizer, info, stores["validation"], length)
-    check_embeddings(config.model, tokenizer)
-    model = SparseMaskedLM(load_model(config.model, tokenizer, seed=0)).to(accelerator.device)
+    model = load_trained(config.model, tokenizer, accelerator.device, length)
     evaluations = evaluate_all(model, eval_sets, accelerator)
     assert evaluations is not None, "nothing asks to stop"
     return Measured(tokenizer, stores, eval_sets, evaluations)

@@ -1,10 +1,9 @@
 """Two models on the same masks: how much better one is, how sure that is, and where it is better.
 
 gain       = perplexity before / perplexity after = exp(loss before − loss after)
-interval   paired bootstrap, percentiles (Efron & Tibshirani, An Introduction to the Bootstrap, 1993,
-           chapters 8 and 13): documents are drawn with replacement, as many as there are, each with its
-           nats under both models, because predictions within a document are not independent. A test
-           compares it with scipy.stats.bootstrap(…, paired=True, method="percentile").
+interval   paired bootstrap, percentiles (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and
+           13): documents are drawn with replacement, as many as there are, each with its nats under both models,
+           because predictions within a document are not independent. A test compares it with scipy's.
 """
 
 import math
@@ -15,7 +14,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data.tokenizer import spell
-from mlm.evaluation.breakdown import breakdowns, by_token, by_word, carriers, grouped
+from mlm.evaluation.breakdown import breakdowns, by_token, by_word, grouped
 from mlm.evaluation.evaluate import EvalSet, Evaluation, measure, unigram_perplexity
 from mlm.figures import exp_or_inf, figure, finite
 
@@ -23,7 +22,9 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 SEED = 0
 AT_A_TIME = 1 << 22  # drawn units that are held in memory
+HANDFUL, LEAST, MOST_OF = 5, 0.05, 0.5  # a concentrated gain, see `concentration`
 OPENING = 24  # tokens of a document by which a person knows it
+EVAL_SETS = {"held_out": ("", "held-out"), "general": ("general_", "out-of-domain")}  # prefix of JSON keys, words
 
 
 class Conclusion(NamedTuple):
@@ -47,32 +48,22 @@ def conclude(
     before: the evaluations before the first step; empty where there were none
     counts: [V] int64, how often each token stands in the training corpus
     """
-    compared = {
-        name: compare(eval_sets[name], before[name], after[name], tokenizer, counts)
-        for name in eval_sets
-        if name in before
-    }
-    results, lines = {}, []
-    for name, prefix, title in (("held_out", "", "held-out"), ("general", "general_", "general")):
-        if name not in eval_sets:
-            continue
-        figures = _scalars(measure(after[name], eval_sets[name]))
-        results |= {f"{prefix}{key}": value for key, value in figures.items()}
-        if name in compared:
-            figures = _scalars(measure(before[name], eval_sets[name]))
-            results |= {f"{prefix}{key}_before": value for key, value in figures.items()}
+    results, lines, compared, tables = {}, [], {}, []
+    for name, eval_set in eval_sets.items():
+        prefix, title = EVAL_SETS[name]
+        results |= _named(measure(after[name], eval_set), prefix)
+        if name in before:
+            compared[name] = compare(eval_set, before[name], after[name], tokenizer, counts)
+            results |= _named(measure(before[name], eval_set), prefix, "_before")
             results |= gain_figures(compared[name], prefix)
             lines.append(f"{title} text: {in_words(compared[name])}")
+            tables.append(documents(name, eval_set, before[name], after[name], tokenizer))
         elif name == "general":
-            lines.append(f"{title} text: perplexity {figure(figures['perplexity'])}")
-    results["perplexity_unigram"] = unigram_perplexity(
-        counts, eval_sets["held_out"].info.maskable, after["held_out"].target
-    )
-    if "held_out" not in compared:
-        return Conclusion(results, "\n".join(lines), None, None)
-    tables = [documents(n, eval_sets[n], before[n], after[n], tokenizer) for n in compared]
-    comparison = {n: compared.get(n) for n in ("held_out", "general")}
-    return Conclusion(results, "\n".join(lines), comparison, pa.concat_tables(tables))
+            lines.append(f"{title} text: perplexity {figure(results['general_perplexity'])}")
+    maskable = eval_sets["held_out"].info.maskable
+    results["perplexity_unigram"] = unigram_perplexity(counts, maskable, after["held_out"].target)
+    comparison = {name: compared.get(name) for name in EVAL_SETS} if compared else None
+    return Conclusion(results, "\n".join(lines), comparison, pa.concat_tables(tables) if tables else None)
 
 
 def compare(
@@ -86,50 +77,40 @@ def compare(
 
     gain           {"value", "interval"}, above 1 where the second model is better
     difference     the same of the loss, in nats a masked token, below 0 where it is better
-    concentration  see `concentration`
-    counts         [V] int64, how often each token stands in the training corpus; None: no breakdown by
-                   frequency
+    concentration  see `concentration`; None also where the gain may be chance
+    counts         [V] int64, how often each token stands in the training corpus; None: no breakdown by frequency
 
-    An interval is [None, None] where there is one document and one chunk, or loss is infinite. Raises
-    ValueError for evaluations of other tokens, or under other masks.
+    An interval is [None, None] where there is one document and one chunk, or loss is infinite. Raises ValueError for
+    evaluations of other tokens, or under other masks.
     """
     if not before.same_masks(after):
         raise ValueError(f"{eval_set.name}: the two evaluations are not of the same masked tokens")
     config, document = eval_set.config, documents_of(eval_set, before)
-    units, kind = document, "documents"
-    if len(np.unique(document)) < 2:  # a book: its chunks are all that there is to draw from
-        units, kind = before.chunk, "chunks"
+    num_documents = len(np.unique(document))
+    # Of a book, its chunks are all that there is to draw from.
+    units, kind = (document, "documents") if num_documents > 1 else (before.chunk, "chunks")
     gain, difference = _gain_over(before, after, units, np.ones(before.masked, bool))
-    return finite(
-        {
-            "text": eval_set.name,
-            "before": measure(before, eval_set),
-            "after": measure(after, eval_set),
-            "gain": gain,
-            "difference": difference,
-            # what is within the noise carries nothing
-            "concentration": (
-                concentration(before, after, units, tokenizer) if difference["interval"][1] < 0 else None
-            ),
-            "bootstrap": {
-                "confidence": CONFIDENCE,
-                "resamples": RESAMPLES,
-                "unit": kind,
-                "units": len(np.unique(units)),
-                "seed": SEED,
-            },
-            "masks": {
-                "seeds": [config.eval_mask_seed + i for i in range(config.eval_mask_seeds)],
-                "folds": config.eval_mask_folds,
-                "masked_tokens": before.masked,
-                "chunks": len(eval_set.chunk_ids),
-                "documents": len(np.unique(document)),
-            },
-            "breakdowns": breakdowns(eval_set, before, after, counts),
-            "tokens": by_token(tokenizer, before, after),
-            "words": by_word(eval_set, tokenizer, before, after),
-        }
-    )
+    sure = difference["interval"][1] < 0
+    return finite({
+        "text": eval_set.name,
+        "before": measure(before, eval_set),
+        "after": measure(after, eval_set),
+        "gain": gain,
+        "difference": difference,
+        "concentration": concentration(before, after, units, tokenizer) if sure else None,
+        "bootstrap": {
+            "confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED,
+            "unit": kind, "units": len(np.unique(units)),
+        },
+        "masks": {
+            "seeds": [config.eval_mask_seed + i for i in range(config.eval_mask_seeds)],
+            "folds": config.eval_mask_folds, "masked_tokens": before.masked,
+            "chunks": len(eval_set.chunk_ids), "documents": num_documents,
+        },
+        "breakdowns": breakdowns(eval_set, before, after, counts),
+        "tokens": by_token(tokenizer, before, after),
+        "words": by_word(eval_set, tokenizer, before, after),
+    })  # fmt: skip
 
 
 def concentration(
@@ -137,23 +118,25 @@ def concentration(
 ) -> dict[str, Any] | None:
     """Whether a handful of token types carries most of the gain, such as the markup of web pages.
 
-    types                  the tokens, the one that gains most first (`carriers`)
+    types                  at most HANDFUL tokens, the one that gains most first, each with LEAST of the nats gained or
+                           more, together with more than MOST_OF
     share                  their part of the nats gained, more than 1 where the other tokens have lost
     gain_without           the gain over all other masked tokens
     gain_without_interval  its ends, [None, None] as in `compare`
 
     units: [M] int, what is resampled, for each masked token. None: no few types carry most of the gain.
     """
-    tokens, share = carriers(before, after)
-    if not len(tokens):
+    tokens, group = np.unique(before.target, return_inverse=True)
+    gained = np.bincount(group, before.nats - after.nats, len(tokens))
+    total = gained.sum()
+    few = np.argsort(-gained, kind="stable")[:HANDFUL]
+    few = few[gained[few] >= LEAST * total]
+    if not gained[few].sum() > MOST_OF * total > 0:
         return None
-    gain, _ = _gain_over(before, after, units, ~np.isin(before.target, tokens))
-    return {
-        "types": [spell(tokenizer, [token]) for token in tokens.tolist()],
-        "share": share,
-        "gain_without": gain["value"],
-        "gain_without_interval": gain["interval"],
-    }
+    gain, _ = _gain_over(before, after, units, ~np.isin(before.target, tokens[few]))
+    types, share = [spell(tokenizer, [token]) for token in tokens[few].tolist()], float(gained[few].sum() / total)
+    rest = {"gain_without": gain["value"], "gain_without_interval": gain["interval"]}
+    return {"types": types, "share": share, **rest}
 
 
 def _gain_over(
@@ -208,31 +191,26 @@ def documents(
     count, nats_before, nats_after = grouped(group, len(numbers), before.nats, after.nats)
     begin = store.document_offsets[numbers]
     end = np.minimum(store.document_offsets[numbers + 1], begin + OPENING)
-    openings = [
-        tokenizer.decode(store.ids[b:e].tolist(), skip_special_tokens=True) for b, e in zip(begin, end, strict=True)
-    ]
-    return pa.table(
-        {
-            "text": pa.array([name] * len(numbers), pa.string()),
-            "document": numbers,
-            "opening": pa.array(openings, pa.string()),
-            "masked_tokens": count,
-            "nats_before": nats_before,
-            "nats_after": nats_after,
-        }
-    )
+    opening = [store.ids[first:stop].tolist() for first, stop in zip(begin, end, strict=True)]
+    return pa.table({
+        "text": pa.array([name] * len(numbers), pa.string()),
+        "document": numbers,
+        "opening": pa.array([tokenizer.decode(ids, skip_special_tokens=True) for ids in opening], pa.string()),
+        "masked_tokens": count,
+        "nats_before": nats_before,
+        "nats_after": nats_after,
+    })  # fmt: skip
 
 
 def in_words(compared: dict[str, Any]) -> str:
     """A comparison on one line."""
-    drawn, by_seed = compared["bootstrap"], compared["after"]["perplexity_by_seed"]
-    seeds = f", {figure(min(by_seed))} to {figure(max(by_seed))} over {len(by_seed)} mask seeds"
-    low, high = compared["gain"]["interval"]
-    interval = f"no interval from one of {drawn['unit']}"
-    if low is not None:
-        interval = f"{drawn['confidence']:.0%} interval {figure(low)} to {figure(high)}"
-        interval += f", {drawn['units']:,} {drawn['unit']} resampled"
-    without = ""
+    gain, drawn, by_seed = compared["gain"], compared["bootstrap"], compared["after"]["perplexity_by_seed"]
+    low, high = map(figure, gain["interval"])
+    seeds, without, interval = "", "", f"no interval from one of {drawn['unit']}"
+    if len(by_seed) > 1 and None not in by_seed:
+        seeds = f", {figure(min(by_seed))} to {figure(max(by_seed))} over {len(by_seed)} mask seeds"
+    if gain["interval"][0] is not None:
+        interval = f"{drawn['confidence']:.0%} interval {low} to {high}, {drawn['units']:,} {drawn['unit']} resampled"
     if few := compared["concentration"]:
         without = (
             f"; {len(few['types'])} tokens carry {few['share']:.0%} of it ({' '.join(few['types'])}), "
@@ -240,8 +218,7 @@ def in_words(compared: dict[str, Any]) -> str:
         )
     return (
         f"perplexity {figure(compared['before']['perplexity'])} before, "
-        f"{figure(compared['after']['perplexity'])} after{seeds if len(by_seed) > 1 else ''}, "
-        f"gain {figure(compared['gain']['value'])} ({interval}){without}"
+        f"{figure(compared['after']['perplexity'])} after{seeds}, gain {figure(gain['value'])} ({interval}){without}"
     )
 
 
@@ -254,7 +231,9 @@ def gain_figures(compared: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return gain
 
 
-def _scalars(measured: dict[str, Any]) -> dict[str, Any]:
+def _named(measured: dict[str, Any], prefix: str, suffix: str = "") -> dict[str, Any]:
     """The figures of a text for all_results.json, with the spread over mask seeds where there are several."""
     by_seed = measured.pop("perplexity_by_seed")
-    return measured | ({"perplexity_spread": max(by_seed) - min(by_seed)} if len(by_seed) > 1 else {})
+    if len(by_seed) > 1:
+        measured["perplexity_spread"] = max(by_seed) - min(by_seed)
+    return {f"{prefix}{name}{suffix}": value for name, value in measured.items()}

@@ -4,7 +4,6 @@ Two runs that mask differently, at a higher rate or in whole words, are still me
 """
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,19 +66,17 @@ class EvalSet:
         """The chunks [B] as mask round `mask_round` masks them."""
         seed, fold = self.config.rounds[mask_round]
         epochs = np.zeros(len(chunk_ids), np.int64)  # fixed masks: those of epoch 0 of the mask seed
-        select = partial(self._select, fold)
-        return mask_chunks(self.chunks, chunk_ids, epochs, seed, self.info.maskable, self.recipe, select)
-
-    def _select(
-        self, fold: tuple[int, int] | None, maskable: np.ndarray, draws: np.ndarray, word_starts: np.ndarray
-    ) -> np.ndarray:
-        """Which tokens are predicted, [B, T] bool: a sample, or the k-th of K folds (k, K)."""
         rate, whole_words = self.config.eval_mlm_probability, self.config.eval_whole_word_mask
-        if fold is not None:
-            return select_fold(maskable, draws, word_starts if whole_words else None, *fold)
-        if whole_words:
-            return select_words(maskable, draws, rate, word_starts)
-        return select_tokens(maskable, draws, rate)
+
+        def select(maskable: np.ndarray, draws: np.ndarray, word_starts: np.ndarray) -> np.ndarray:
+            """Which tokens are predicted, [B, T] bool: a sample, or the k-th of K folds (k, K)."""
+            if fold is not None:
+                return select_fold(maskable, draws, word_starts if whole_words else None, *fold)
+            if whole_words:
+                return select_words(maskable, draws, rate, word_starts)
+            return select_tokens(maskable, draws, rate)
+
+        return mask_chunks(self.chunks, chunk_ids, epochs, seed, self.info.maskable, self.recipe, select)
 
 
 def make_eval_set(
@@ -104,7 +101,7 @@ def open_eval_sets(
 ) -> dict[str, EvalSet]:
     """ "held_out" and, where there is out-of-domain text, "general", both in chunks of `length` tokens.
 
-    config: a mlm.config.Config; its parts corpus, out_of_domain, token_store, chunks and evaluate are read.
+    config: a mlm.config.Config; its parts corpus, out_of_domain, token_store, chunks and evaluate are read
 
     Raises UserError where the out-of-domain text cannot be read, or has not even one chunk.
     """
@@ -119,9 +116,6 @@ def open_eval_sets(
             words = str(error).replace("--validation_file", "--out_of_domain_file")
             raise UserError(words.replace("--dataset_", "--out_of_domain_dataset_")) from None
         sources["general"], stores["general"] = out_of_domain, prepared["validation"]
-    return {
-        name: make_eval_set(
-            corpus.origin(sources[name], "validation"), store, config.chunks, length, info, config.evaluate
-        )
-        for name, store in stores.items()
-    }
+    names = {key: corpus.origin(source, "validation") for key, source in sources.items()}
+    cut = (config.chunks, length, info, config.evaluate)
+    return {key: make_eval_set(names[key], store, *cut) for key, store in stores.items()}

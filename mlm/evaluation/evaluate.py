@@ -2,13 +2,11 @@
 
     perplexity = exp(total nats / total masked tokens)
 
-A mean of batch means is another number, as batches differ in their count of masked tokens.
-
-An evaluation keeps every prediction, so that sums over chunks, documents or kinds of tokens, and comparisons
-with another model, all come from the same numbers. Nats are rounded to multiples of 2**-24 (float32's own
-spacing from 0.5 to 1): sums of them in float64 are exact in any order, up to 2**29 nats in all, and the rows
-of a breakdown add up to the total to the bit. Memory on each process is some 60 bytes a prediction at the end
-of `evaluate`, and 100 in compare.py; --max_eval_samples bounds it.
+A mean of batch means is another number, as batches differ in their count of masked tokens. An evaluation keeps every
+prediction, so that all sums and comparisons come from the same numbers. Nats are rounded to multiples of 2**-24
+(float32's own spacing from 0.5 to 1): sums of them in float64 are exact in any order, up to 2**29 nats in all. Memory
+on each process is some 60 bytes a prediction at the end of `evaluate`, and 100 in compare.py; --max_eval_samples
+bounds it.
 """
 
 import logging
@@ -27,6 +25,7 @@ from mlm.engine.memory import out_of_memory
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import EvalSet, EvaluateConfig
 from mlm.figures import exp_or_inf
+from mlm.model.predict import without_dropout
 from mlm.model.sparse_head import SparseMaskedLM
 
 log = logging.getLogger(__name__)
@@ -82,12 +81,8 @@ class Evaluation(NamedTuple):
 
     def summary(self) -> dict[str, float]:
         """The totals, under the names that all_results.json gives them."""
-        return {
-            "perplexity": self.perplexity,
-            "eval_loss": self.loss,
-            "accuracy": self.accuracy,
-            "eval_masked_tokens": self.masked,
-        }
+        figures = {"perplexity": self.perplexity, "eval_loss": self.loss, "accuracy": self.accuracy}
+        return {**figures, "eval_masked_tokens": self.masked}
 
 
 class Evaluations(dict[str, Evaluation]):
@@ -105,8 +100,7 @@ class Evaluations(dict[str, Evaluation]):
         """Replaces what is here by what `state_dict` gave, to the bit."""
         self.clear()
         for name in dict.fromkeys(key.rpartition(".")[0] for key in state):
-            columns = (state[f"{name}.{column}"].cpu().numpy() for column in Evaluation._fields)
-            self[name] = Evaluation(*columns)
+            self[name] = Evaluation(*(state[f"{name}.{column}"].cpu().numpy() for column in Evaluation._fields))
 
 
 def evaluate(
@@ -118,8 +112,8 @@ def evaluate(
 ) -> Evaluation | None:
     """Measures `model` on an eval set, its chunks cut into contiguous shares over the processes.
 
-    Where a batch does not fit into memory, this process goes on with batches of half the size. No figure
-    depends on the size, and the processes meet only at the end, so that each does so on its own.
+    Where a batch does not fit into memory, this process goes on with batches of half the size. No figure depends on
+    the size, and the processes meet only at the end, so that each does so on its own.
 
     complete: all mask rounds, else the first one alone
     stopped: asked before each batch; where it is true on any process, all return None.
@@ -127,61 +121,57 @@ def evaluate(
     Raises UserError, on all processes, where a single chunk does not fit into memory on one of them.
     """
     rounds = len(eval_set.config.rounds) if complete else 1
-    was_training = model.training
-    model.eval()
-    share: Evaluation | UserError | None
     try:
-        share = _evaluate_share(model, eval_set, accelerator, rounds, stopped)
+        with without_dropout(model):
+            share = _evaluate_share(model, eval_set, accelerator, rounds, stopped)
     except UserError as error:
         share = error
-    finally:
-        model.train(was_training)
-
     shares = gather_object([share])
-    for part in shares:
-        if isinstance(part, UserError):
-            raise part
+    if failures := [part for part in shares if isinstance(part, UserError)]:
+        raise failures[0]
     if any(part is None for part in shares):
         return None
-    whole = Evaluation(*map(np.concatenate, zip(*shares, strict=True)))
-    order = np.argsort(whole.mask_round, kind="stable")  # within a round, the shares are in order already
-    return Evaluation(*(values[order] for values in whole))
+    columns = [np.concatenate(column) for column in zip(*shares, strict=True)]
+    order = np.argsort(columns[0], kind="stable")  # by mask round; in a round, the shares are in order already
+    return Evaluation(*(column[order] for column in columns))
 
 
 def _evaluate_share(
     model: SparseMaskedLM, eval_set: EvalSet, accelerator: Accelerator, rounds: int, stopped: Callable[[], int]
 ) -> Evaluation | None:
-    """This process's share of the chunks in each mask round; None where `stopped` says so.
-
-    Raises UserError where a single chunk does not fit into memory.
-    """
+    """This process's share of the chunks in each mask round; None and UserError as in `evaluate`."""
     n, rank, world = len(eval_set.chunk_ids), accelerator.process_index, accelerator.num_processes
     chunk_ids = eval_set.chunk_ids[n * rank // world : n * (rank + 1) // world]
     size = eval_set.config.per_device_eval_batch_size
-    places = [np.zeros((4, 0), np.int32)]  # mask round, chunk, column, target of each prediction
-    nats = [torch.zeros(0, device=accelerator.device)]
-    hits = [torch.zeros(0, dtype=torch.bool, device=accelerator.device)]
+    none = torch.zeros(0, device=accelerator.device)
+    predictions = [(np.zeros((4, 0), np.int32), none, none.bool())]  # for a process with an empty share
     mask_round = first = 0
     while mask_round < rounds and first < len(chunk_ids):
         if stopped():
             return None
         part = chunk_ids[first : first + size]
         try:
-            where, batch_nats, batch_hits = _predict(model, eval_set, accelerator, part, mask_round)
+            predicted = _predict(model, eval_set, accelerator, part, mask_round)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            where = None
-        if where is None:  # outside of `except`, whose traceback holds the activations
-            size = _smaller(len(part), eval_set.chunks.chunk_size)
+            predicted = None
+        if predicted is None:  # outside of `except`, whose traceback holds the activations
+            if len(part) == 1:
+                raise UserError(
+                    f"out of memory evaluating one chunk of {eval_set.chunks.chunk_size} tokens "
+                    "(--per_device_eval_batch_size 1): use a shorter --max_seq_length"
+                )
+            size = len(part) // 2
+            release_memory()
+            log.info("out of memory in evaluation: from here on %d chunks at a time", size)
             continue
-        places.append(where)
-        nats.append(batch_nats)
-        hits.append(batch_hits)
+        predictions.append(predicted)
         first += len(part)
         if first == len(chunk_ids):
             mask_round, first = mask_round + 1, 0
-    # The host waits for the device here and nowhere else.
+    places, nats, hits = zip(*predictions, strict=True)
+    # The device synchronises here and nowhere else.
     exact = np.round(torch.cat(nats).cpu().double().numpy() * GRID) / GRID
     return Evaluation(*np.concatenate(places, axis=1), exact, torch.cat(hits).cpu().numpy())
 
@@ -190,7 +180,8 @@ def _evaluate_share(
 def _predict(
     model: SparseMaskedLM, eval_set: EvalSet, accelerator: Accelerator, chunk_ids: np.ndarray, mask_round: int
 ) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-    """One mask round of the chunks [B]: places [4, M] int32, and on the device nats [M], hits [M] bool."""
+    """One mask round of the chunks [B]: the first four columns of an Evaluation, [4, M] int32, and on the device nats
+    [M] and hits [M] bool."""
     batch = eval_set.batch(chunk_ids, mask_round)
     row, column = np.divmod(batch.positions.numpy(), batch.input_ids.shape[1])
     places = [np.full(len(row), mask_round), chunk_ids[row], column, batch.targets.numpy()]
@@ -200,18 +191,6 @@ def _predict(
         logits = model(batch.input_ids, batch.positions, batch.attention_mask).float()  # [M, V]
         nats = F.cross_entropy(logits, batch.targets, reduction="none")
         return np.array(places, np.int32), nats, logits.argmax(dim=-1) == batch.targets
-
-
-def _smaller(chunks: int, length: int) -> int:
-    """The batch size after one of so many chunks of `length` tokens did not fit into memory."""
-    if chunks == 1:
-        raise UserError(
-            f"out of memory evaluating one chunk of {length} tokens (--per_device_eval_batch_size 1): "
-            "use a shorter --max_seq_length"
-        )
-    release_memory()
-    log.info("out of memory in evaluation: from here on %d chunks at a time", chunks // 2)
-    return chunks // 2
 
 
 def evaluate_all(
@@ -224,10 +203,9 @@ def evaluate_all(
     """`evaluate` on each of `eval_sets`; None as soon as one is given up."""
     evaluations = Evaluations()
     for name, eval_set in eval_sets.items():
-        evaluation = evaluate(model, eval_set, accelerator, complete, stopped)
-        if evaluation is None:
+        evaluations[name] = evaluate(model, eval_set, accelerator, complete, stopped)
+        if evaluations[name] is None:
             return None
-        evaluations[name] = evaluation
     return evaluations
 
 
@@ -236,11 +214,10 @@ def measure(evaluation: Evaluation, eval_set: EvalSet) -> dict[str, Any]:
 
     bits per character = loss / ln 2 · maskable tokens of the text / its characters
 
-    Characters are code points of the documents as they were read, and words are separated by white space
-    (None where they are longer than LONGEST_SPACED_WORD on average, as in a script without spaces). Neither
-    depends on the tokenizer, so that models with different ones can be compared. The figure is neither a
-    likelihood of the text nor a compression rate: each token was predicted from both its sides, some of them
-    masked as well, and unknown tokens, which are never predicted, cost nothing.
+    Characters are code points of the documents as they were read, words are separated by white space (None in a script
+    without spaces). Neither depends on the tokenizer, so that models with different ones can be compared. The figure
+    is neither a likelihood of the text nor a compression rate: each token was predicted from both its sides, some of
+    them masked as well, and unknown tokens, which are never predicted, cost nothing.
     """
     header = eval_set.store.header
     bits = evaluation.loss / math.log(2) * header["maskable_tokens"]
@@ -263,14 +240,11 @@ def token_counts(store: TokenStore, size: int) -> np.ndarray:
 
 
 def unigram_perplexity(counts: np.ndarray, maskable: np.ndarray, targets: np.ndarray) -> float:
-    """The perplexity of a model that knows token frequencies alone, on the tokens that `evaluate` masks.
+    """The perplexity of a model that knows token frequencies alone, with add-one smoothing (Laplace).
 
-    Maximum likelihood over the maskable tokens of the training corpus, with add-one smoothing (Laplace):
-    p(token) = (count + 1) / (maskable tokens of the corpus + size of the maskable vocabulary).
+    p(token) = (count + 1) / (maskable tokens of the training corpus + size of the maskable vocabulary)
 
     counts: [V] int64, of the training corpus; maskable: [V] bool; targets: [M] int, the masked tokens
     """
-    smoothed = (counts + 1)[maskable]
-    logs = np.zeros(len(counts))
-    logs[maskable] = np.log(smoothed) - np.log(smoothed.sum())
+    logs = np.log(counts + 1) - np.log((counts + 1)[maskable].sum())
     return math.exp(-logs[targets].mean()) if len(targets) else math.nan

@@ -4,19 +4,17 @@ Salazar et al. 2020, "Masked Language Model Scoring" (arXiv:1910.14659), their P
 
     PLL(W) = Σ_t log P(w_t | W without w_t)        PPPL = exp(−Σ_W PLL(W) / N), N tokens in all
 
-Special tokens are neither predicted nor counted in N. Nor are unknown ones, which say nothing about the word
-that stood there; their number is reported. A literal `[MASK]` in a sentence is text.
+Special tokens are neither predicted nor counted in N. Nor are unknown ones, which say nothing about the word that
+stood there; their number is reported. A literal `[MASK]` in a sentence is text.
 
-No mask is drawn, so no seed changes the figure. It is not a perplexity of the text, because the product of
-these conditionals is not a probability of it. PPPL is per token, so it compares models of one tokenizer only.
-In bits per character and per word (separated by blanks), −Σ PLL / (ln 2 · their number), it comes nearer to a
-comparison across tokenizers, but it is not free of them: a word in several pieces is guessed from its own
-pieces, the more easily the more there are (Kauf and Ivanova 2023, arXiv:2305.10588).
+It is not a perplexity of the text, because the product of these conditionals is not a probability of it. PPPL is per
+token, so it compares models of one tokenizer only. Bits per character and per word (separated by blanks),
+−Σ PLL / (ln 2 · their number), come nearer to a comparison across tokenizers, but a word in several pieces is guessed
+from its own pieces, the more easily the more there are (Kauf and Ivanova 2023, arXiv:2305.10588).
 """
 
 import math
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -28,12 +26,12 @@ from transformers import PreTrainedTokenizerBase
 from mlm.columns import PAGE, fit
 from mlm.data.encode import encode_texts
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
-from mlm.errors import UserError, one_line
+from mlm.errors import one_line
 from mlm.figures import exp_or_inf, finite
 from mlm.files import read_sentences
-from mlm.model.load import ModelConfig, check_embeddings, load_model
+from mlm.model.load import ModelConfig, load_trained
+from mlm.model.predict import check_length, same_length, without_dropout
 from mlm.model.sparse_head import SparseMaskedLM
-from mlm.model.vocabulary import max_positions
 
 
 @dataclass(frozen=True)
@@ -55,12 +53,12 @@ class Scores:
 
     def summary(self) -> dict[str, float]:
         """The totals; NaN where there is nothing to divide by."""
-        total = float(self.log_likelihoods.sum())
-        bits = -total / math.log(2) if self.tokens.any() else math.nan
+        total, tokens = float(self.log_likelihoods.sum()), int(self.tokens.sum())
+        bits = -total / math.log(2) if tokens else math.nan
         return {
-            "pseudo_perplexity": perplexity(total, int(self.tokens.sum())),
+            "pseudo_perplexity": perplexity(total, tokens),
             "pseudo_log_likelihood": total,
-            "tokens": int(self.tokens.sum()),
+            "tokens": tokens,
             "unknown_tokens": int(self.unknown.sum()),
             "bits_per_character": bits / int(self.characters.sum()),
             "bits_per_word": bits / int(self.words.sum()),
@@ -68,7 +66,7 @@ class Scores:
 
 
 def perplexity(log_likelihood: float, tokens: int) -> float:
-    """exp(−nats a token), NaN without tokens, infinite where it is beyond float64."""
+    """exp(−nats a token), NaN without tokens."""
     return exp_or_inf(-log_likelihood / tokens) if tokens else math.nan
 
 
@@ -80,62 +78,38 @@ def score(
     batch_size: int,
     accelerator: Accelerator,
 ) -> Scores:
-    """Scores the sentences, {line: sentence}, in their order. Those of equal length share batches, unpadded.
+    """Scores the sentences, {line: sentence}, in their order.
 
-    batch_size: masked copies of sentences at a time; no figure depends on it. Several processes share the
-        batches.
+    batch_size: masked copies of sentences at a time; no figure depends on it. Several processes share the batches.
 
     Raises UserError, naming the line, where a sentence is longer than the model's position table.
     """
     info = tokenizer_info(tokenizer)
     rows = list(encode_texts(sentences.values(), tokenizer, info))
-    _check_lengths(sentences, rows, max_positions(model.model.config))
-    was_training = model.training
-    model.eval()
-    nats, whose, batches = [], [], 0
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for length, same in groupby(by_length, key=lambda i: len(rows[i])):
-        numbers = np.array(list(same))
-        group = np.stack([rows[i] for i in numbers])  # [S, T]
-        sentence, place = np.nonzero(~info.special[group])  # [copies] which sentence, which token is masked
-        for first in range(0, len(place), batch_size):
-            batches += 1
-            if batches % accelerator.num_processes != accelerator.process_index:
-                continue
-            part = slice(first, first + batch_size)
-            batch = torch.from_numpy(group[sentence[part]])  # [B, T]
-            positions = torch.arange(len(batch)) * length + torch.from_numpy(place[part])  # [B]
-            targets = batch.view(-1)[positions]
+    for (line, sentence), row in zip(sentences.items(), rows, strict=True):
+        check_length(model, f"line {line} ({one_line(sentence, 60)!r})", row)
+    places = [np.flatnonzero(~info.special[row]) for row in rows]
+    tokens = np.array([len(place) for place in places])
+    whose, place = np.repeat(np.arange(len(rows)), tokens), np.concatenate(places)  # [copies] sentence, masked token
+    nats = torch.zeros(len(whose), device=accelerator.device)  # zero where another process predicts
+    with without_dropout(model), accelerator.autocast():
+        batches = same_length([rows[i] for i in whose], batch_size)
+        for part in list(batches)[accelerator.process_index :: accelerator.num_processes]:
+            batch = torch.from_numpy(np.stack([rows[i] for i in whose[part]]))  # [B, T]
+            positions = torch.arange(len(batch)) * batch.shape[1] + torch.from_numpy(place[part])  # [B]
+            targets = batch.view(-1)[positions].to(accelerator.device)
             batch.view(-1)[positions] = info.mask_id
-            with accelerator.autocast():
-                logits = model(batch.to(accelerator.device), positions.to(accelerator.device)).float()
-                nats.append(F.cross_entropy(logits, targets.to(accelerator.device), reduction="none"))
-            whose.append(numbers[sentence[part]])
-    model.train(was_training)
-
-    sums = np.zeros(len(rows))
-    if nats:
-        # The host waits for the device here and nowhere else.
-        sums = np.bincount(np.concatenate(whose), torch.cat(nats).cpu().double().numpy(), len(rows))
-    if accelerator.num_processes > 1:
-        sums = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device)).cpu().numpy()
+            logits = model(batch.to(accelerator.device), positions.to(accelerator.device)).float()
+            nats[part] = F.cross_entropy(logits, targets, reduction="none")
+    nats = accelerator.reduce(nats).cpu().double().numpy()  # the device synchronises here
     texts = [sentence.strip() for sentence in sentences.values()]
     return Scores(
-        log_likelihoods=-sums,
-        tokens=np.array([(~info.special[row]).sum() for row in rows]),
+        log_likelihoods=-np.bincount(whose, nats, len(rows)),
+        tokens=tokens,
         unknown=np.array([(row == info.unknown_id).sum() for row in rows]),
         characters=np.array([len(text) for text in texts]),
         words=np.array([len(text.split()) for text in texts]),
     )
-
-
-def _check_lengths(sentences: dict[int, str], rows: list[np.ndarray], longest: int | None) -> None:
-    for (line, sentence), row in zip(sentences.items(), rows, strict=True):
-        if longest is not None and len(row) > longest:
-            raise UserError(
-                f"line {line} ({one_line(sentence, 60)!r}) is {len(row)} tokens long, the model's position "
-                f"table takes {longest}: cut it into shorter sentences"
-            )
 
 
 def measure(path: str, config: ModelConfig, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:
@@ -146,20 +120,17 @@ def measure(path: str, config: ModelConfig, batch_size: int, accelerator: Accele
     """
     sentences = read_sentences(path)
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, config.trust_remote_code)
-    check_embeddings(config, tokenizer)
-    model = SparseMaskedLM(load_model(config, tokenizer, seed=0)).to(accelerator.device)
+    model = load_trained(config, tokenizer, accelerator.device)
     scores = score(model, tokenizer, sentences, batch_size, accelerator)
 
     records = []
     accelerator.print(f"{'line':>6} {'tokens':>6} {'PLL, nats':>10} {'PPPL':>9}  sentence")
-    for (line, text), nats, tokens in zip(
-        sentences.items(), scores.log_likelihoods.tolist(), scores.tokens.tolist(), strict=True
-    ):
-        each = perplexity(nats, tokens)
-        head = f"{line:>6} {tokens:>6} {nats:>10.2f} {each:>9.4g}  "
-        accelerator.print(head + fit(text.strip(), PAGE - len(head)).rstrip())
-        figures = {"pseudo_log_likelihood": nats, "tokens": tokens, "pseudo_perplexity": each}
+    totals = zip(scores.log_likelihoods.tolist(), scores.tokens.tolist(), strict=True)
+    for (line, text), (nats, tokens) in zip(sentences.items(), totals, strict=True):
+        figures = {"pseudo_log_likelihood": nats, "tokens": tokens, "pseudo_perplexity": perplexity(nats, tokens)}
         records.append({"line": line, "text": text, **finite(figures)})
+        head = f"{line:>6} {tokens:>6} {nats:>10.2f} {figures['pseudo_perplexity']:>9.4g}  "
+        accelerator.print(head + fit(text.strip(), PAGE - len(head)).rstrip())
     summary = scores.summary()
     unknown = summary["unknown_tokens"]
     accelerator.print(

@@ -14,10 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from mlm.columns import PAGE, fit
 from mlm.data.tokenizer import load_tokenizer, spell
 from mlm.errors import UserError, at_least
-from mlm.inference.sentences import encode, mask_positions, predict
-from mlm.model.load import ModelConfig, check_embeddings, load_model
+from mlm.inference.sentences import encode, predict
+from mlm.model.load import ModelConfig, load_trained
 from mlm.model.sparse_head import SparseMaskedLM
-from mlm.model.vocabulary import max_positions
 
 Order = Literal["independent", "left_to_right", "confidence"]
 
@@ -54,13 +53,11 @@ class Filler(NamedTuple):
 def load(name: str, trust_remote_code: bool = False) -> tuple[SparseMaskedLM, PreTrainedTokenizerBase]:
     """A checkpoint and its tokenizer, by Hub name or folder, the model on the GPU where there is one.
 
-    Raises UserError where either cannot be loaded or they do not fit each other.
+    Raises UserError where either cannot be loaded, they do not fit each other, or the model takes one length only.
     """
     tokenizer = load_tokenizer(name, trust_remote_code)
     config = ModelConfig(model_name_or_path=name, trust_remote_code=trust_remote_code)
-    check_embeddings(config, tokenizer)
-    model = load_model(config, tokenizer, seed=0)
-    return SparseMaskedLM(model.to("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+    return load_trained(config, tokenizer, "cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def fill(
@@ -68,27 +65,17 @@ def fill(
 ) -> list[list[list[Filler]]]:
     """The `top_k` likeliest fillers of every mask: `[sentence][mask][rank]`, likeliest first.
 
-    A mask is `[MASK]` or the tokenizer's own mask token; each is ranked with the others still in place.
-
-    Raises:
-        UserError: a sentence without a mask or longer than the model's position table, a tokenizer without a
-            mask token, or `top_k` above the vocabulary.
+    Raises UserError as `encode` does, and where `top_k` is above the size of the vocabulary.
     """
     vocabulary = model.model.config.get_text_config().vocab_size
     if top_k > vocabulary:
         raise UserError(f"--top_k {top_k}: the model's vocabulary has {vocabulary} tokens")
-    rows = encode(tokenizer, sentences, max_positions(model.model.config))
-    positions = [mask_positions(tokenizer, row) for row in rows]
-    fillers: list[list[list[Filler]]] = [[] for _ in sentences]
-    for part, logits in predict(model, rows, positions):
-        best = logits.softmax(dim=-1).topk(top_k)
-        # the device synchronises here
-        ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        for i in part:
-            for tokens, values in (next(ranked) for _ in positions[i]):
-                likeliest = zip(tokens, values, strict=True)
-                fillers[i].append([Filler(spell(tokenizer, [t]), p) for t, p in likeliest])
-    return fillers
+    rows, masks = encode(model, tokenizer, sentences)
+    best = predict(model, rows, masks, lambda logits: logits.softmax(dim=-1).topk(top_k))
+    return [
+        [[Filler(spell(tokenizer, [token]), p) for p, token in zip(*ranked, strict=True)] for ranked in at_masks]
+        for at_masks in best
+    ]
 
 
 def cell_width(models: int) -> int:
@@ -97,26 +84,22 @@ def cell_width(models: int) -> int:
 
 
 def table(sentence: str, names: Sequence[str], answers: Sequence[Sequence[Sequence[Any]]]) -> str:
-    """The answers of one or two models to a sentence, side by side in 100 columns.
+    """The answers of one or two models to a sentence, side by side in 100 columns, below the sentence.
 
-    Args:
-        sentence: the first line of the table, as it is.
-        names: `[model]`, the heads of the columns where there are two.
-        answers: `[model][mask][rank]`, as many masks and ranks for each model; a cell is `str` of one.
+    names: `[model]`, the heads of the columns where there are two
+    answers: `[model][mask][rank]`, as many masks and ranks for each model; a cell is `str` of one
     """
-    lines = [sentence]
     width = cell_width(len(names))
-    if len(names) > 1:
-        # A name that is too long keeps its end, where folders differ.
-        heads = [name if len(name) <= width else f"…{name[1 - width :]}" for name in names]
-        lines.append(_line(heads, width))
+
+    def line(cells: Sequence[Any]) -> str:
+        return "".join(f"    {fit(str(cell), width)}" for cell in cells).rstrip()
+
+    lines = [sentence]
+    if len(names) > 1:  # a name that is too long keeps its end, where folders differ
+        lines.append(line([name if len(name) <= width else f"…{name[1 - width :]}" for name in names]))
     masks = list(zip(*answers, strict=True))  # [mask][model][rank]
     for number, ranked in enumerate(masks, start=1):
         if len(masks) > 1:
             lines.append(f"  mask {number}")
-        lines += [_line([str(cell) for cell in rank], width) for rank in zip(*ranked, strict=True)]
+        lines += map(line, zip(*ranked, strict=True))
     return "\n".join(lines)
-
-
-def _line(cells: Sequence[str], width: int) -> str:
-    return "".join(f"    {fit(cell, width)}" for cell in cells).rstrip()

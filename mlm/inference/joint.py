@@ -1,21 +1,15 @@
 """Fills the masks of a sentence jointly: each filler is chosen with the earlier ones in their places.
 
-The masks are filled one at a time, and the log-probability of the filled sentence is the sum over the masks
-of
+The masks are filled one at a time, and the log-probability of the filled sentence is the sum over the masks of
 
     log p(filler | the sentence, the fillers so far in their places, masks for the rest)
 
-The order decides which mask is filled next:
-
-- `left_to_right`: the first of the remaining masks;
-- `confidence`: the mask whose likeliest token has the highest probability, the first of equals.
-
-These are the order-based and the confidence-based decoding of X-FACTR (Jiang et al. 2020, arXiv:2010.06189);
-its independent decoding is `mlm.inference.fill_mask.fill`. Under either order the probabilities of all ways
-to fill the masks sum to 1, because the fillers so far determine which mask is next. But a masked language
-model defines no joint distribution: the two orders give the same sentence different probabilities.
-
-Beam search keeps the `num_beams` likeliest sentences after each mask.
+The order decides which mask is filled next: `left_to_right` takes the first of the remaining masks, `confidence` the
+one whose likeliest token has the highest probability, the first of equals. These are the order-based and the
+confidence-based decoding of X-FACTR (Jiang et al. 2020, arXiv:2010.06189); its independent decoding is
+`mlm.inference.fill_mask.fill`. Under either order the probabilities of all ways to fill the masks sum to 1, because
+the fillers so far determine which mask is next. But a masked language model defines no joint distribution: the two
+orders give the same sentence different probabilities.
 """
 
 from collections.abc import Sequence
@@ -27,11 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm.columns import columns
 from mlm.data.tokenizer import spell, template
-from mlm.inference.sentences import encode, mask_positions, predict
+from mlm.inference.sentences import encode, predict
 from mlm.model.sparse_head import SparseMaskedLM
-from mlm.model.vocabulary import max_positions
-
-Order = Literal["left_to_right", "confidence"]
 
 
 class Filled(NamedTuple):
@@ -42,11 +33,10 @@ class Filled(NamedTuple):
 
 def cells(answers: Sequence[Sequence[Filled]], width: int) -> list[list[str]]:
     """`[model][rank]`, cells of a table: sentences, or the fillers alone where one is wider than `width`."""
-    lines = [[(f"{filled.log_probability:8.2f} nats  ", filled) for filled in answer] for answer in answers]
-    whole = all(columns(head + filled.text) <= width for answer in lines for head, filled in answer)
-    return [
-        [head + (filled.text if whole else " … ".join(filled.tokens)) for head, filled in answer] for answer in lines
-    ]
+    with_text = [[f"{filled.log_probability:8.2f} nats  {filled.text}" for filled in answer] for answer in answers]
+    if all(columns(cell) <= width for answer in with_text for cell in answer):
+        return with_text
+    return [[f"{filled.log_probability:8.2f} nats  {' … '.join(filled.tokens)}" for filled in a] for a in answers]
 
 
 class _Hypothesis(NamedTuple):
@@ -56,46 +46,50 @@ class _Hypothesis(NamedTuple):
 
     def with_filler(self, position: int, token: int, log_probability: float) -> "_Hypothesis":
         row = (*self.row[:position], token, *self.row[position + 1 :])
-        return _Hypothesis(row, tuple(p for p in self.left if p != position), log_probability)
+        left = tuple(p for p in self.left if p != position)
+        return _Hypothesis(row, left, self.log_probability + log_probability)
 
 
 def fill_jointly(
-    model: SparseMaskedLM, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], order: Order, num_beams: int
+    model: SparseMaskedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+    order: Literal["left_to_right", "confidence"],
+    num_beams: int,
 ) -> list[list[Filled]]:
     """The likeliest ways to fill all masks, by beam search: `[sentence][rank]`, likeliest first.
 
-    There are at most `num_beams`. Equally likely ones are ordered by the ids of their fillers, compared in
-    the order in which the masks were filled.
+    There are at most `num_beams`, which is how many are kept after each mask. Equally likely ones are ordered by the
+    ids of their fillers, compared in the order in which the masks were filled.
 
     Raises UserError as `encode` does.
     """
-    rows = encode(tokenizer, sentences, max_positions(model.model.config))
-    masks = [tuple(mask_positions(tokenizer, row)) for row in rows]
-    beams = [[_Hypothesis(tuple(row), left, 0.0)] for row, left in zip(rows, masks, strict=True)]
+
+    def surest(logits: Tensor) -> tuple[Tensor, Tensor]:
+        return likeliest(logits.log_softmax(dim=-1), min(num_beams, logits.shape[1]))
+
+    rows, masks = encode(model, tokenizer, sentences)
+    beams = [[_Hypothesis(tuple(row), tuple(left), 0.0)] for row, left in zip(rows, masks, strict=True)]
     while growing := [(i, hypothesis) for i, beam in enumerate(beams) for hypothesis in beam if hypothesis.left]:
         places = [h.left[:1] if order == "left_to_right" else h.left for _, h in growing]
-        best = _likeliest_at(model, [h.row for _, h in growing], places, num_beams)
-        candidates: dict[int, list[tuple[float, _Hypothesis, int, int]]] = {i: [] for i, _ in growing}
+        best = predict(model, [h.row for _, h in growing], places, surest)
+        grown: dict[int, list[_Hypothesis]] = {i: [] for i, _ in growing}
         for (i, hypothesis), positions, ranked in zip(growing, places, best, strict=True):
             # `max` takes the first of equals
-            position, (values, tokens) = max(zip(positions, ranked, strict=True), key=lambda at: at[1][0][0])
-            for value, token in zip(values, tokens, strict=True):
-                candidates[i].append((hypothesis.log_probability + value, hypothesis, position, token))
-        for i, grown in candidates.items():
-            grown.sort(key=lambda candidate: -candidate[0])  # stable
-            beams[i] = [h.with_filler(position, token, p) for p, h, position, token in grown[:num_beams]]
+            position, fillers = max(zip(positions, ranked, strict=True), key=lambda at: at[1][0][0])
+            grown[i] += [hypothesis.with_filler(position, token, p) for p, token in zip(*fillers, strict=True)]
+        for i, hypotheses in grown.items():
+            beams[i] = sorted(hypotheses, key=lambda h: -h.log_probability)[:num_beams]  # stable
     before, after = map(len, template(tokenizer))
-    return [
-        [
-            Filled(
-                _text(tokenizer, h.row[before : len(h.row) - after], sentence),
-                tuple(spell(tokenizer, [h.row[position]]) for position in positions),
-                h.log_probability,
-            )
-            for h in beam
-        ]
-        for sentence, beam, positions in zip(sentences, beams, masks, strict=True)
-    ]
+
+    def filled(sentence: str, positions: list[int], hypothesis: _Hypothesis) -> Filled:
+        row, tokens = hypothesis.row, tuple(spell(tokenizer, [hypothesis.row[p]]) for p in positions)
+        text = tokenizer.decode(row[before : len(row) - after])
+        if columns(sentence) > len(sentence) and " " not in sentence:  # WordPiece decodes Chinese with blanks
+            text = text.replace(" ", "")
+        return Filled(text, tokens, hypothesis.log_probability)
+
+    return [[filled(text, at, h) for h in beam] for text, at, beam in zip(sentences, masks, beams, strict=True)]
 
 
 def likeliest(log_probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -108,22 +102,3 @@ def likeliest(log_probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
     keys = (log_probabilities.abs().view(torch.int32).long() << 32) | ids
     tokens = keys.topk(k, largest=False).values & 0xFFFFFFFF
     return log_probabilities.gather(1, tokens), tokens
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], sentence: str) -> str:
-    """The ids as text, without blanks where the sentence has none: WordPiece decodes Chinese with blanks."""
-    text = tokenizer.decode(ids)
-    return text.replace(" ", "") if columns(sentence) > len(sentence) and " " not in sentence else text
-
-
-def _likeliest_at(
-    model: SparseMaskedLM, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], k: int
-) -> list[list[tuple[list[float], list[int]]]]:
-    """The `k` likeliest tokens, or all: `[row][position]` (their log-probabilities, their ids)."""
-    best: list[list[tuple[list[float], list[int]]]] = [[] for _ in rows]
-    for part, logits in predict(model, rows, positions):
-        values, tokens = likeliest(logits.log_softmax(dim=-1), min(k, logits.shape[1]))
-        ranked = zip(values.tolist(), tokens.tolist(), strict=True)  # the device synchronises here
-        for i in part:
-            best[i] = [next(ranked) for _ in positions[i]]
-    return best

@@ -4,26 +4,25 @@ A word of n pieces takes n masks. Its pieces are filled in from left to right, b
 
     log p(word) = Σ_j log p(piece_j | the sentence, the pieces before j in their places, masks for the rest)
 
-For one piece this is the probability of `mlm.inference.fill_mask.fill`. For several it is PLL-word-l2r of
-Kauf and Ivanova (2023, "A Better Way to Do Masked Language Model Scoring", arXiv:2305.10588). transformers'
-`pipeline("fill-mask", targets=…)` takes the first piece for the word (its issues 4306, 9678, 17374). The
-number of masks reveals the word's length: the probabilities of words of one length sum to at most 1, those of
-words of several lengths form no distribution.
+For one piece this is the probability of `mlm.inference.fill_mask.fill`. For several it is PLL-word-l2r of Kauf and
+Ivanova (2023, "A Better Way to Do Masked Language Model Scoring", arXiv:2305.10588). transformers'
+`pipeline("fill-mask", targets=…)` takes the first piece for the word (its issues 4306, 9678, 17374). The number of
+masks reveals the word's length: the probabilities of words of one length sum to at most 1, those of words of several
+lengths form no distribution.
 """
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data.tokenizer import template
 from mlm.errors import UserError
-from mlm.inference.sentences import encode, mask_positions, own_mask, predict
+from mlm.inference.sentences import encode, own_mask, predict
+from mlm.model.predict import check_length
 from mlm.model.sparse_head import SparseMaskedLM
-from mlm.model.vocabulary import max_positions
 
 Step = tuple[tuple[int, ...], int, int]  # a row with masks, a position in it, the token to score there
 
@@ -55,86 +54,61 @@ def score_targets(
 ) -> list[list[list[Target]]]:
     """The log-probability of each target at every mask: `[sentence][mask][target]`, in the order given.
 
-    The sentence's other masks stay masks.
-
-    Raises:
-        UserError: as `encode` does; where the tokenizer does not know a target or makes no token of it;
-            where its pieces make a sentence longer than the model's position table.
+    The sentence's other masks stay masks. Raises UserError as `encode` does, where the tokenizer does not know a
+    target or makes no token of it, and where its pieces make a sentence longer than the model's position table.
     """
-    longest = max_positions(model.model.config)
-    rows = encode(tokenizer, sentences, longest)
-    chains = [
-        [
-            [_chain(tokenizer, sentence, row, mask, word) for word in targets]
-            for mask in range(len(mask_positions(tokenizer, row)))
+
+    def chain(word: str, sentence: str, row: list[int], mask: int, place: int) -> list[Step]:
+        pieces = _pieces(tokenizer, sentence, row[:place], mask, word)
+        masks = [tokenizer.mask_token_id] * len(pieces)
+        return [
+            ((*row[:place], *pieces[:j], *masks[j:], *row[place + 1 :]), place + j, piece)
+            for j, piece in enumerate(pieces)
         ]
-        for sentence, row in zip(sentences, rows, strict=True)
+
+    rows, masks = encode(model, tokenizer, sentences)
+    chains = [
+        [[chain(word, sentence, row, mask, place) for word in targets] for mask, place in enumerate(places)]
+        for sentence, row, places in zip(sentences, rows, masks, strict=True)
     ]
-    steps = [step for masks in chains for words in masks for chain in words for step in chain]
-    length = max(len(row) for row, _, _ in steps)
-    if longest is not None and length > longest:
-        raise UserError(
-            f"with the targets in it a sentence is {length} tokens long, the model's position table takes "
-            f"{longest}: shorten it"
-        )
-    scores = _log_probabilities(model, steps)
+    steps = [step for sentence in chains for words in sentence for chain in words for step in chain]
+    check_length(model, "with the targets in it a sentence", max((row for row, _, _ in steps), key=len))
+    places = list(dict.fromkeys((row, position) for row, position, _ in steps))  # targets share predictions
+    tokens = sorted({piece for _, _, piece in steps})
+    found = predict(
+        model,
+        [row for row, _ in places],
+        [[at] for _, at in places],
+        lambda logits: [logits.log_softmax(-1)[:, tokens]],
+    )
+    scores = {place: dict(zip(tokens, values, strict=True)) for place, [(values,)] in zip(places, found, strict=True)}
 
     def target(word: str, chain: list[Step]) -> Target:
         pieces = tokenizer.convert_ids_to_tokens([piece for _, _, piece in chain])
-        return Target(word, tuple(pieces), sum(scores[step] for step in chain))
+        return Target(word, tuple(pieces), sum(scores[row, position][piece] for row, position, piece in chain))
 
-    return [[[*map(target, targets, words)] for words in masks] for masks in chains]
-
-
-def _chain(tokenizer: PreTrainedTokenizerBase, sentence: str, row: list[int], mask: int, word: str) -> list[Step]:
-    """The predictions whose product is the probability of `word` at the mask with this number."""
-    position = mask_positions(tokenizer, row)[mask]
-    pieces = _pieces(tokenizer, sentence, row[:position], mask, word)
-    masks = [tokenizer.mask_token_id] * len(pieces)
-    return [
-        ((*row[:position], *pieces[:j], *masks[j:], *row[position + 1 :]), position + j, piece)
-        for j, piece in enumerate(pieces)
-    ]
+    return [[[*map(target, targets, words)] for words in sentence] for sentence in chains]
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, sentence: str, before: list[int], mask: int, word: str) -> list[int]:
     """The ids of `word` in the place of a mask, encoded together with the text before the mask.
 
-    So a blank before the word belongs to its first piece where the vocabulary has such pieces ("a [MASK]":
-    RoBERTa's `Ġfilm`), and a word that has begun is continued ("un[MASK]": BERT's `##able`). Where the text
-    would not keep its own ids `before` (the mask token does not absorb the blank, or letters merge), the word
-    is encoded on its own.
+    So a blank before the word belongs to its first piece where the vocabulary has such pieces ("a [MASK]": RoBERTa's
+    `Ġfilm`), and a word that has begun is continued ("un[MASK]": BERT's `##able`). Where the text would not keep its
+    own ids `before` (the mask token does not absorb the blank, or letters merge), the word is encoded on its own.
     """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
     text = own_mask(tokenizer, sentence).split(tokenizer.mask_token)
     start = tokenizer.mask_token.join(text[: mask + 1])
     before = before[len(template(tokenizer)[0]) :]
-    pieces = _ids(tokenizer, start + word)
-    pieces = pieces[len(before) :] if pieces[: len(before)] == before else _ids(tokenizer, word)
+    pieces = ids(start + word)
+    pieces = pieces[len(before) :] if pieces[: len(before)] == before else ids(word)
     if not pieces:
         raise UserError(f"--targets: {word!r} is no text to the tokenizer {tokenizer.name_or_path}")
     if special := set(pieces) & set(tokenizer.all_special_ids):
-        token = tokenizer.convert_ids_to_tokens(min(special))
-        raise UserError(
-            f"--targets: {word!r} is no word that {tokenizer.name_or_path} could predict: its tokenizer "
-            f"makes {token} of it"
-        )
+        refused = f"--targets: {word!r} is no word that {tokenizer.name_or_path} could predict"
+        raise UserError(f"{refused}: its tokenizer makes {tokenizer.convert_ids_to_tokens(min(special))} of it")
     return pieces
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _log_probabilities(model: SparseMaskedLM, steps: Iterable[Step]) -> dict[Step, float]:
-    """The log-probability, in nats, of each step's token. Steps at one place share a prediction."""
-    wanted: dict[tuple[tuple[int, ...], int], list[int]] = {}
-    for row, position, token in dict.fromkeys(steps):
-        wanted.setdefault((row, position), []).append(token)
-    places = list(wanted)
-    scores: dict[Step, float] = {}
-    for part, logits in predict(model, [row for row, _ in places], [[position] for _, position in places]):
-        scored = [(b, (*places[i], token)) for b, i in enumerate(part) for token in wanted[places[i]]]
-        line, token = torch.tensor([(b, step[2]) for b, step in scored], device=logits.device).T
-        values = logits.log_softmax(dim=-1)[line, token].tolist()  # the device synchronises here
-        scores.update(zip((step for _, step in scored), values, strict=True))
-    return scores

@@ -12,15 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForMaskedLM,
-    BertConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as KNOWN
 
 from mlm.data.token_store import TokenStore, limit_threads, prepare, store_folder
@@ -28,10 +20,10 @@ from mlm.data.tokenizer import TokenizerInfo, corpus_tokenizer, load_tokenizer, 
 from mlm.errors import UserError, explain_load_failure, listed, one_line
 from mlm.hub import local_files_only
 from mlm.model.seeded import seeded_cpu_generator
-from mlm.model.vocabulary import enlarge, max_positions, vocab_size
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.model.vocabulary import enlarge, max_positions, only_length, vocab_size
 
 log = logging.getLogger(__name__)
-
 
 DEMO_VOCABULARY = 8192  # tokens
 DEMO_POSITIONS = 128
@@ -56,21 +48,21 @@ class ModelConfig:
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f"--dropout {self.dropout} is no dropout probability: give one in [0, 1)")
 
+    @property
+    def is_demo(self) -> bool:
+        return not (self.model_name_or_path or self.config_name or self.model_type)
+
 
 def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """Loads the checkpoint that `config` names, or initialises a model from scratch, in float32 on the CPU.
 
-    New weights (of a model from scratch, missing in the checkpoint, of tokens that it does not know) are
-    drawn from `seed`; the global generators keep their state. The embeddings grow where the tokenizer is
-    larger, and never shrink.
-
-    `config.dropout` is a setting of this run: the modules use it, while `model.config`, which
+    New weights (of a model from scratch, missing in the checkpoint, of tokens that it does not know) are drawn from
+    `seed`; the global generators keep their state. The embeddings grow where the tokenizer is larger, and never
+    shrink. `config.dropout` is a setting of this run: the modules use it, while `model.config`, which
     `save_pretrained` writes, keeps the model's own probabilities.
 
-    Raises:
-        UserError: the checkpoint or configuration cannot be found, reached or read, is not of a masked
-            language model over tokens, needs `trust_remote_code`, or has no gradient checkpointing, though
-            `config` asks for it.
+    Raises UserError where the checkpoint or configuration cannot be found, reached or read, is not of a masked
+    language model over tokens, needs `trust_remote_code`, or lacks the gradient checkpointing that `config` asks for.
     """
     arch = _architecture(config, tokenizer)
     own_dropout = [] if config.dropout is None else list(_dropout_fields(arch))
@@ -78,8 +70,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
         setattr(owner, field, float(config.dropout))
 
     with seeded_cpu_generator(seed):
-        build = _from_checkpoint if config.model_name_or_path else _from_scratch
-        model = build(config, arch)
+        model = _build(config, arch)
         table = getattr(model.get_input_embeddings(), "weight", None)
         if table is None:  # Perceiver's latents
             raise UserError(f"{type(model).__name__} has no table of token embeddings; choose another architecture")
@@ -88,8 +79,13 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
             log.warning("the embeddings grow from %d to %d rows: the tokenizer has more tokens", rows, needed)
             enlarge(model, needed)
 
-    if config.gradient_checkpointing:
-        _checkpoint_activations(model)
+    if config.gradient_checkpointing:  # keeps each layer's input, recomputes the rest in backward (Chen et al. 2016)
+        # New versions of transformers have the first name and warn about the second, which old ones have.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        try:
+            enable()
+        except ValueError as error:
+            raise UserError(f"--gradient_checkpointing: {one_line(error)}") from error
     if own_dropout:
         # Modules share the configuration that they were built from, and some read it in every forward pass.
         # A copy with the model's own probabilities is the one to save.
@@ -97,6 +93,24 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
         for (owner, field, _), (_, _, value) in zip(_dropout_fields(model.config), own_dropout, strict=True):
             setattr(owner, field, value)
     return model
+
+
+def load_trained(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device | str, length: int | None = None
+) -> SparseMaskedLM:
+    """The checkpoint that `config` names, on `device`, for sequences of `length` tokens, or of any (None).
+
+    Raises UserError as `load_model` and `check_embeddings` do, and where the model takes no such sequences.
+    """
+    check_embeddings(config, tokenizer)
+    model = load_model(config, tokenizer, seed=0)
+    only = only_length(model.config)
+    if only not in (None, length):
+        raise UserError(
+            f"{config.model_name_or_path}: {type(model).__name__} takes sequences of {only} tokens only; "
+            f"evaluate it on a text with --max_seq_length {only} and --pad_to_max_length true"
+        )
+    return SparseMaskedLM(model, only).to(device)
 
 
 def model_config(config: ModelConfig) -> PreTrainedConfig:
@@ -111,17 +125,14 @@ def model_config(config: ModelConfig) -> PreTrainedConfig:
             )
         except UNUSABLE as error:
             raise explain_load_failure("model", source, error) from error
-        named_by_remote_code = getattr(arch, "auto_map", None) or ()
-        if arch.model_type not in KNOWN and "AutoModelForMaskedLM" not in named_by_remote_code:
+        if arch.model_type not in KNOWN and "AutoModelForMaskedLM" not in (getattr(arch, "auto_map", None) or ()):
             raise UserError(f"{source}: a model of type {arch.model_type} is no masked language model")
         return arch
     if config.model_type not in KNOWN:
         near = difflib.get_close_matches(config.model_type, KNOWN, n=5) or sorted(KNOWN)
-        raise UserError(
-            f"--model_type {config.model_type}: transformers has no masked language model of this name; "
-            f"it has {', '.join(near)}"
-        )
-    return CONFIG_MAPPING[config.model_type]()
+        none = f"--model_type {config.model_type}: transformers has no masked language model of this name"
+        raise UserError(f"{none}; it has {', '.join(near)}")
+    return AutoConfig.for_model(config.model_type)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -131,18 +142,14 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     described = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    with torch.no_grad():
-        size = sum(p.abs().sum(dtype=torch.float64).item() for p in model.parameters())
+    size = sum(p.detach().abs().sum(dtype=torch.float64).item() for p in model.parameters())
     count = sum(p.numel() for p in model.parameters())
     return f"{type(model).__name__} {digest}, {count:,} weights of mean size {size / count:.6g}"
 
 
 def check_embeddings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError where the tokenizer gives ids beyond the embedding table of the named checkpoint.
-
-    Call it before `load_model` where the model is not trained: `load_model` enlarges the table, by rows that
-    mean nothing before training.
-    """
+    """Raises UserError where the tokenizer gives ids beyond the checkpoint's embedding table, which `load_model` would
+    enlarge by rows that mean nothing before training."""
     rows = getattr(model_config(config).get_text_config(), "vocab_size", None)
     largest = vocab_size(tokenizer) - 1
     if rows is not None and largest >= rows:
@@ -153,20 +160,15 @@ def check_embeddings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def position_limit(config: ModelConfig) -> int | None:
-    """`max_positions` of the model that `config` names, or of the demo model, without loading it.
-
-    For a model from scratch, at its default padding id: RoBERTa's limit depends on the tokenizer's.
-    """
-    if not (config.model_name_or_path or config.config_name or config.model_type):
-        return DEMO_POSITIONS
-    return max_positions(model_config(config))
+    """`max_positions` of the model that `config` names, not loaded; from scratch, at its default padding id."""
+    return DEMO_POSITIONS if config.is_demo else max_positions(model_config(config))
 
 
 def open_corpus(config: Any) -> tuple[PreTrainedTokenizerBase, TokenizerInfo, dict[str, TokenStore]]:
     """The tokenizer, what the other modules need to know of it, and the token store of each split.
 
-    The tokenizer is the named one; for a model from scratch without a name, it is trained on the corpus. Call
-    this before the process's first use of a tokenizer, as it sets the number of threads.
+    The tokenizer is the named one; for a model from scratch without a name, it is trained on the corpus. Call this
+    before the process's first use of a tokenizer, as it sets the number of threads.
 
     config: a mlm.config.Config; its parts model, corpus, token_store and masking are used
     """
@@ -174,8 +176,7 @@ def open_corpus(config: Any) -> tuple[PreTrainedTokenizerBase, TokenizerInfo, di
     if name := config.model.tokenizer_name or config.model.model_name_or_path:
         tokenizer = load_tokenizer(name, config.model.trust_remote_code)
     else:
-        size, folder = vocabulary_size(config.model), store_folder(config.token_store)
-        tokenizer = corpus_tokenizer(config.corpus, size, folder)
+        tokenizer = corpus_tokenizer(config.corpus, vocabulary_size(config.model), store_folder(config.token_store))
     info = tokenizer_info(tokenizer)
     stores = prepare(config.corpus, tokenizer, info, config.token_store, config.masking.whole_word_mask)
     return tokenizer, info, stores
@@ -183,33 +184,24 @@ def open_corpus(config: Any) -> tuple[PreTrainedTokenizerBase, TokenizerInfo, di
 
 def vocabulary_size(config: ModelConfig) -> int:
     """The size of the vocabulary to train for a model from scratch: its default, or the demo's."""
-    if config.config_name or config.model_type:
-        return model_config(config).get_text_config().vocab_size
-    return DEMO_VOCABULARY
+    return DEMO_VOCABULARY if config.is_demo else model_config(config).get_text_config().vocab_size
 
 
-def demo_config(tokenizer: PreTrainedTokenizerBase) -> BertConfig:
+def demo_config(tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """A BERT that learns more than token frequencies within minutes on two CPU cores.
 
     The usual standard deviation of fresh weights, 0.02, suits wider models; with 0.05 this one learns sooner.
     """
-    return BertConfig(
-        vocab_size=vocab_size(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=512,
-        max_position_embeddings=DEMO_POSITIONS,
-        initializer_range=0.05,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
+    sizes |= {"vocab_size": vocab_size(tokenizer), "max_position_embeddings": DEMO_POSITIONS}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    others = {"initializer_range": 0.05, "pad_token_id": tokenizer.pad_token_id}
+    return AutoConfig.for_model("bert", **sizes, **no_dropout, **others)
 
 
 def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The configuration to build from; without a checkpoint, with the tokenizer's size and special ids."""
-    if not (config.model_name_or_path or config.config_name or config.model_type):
+    if config.is_demo:
         return demo_config(tokenizer)
     arch = model_config(config)
     if not config.model_name_or_path:
@@ -221,49 +213,32 @@ def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
     return arch
 
 
-def _from_checkpoint(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedModel:
-    name = config.model_name_or_path
+def _build(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedModel:
+    name, settings = config.model_name_or_path, {"dtype": torch.float32, "trust_remote_code": config.trust_remote_code}
     try:
+        if not name:
+            return AutoModelForMaskedLM.from_config(arch, **settings)
         model, loading = AutoModelForMaskedLM.from_pretrained(
             name,
             config=arch,
-            dtype=torch.float32,  # master weights, whatever the checkpoint stores
             weights_only=True,  # a pickle may hold tensors, no code
-            trust_remote_code=config.trust_remote_code,
             local_files_only=local_files_only(name),
             output_loading_info=True,
+            **settings,
         )
     except UNUSABLE as error:
-        raise explain_load_failure("model", name, error) from error
+        if source := name or config.config_name:
+            raise explain_load_failure("model", source, error) from error
+        raise UserError(f"--model_type {config.model_type}: {one_line(error)}") from error
     if missing := sorted(loading["missing_keys"]):
         log.warning("%s: newly initialised, as the checkpoint lacks them: %s", name, listed(missing))
     return model
 
 
-def _from_scratch(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedModel:
-    try:
-        return AutoModelForMaskedLM.from_config(arch, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
-    except UNUSABLE as error:
-        if config.config_name:
-            raise explain_load_failure("model", config.config_name, error) from error
-        raise UserError(f"--model_type {config.model_type}: {one_line(error)}") from error
-
-
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keeps only each layer's input in training and recomputes the rest in backward (Chen et al. 2016)."""
-    # New versions of transformers have the first name and warn about the second, which old ones have.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    try:
-        enable()
-    except ValueError as error:
-        raise UserError(f"--gradient_checkpointing: {one_line(error)}") from error
-
-
 def _dropout_fields(config: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, str, float]]:
     """(configuration, field, value) of every dropout probability, nested configurations included.
 
-    A field that is None (BERT's classifier_dropout) follows another one. A boolean one (ESM's token_dropout,
-    which rescales the embeddings) is no probability.
+    A field that is None (BERT's classifier_dropout) follows another one. A boolean one (ESM's token_dropout) is none.
     """
     for field, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):

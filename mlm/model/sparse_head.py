@@ -1,9 +1,6 @@
 """A masked language model whose head runs on the masked positions alone.
 
-About 15% of the positions carry loss, and the projection to the vocabulary is a large part of a small
-model's work, so `SparseMaskedLM` gives the model's own head only the hidden states of those positions. It
-does so with one forward hook on the encoder, for every architecture, and a trial at construction checks that
-the result is right.
+About 15% of the positions carry loss, and the projection to the vocabulary is a large part of a small model's work.
 """
 
 import copy
@@ -16,6 +13,7 @@ from transformers import PreTrainedModel
 
 from mlm.errors import UserError, listed, one_line
 from mlm.model.seeded import seeded_cpu_generator
+from mlm.model.vocabulary import only_length
 
 log = logging.getLogger(__name__)
 
@@ -25,31 +23,26 @@ TRIAL = 8  # tokens in a sequence of the trial
 class SparseMaskedLM(nn.Module):
     """A masked language model whose head runs on chosen positions only.
 
-    While `forward` runs, a hook on the model's encoder replaces its last hidden state `[B, T, H]` by the rows
-    at the positions, `[1, M, H]`, so that the model's own head, whatever it is, works on M rows instead of
-    B·T. Called on its own, `model` gives its usual dense logits.
+    While `forward` runs, a hook on the model's encoder replaces its last hidden state `[B, T, H]` by the rows at the
+    positions, `[1, M, H]`, so that the model's own head, whatever it is, works on M rows instead of B·T. Called on
+    its own, `model` gives its usual dense logits.
 
-    At construction, a copy of the model runs three short sequences with the sparse head and the dense one:
-    - where the logits differ, the dense head is used, `sparse` is False, and a warning gives the reason;
-    - parameters that get no gradient from the loss (poolers, heads for other tasks) are frozen. Every other
-      parameter then has a gradient in every step, all zeros where no position is masked, as
-      DistributedDataParallel requires and processes with an empty share rely on.
-    The trial uses a copy (parameters and gradients, for a moment) because a forward pass may change a model:
-    its buffers, and switches such as BigBird's, which stays at full attention after one short sequence.
+    At construction, a copy of the model runs three short sequences with the sparse head and the dense one. Where the
+    logits differ, the dense head is used, `sparse` is False, and a warning gives the reason. Parameters that get no
+    gradient from the loss (poolers, heads for other tasks) are frozen: every other one then has a gradient in every
+    step, all zeros where no position is masked, as DistributedDataParallel requires and processes with an empty share
+    rely on. The trial uses a copy because a forward pass may change a model: its buffers, and switches such as
+    BigBird's, which stays at full attention after one short sequence.
 
-    A model may fail on short sequences alone (Reformer and Nystromformer take one length). With `length`, the
-    trial is then repeated at that length, and the model is refused if it fails again. Without, nothing is
-    frozen, so that a parameter may have no gradient.
-
-    Attributes:
-        model: the model itself, which is what to save.
-        sparse: whether the head runs on the masked rows alone.
+    model:  the model itself, which is what to save
+    sparse: whether the head runs on the masked rows alone
     """
 
     def __init__(self, model: PreTrainedModel, length: int | None = None) -> None:
         """length: of the chunks that the model will be trained on; None where it will not be trained.
 
-        Raises UserError where the model cannot take a step on chunks of this length.
+        A model may fail on short sequences alone (Reformer and Nystromformer train at one length). The trial is then
+        repeated at `length`. Raises UserError where it fails again; without a length, nothing is frozen.
         """
         super().__init__()
         self.model = model
@@ -67,27 +60,30 @@ class SparseMaskedLM(nn.Module):
                 if not failure or not length:
                     break
         if failure and length:
-            name, hint = type(model).__name__, _hint(model)
-            raise UserError(f"{name} cannot be trained on chunks of {length} tokens{hint} ({failure})")
+            only = only_length(model.config)
+            if model.config.model_type == "reformer":  # takes other lengths outside of training
+                only = math.prod(model.config.axial_pos_shape)
+            hint = f"; give --max_seq_length {only} and --pad_to_max_length true" if only else ""
+            raise UserError(f"{type(model).__name__} cannot be trained on chunks of {length} tokens{hint} ({failure})")
         if failure:
             log.warning("no parameter is frozen, as the trial step fails with %s", failure)
         if misfit:
             hook.remove()
             log.warning("%s: the head runs on all positions, as %s", type(model).__name__, misfit)
-        _freeze(model, unreached)
+        for parameter in unreached:
+            model.get_parameter(parameter).requires_grad_(False)
+        if unreached:
+            log.info("frozen, as the masked-LM loss does not reach them: %s", listed(unreached))
 
     def forward(self, input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The logits at the given positions.
 
-        Args:
-            input_ids: int64 `[B, T]`, the corrupted chunks, B ≥ 1.
-            positions: int64 `[M]`, positions in the flattened batch, in [0, B·T); M may be 0.
-            attention_mask: int64 or bool `[B, T]`, zero at padding; None where there is no padding.
+        input_ids:      int64 `[B, T]`, the corrupted chunks, B ≥ 1
+        positions:      int64 `[M]`, positions in the flattened batch, in [0, B·T); M may be 0
+        attention_mask: int64 or bool `[B, T]`, zero at padding; None where there is no padding
 
-        Returns:
-            `[M, V]`, in the dtype of the model's head: bfloat16 under bf16 autocast, in which a cross entropy
-            loses whole nats, so widen first: `F.cross_entropy(logits.float(), targets, reduction="none")`.
-            For M = 0 the sum is a zero that can be differentiated.
+        Returns `[M, V]`, in the dtype of the model's head. Under bf16 autocast that is bfloat16, in which a cross
+        entropy loses whole nats, so widen it first. For M = 0 the sum is a zero that can be differentiated.
         """
         padding = {} if attention_mask is None else {"attention_mask": attention_mask}
         self._positions = positions if self.sparse else None
@@ -157,19 +153,3 @@ def _without_gradient(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor
         except Exception as error:  # whatever a model raises on a sequence of a length that it does not take
             failure = one_line(f"{type(error).__name__}: {error}")
     return [], failure
-
-
-def _hint(model: PreTrainedModel) -> str:
-    """What to do, for architectures that can be trained at a single length."""
-    exact = {
-        "nystromformer": getattr(model.config, "segment_means_seq_len", None),
-        "reformer": math.prod(getattr(model.config, "axial_pos_shape", ())),
-    }.get(model.config.model_type)
-    return f"; give --max_seq_length {exact} and --pad_to_max_length true" if exact else ""
-
-
-def _freeze(model: PreTrainedModel, names: list[str]) -> None:
-    for name in names:
-        model.get_parameter(name).requires_grad_(False)
-    if names:
-        log.info("frozen, as the masked-LM loss does not reach them: %s", listed(names))

@@ -33,6 +33,16 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     return rows - padding - 1
 
 
+def only_length(config: PreTrainedConfig) -> int | None:
+    """The one length of sequences, in tokens, that a Nystromformer takes; None for other architectures.
+
+    Its landmarks are the means of equal segments of a sequence of that length (Xiong et al. 2021, arXiv:2102.03902).
+    """
+    if config.model_type != "nystromformer" or config.num_landmarks == config.segment_means_seq_len:
+        return None
+    return config.segment_means_seq_len
+
+
 def enlarge(model: PreTrainedModel, rows: int) -> None:
     """Enlarges the token embeddings and the head. Raises UserError where the architecture cannot."""
     model.resize_token_embeddings(rows)

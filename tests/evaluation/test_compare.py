@@ -395,7 +395,7 @@ def test_a_run_says_what_it_gained_and_what_it_forgot(toy, out_of_domain_file, t
         for line in printed
     )
     assert sum(line.startswith("held-out text:") and "95% interval" in line for line in printed) == 1
-    assert sum(line.startswith("general text:") and "95% interval" in line for line in printed) == 1
+    assert sum(line.startswith("out-of-domain text:") and "95% interval" in line for line in printed) == 1
 
 
 def test_evaluations_during_training_are_of_the_first_mask_round(toy, out_of_domain_file, tmp_path):

@@ -51,6 +51,28 @@ def small_model(model_type: str, **changes) -> PreTrainedModel:
     return model
 
 
+ONE_LENGTH = {  # each takes 16 tokens in training
+    "nystromformer": {"segment_means_seq_len": 16, "num_landmarks": 4, "conv_kernel_size": 5},
+    "reformer": {
+        "axial_pos_shape": (4, 4),
+        "axial_pos_embds_dim": (16, 16),
+        "attention_head_size": 8,
+        "feed_forward_size": 64,
+        "num_buckets": 4,
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+        "attn_layers": ["local", "lsh"],
+        "is_decoder": False,
+    },
+}
+
+
+def one_length_model(model_type: str) -> PreTrainedModel:
+    config = CONFIG_MAPPING[model_type](**(SMALL | ONE_LENGTH[model_type]))
+    torch.manual_seed(0)
+    return AutoModelForMaskedLM.from_config(config)
+
+
 def batch(rows: int = 3, length: int = 12, masked: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Input ids [rows, length], sorted positions [masked] and targets [masked]."""
     generator = torch.Generator().manual_seed(1)

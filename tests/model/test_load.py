@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -19,10 +21,28 @@ from transformers import (
 )
 
 from mlm.errors import UserError
-from mlm.model.load import DEMO_VOCABULARY, ModelConfig, demo_config, load_model, position_limit, vocabulary_size
+from mlm.model.load import (
+    DEMO_VOCABULARY,
+    ModelConfig,
+    demo_config,
+    load_model,
+    load_trained,
+    position_limit,
+    vocabulary_size,
+)
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import max_positions
-from tests.model.small_models import ARCHITECTURES, SMALL, VOCAB, batch, losses, small_model, tokenizer_of
+from tests.conftest import REPOSITORY
+from tests.model.small_models import (
+    ARCHITECTURES,
+    SMALL,
+    VOCAB,
+    batch,
+    losses,
+    one_length_model,
+    small_model,
+    tokenizer_of,
+)
 
 TINY_CHECKPOINT = Path(__file__).parents[3] / "shared/data/models/bert-tiny-wikitext"
 
@@ -286,3 +306,40 @@ def test_gradient_checkpointing_of_an_architecture_without_it_is_a_mistake(check
     config = ModelConfig(model_name_or_path=str(checkpoint), gradient_checkpointing=True)
     with pytest.raises(UserError, match="--gradient_checkpointing: BertForMaskedLM does not support"):
         load_model(config, tokenizer_of(), seed=0)
+
+
+@pytest.fixture(scope="module")
+def nystromformer(tmp_path_factory) -> Path:
+    """It takes 16 tokens, no more and no fewer."""
+    folder = tmp_path_factory.mktemp("nystromformer")
+    one_length_model("nystromformer").save_pretrained(folder)
+    tokenizer_of().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("length", [None, 12, 24, 32])
+def test_a_model_of_one_length_is_refused_for_sequences_of_another(nystromformer: Path, length: int | None):
+    with pytest.raises(UserError, match=r"takes sequences of 16 tokens only.*--max_seq_length 16"):
+        load_trained(ModelConfig(str(nystromformer)), tokenizer_of(), "cpu", length)
+
+
+def test_a_model_of_one_length_is_loaded_for_that(nystromformer: Path, messages):
+    model = load_trained(ModelConfig(str(nystromformer)), tokenizer_of(), "cpu", 16).eval()
+    assert model.sparse and not messages()
+    assert model(*batch(length=16)[:2]).shape == (7, VOCAB)
+
+
+@pytest.mark.parametrize("kind", ["fill_mask", "pseudo_perplexity", "evaluate"])
+def test_a_script_that_meets_a_model_of_one_length_ends_in_one_line(kind: str, nystromformer: Path, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("".join(f"w{i} w2 w3 w4\n" for i in range(60)))
+    name = "fill_mask" if kind == "fill_mask" else "evaluate"
+    flags = {
+        "fill_mask": ["w1 w2 [MASK]"],
+        "pseudo_perplexity": ["--pseudo_perplexity", "text.txt"],
+        "evaluate": ["--validation_file", "text.txt", "--max_seq_length", "12", "--token_store", "stores"],
+    }
+    command = [sys.executable, str(REPOSITORY / f"scripts/{name}.py"), "--model_name_or_path", str(nystromformer)]
+    done = subprocess.run([*command, *flags[kind]], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {nystromformer}: NystromformerForMaskedLM takes sequences")

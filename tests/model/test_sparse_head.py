@@ -19,7 +19,16 @@ from mlm.data.batches import Batch
 from mlm.errors import UserError
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.train import objective, train
-from tests.model.small_models import ARCHITECTURES, SMALL, VOCAB, batch, losses, small_model
+from tests.model.small_models import (
+    ARCHITECTURES,
+    ONE_LENGTH,
+    SMALL,
+    VOCAB,
+    batch,
+    losses,
+    one_length_model,
+    small_model,
+)
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
@@ -252,27 +261,6 @@ def test_trial_does_not_turn_big_birds_sparse_attention_off():
 
 
 # Architectures that take sequences of one length only
-
-ONE_LENGTH = {  # each takes 16 tokens in training
-    "nystromformer": {"segment_means_seq_len": 16, "num_landmarks": 4, "conv_kernel_size": 5},
-    "reformer": {
-        "axial_pos_shape": (4, 4),
-        "axial_pos_embds_dim": (16, 16),
-        "attention_head_size": 8,
-        "feed_forward_size": 64,
-        "num_buckets": 4,
-        "local_attn_chunk_length": 4,
-        "lsh_attn_chunk_length": 4,
-        "attn_layers": ["local", "lsh"],
-        "is_decoder": False,
-    },
-}
-
-
-def one_length_model(model_type: str) -> PreTrainedModel:
-    config = CONFIG_MAPPING[model_type](**(SMALL | ONE_LENGTH[model_type]))
-    torch.manual_seed(0)
-    return AutoModelForMaskedLM.from_config(config)
 
 
 @pytest.mark.parametrize("model_type", ONE_LENGTH)

@@ -1,0 +1,38 @@
+"""What all predictions without training share: no dropout, no padding, no sentence that is too long."""
+
+from collections.abc import Iterator, Sequence, Sized
+from contextlib import contextmanager
+from itertools import groupby
+
+from mlm.errors import UserError
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.model.vocabulary import max_positions
+
+
+@contextmanager
+def without_dropout(model: SparseMaskedLM) -> Iterator[None]:
+    """Puts the model into evaluation mode, and at the end back into the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def same_length(rows: Sequence[Sized], size: int) -> Iterator[list[int]]:
+    """The numbers of the rows, in batches of one length and at most `size` rows.
+
+    Padding can change the results: the convolutions of ConvBERT and MobileBERT look past the attention mask.
+    """
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for _, group in groupby(by_length, key=lambda i: len(rows[i])):
+        numbers = list(group)
+        yield from (numbers[first : first + size] for first in range(0, len(numbers), size))
+
+
+def check_length(model: SparseMaskedLM, what: str, row: Sized) -> None:
+    """Raises UserError, beginning with `what`, where the model's position table has no place for all of the row."""
+    longest = max_positions(model.model.config)
+    if longest is not None and len(row) > longest:
+        raise UserError(f"{what} is {len(row)} tokens long, the model's position table takes {longest}: shorten it")
