@@ -22,7 +22,6 @@ from mlm.report.charts import Compared, breakdown_chart, event_chart, gain_chart
 from mlm.report.model_card import short
 from mlm.report.run_record import ABOUT, COMPARED, RunRecord
 
-SHOWN = 15  # words of a table before the rest is folded away
 LOGGED = {"event", "step", "seconds", "tokens", "loss", "learning_rate", "tokens_per_second"}
 
 # Chinese and Japanese, without Hangul: blanks between their letters come from a decoder, not from the text.
@@ -31,6 +30,7 @@ GAPS = re.compile(rf"(?<={UNSPACED}) +(?={UNSPACED}|\[MASK\])|(?<=\[MASK\]) +(?=
 
 # What figures depend on beside the model: key of run.json's experiment, and its name for people.
 MEASURED = {
+    "tokenizer": "tokenizers",
     "eval_mlm_probability": "shares of masked tokens",
     "eval_whole_word_mask": "masked units (tokens or whole words)",
     "eval_mask_seed": "mask seeds",
@@ -38,6 +38,7 @@ MEASURED = {
     "eval_mask_folds": "mask folds",
     "max_eval_samples": "numbers of chunks",
     "max_seq_length": "chunk lengths",
+    "masks": "ways of masking",
 }
 
 
@@ -56,40 +57,32 @@ def render(runs: Sequence[RunRecord]) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     filters = (aligned, count, chance, short, counted, unspaced, grouped)
-    page.filters |= {f.__name__: f for f in filters} | {"shlex_join": shlex.join}
     charts = (breakdown_chart, event_chart, gain_chart, loss_chart)
-    page.globals |= {
-        f.__name__: f for f in (*charts, aligned, count, share, same, mean, duration, unlike, largest_change, zip)
-    }
-    held_out, general = (
-        [(run, run.comparison[text]) for run in runs if run.comparison.get(text)] for text in COMPARED
-    )
+    functions = (*charts, aligned, count, share, same, mean, duration, unlike, largest_change, zip)
+    page.filters |= {f.__name__: f for f in filters} | {"shlex_join": shlex.join}
+    page.globals |= {f.__name__: f for f in functions}
+    compared = {text: [(run, run.comparison[text]) for run in runs if run.comparison.get(text)] for text in COMPARED}
     logged = {key for run in runs for e in run.train for key in e if type(e[key]) in (int, float)}
     return page.get_template("report.html").render(
         runs=runs,
-        held_out=held_out,
-        general=general,
         scalars=sorted(logged - LOGGED),
         examples=_examples(runs),
-        **_settings(runs),
-        shown=SHOWN,
         plotly=get_plotlyjs(),
+        **compared,
+        **_settings(runs),
     )
 
 
 def unlike(runs: Sequence[RunRecord], text: str) -> str:
     """Why figures of these runs on "held_out" or "general" text do not compare: one sentence, or nothing."""
-    differ = {
-        key
-        for key in (f"{text} corpus", "tokenizer", "masks", *MEASURED)
-        if len({json.dumps(run.about["experiment"][key]) for run in runs if key in run.about["experiment"]}) > 1
-    }
-    names = {f"{text} corpus": "texts", "tokenizer": "tokenizers", **MEASURED}
+    experiments = [run.about["experiment"] for run in runs]
+    names = {f"{text} corpus": "texts", **MEASURED}
+    differ = [key for key in names if len({json.dumps(e[key]) for e in experiments if key in e}) > 1]
     # The fingerprint of the masks is of the tokenizer's vocabulary too, and since evaluation has masks of its
     # own, of training's masks alone.
-    if "tokenizer" not in differ and any("eval_mlm_probability" not in run.about["experiment"] for run in runs):
-        names["masks"] = "ways of masking"
-    what = [name for key, name in names.items() if key in differ]
+    if "tokenizer" in differ or all("eval_mlm_probability" in e for e in experiments):
+        differ = [key for key in differ if key != "masks"]
+    what = [names[key] for key in differ]
     if not what:
         return ""
     listed = " and ".join(filter(None, (", ".join(what[:-1]), what[-1])))
@@ -149,8 +142,10 @@ def unspaced(text: str) -> str:
 
 def duration(seconds: float | None) -> str:
     """1 h 5 min, 2 min 13 s, 8.4 s."""
-    if seconds is None or seconds < 60:
-        return "–" if seconds is None else f"{seconds:.2g} s"
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.2g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
 
@@ -177,7 +172,7 @@ def _settings(runs: Sequence[RunRecord]) -> dict[str, dict[str, Any]]:
     differences, alike = {}, {section: {} for section in ABOUT}
     for section in ABOUT:
         settings = [dict(flat(run.about[section])) for run in runs]
-        for name in dict.fromkeys(name for values in settings for name in values):
+        for name in {name: None for values in settings for name in values}:
             values = [of_run.get(name) for of_run in settings]
             if all(value == values[0] for value in values):
                 alike[section][name] = values[0]
