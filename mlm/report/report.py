@@ -95,9 +95,6 @@ def unlike(runs: Sequence[RunRecord], text: str) -> str:
     return f"These runs were measured on different {listed}; {advice}."
 
 
-# ---- text and figures for people
-
-
 def aligned(value: float | None, digits: int = 4) -> str:
     """`value` to so many significant digits, trailing zeros kept, so that columns align; – for none."""
     if value is None:
@@ -148,9 +145,6 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.2g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
-
-
-# ---- what several runs share is shown once
 
 
 def same(runs: Sequence[RunRecord], key: str, form: Callable[[float | None], str]) -> bool:

@@ -20,12 +20,7 @@ from mlm.report.run import Run
 
 
 def describe(
-    config: Any,
-    model: PreTrainedModel,
-    update: Update,
-    eval_sets: dict[str, EvalSet],
-    train: TokenStore,
-    last_step: int,
+    config: Any, net: PreTrainedModel, update: Update, eval_sets: dict[str, EvalSet], train: TokenStore, last_step: int
 ) -> dict[str, Any]:
     """All that the result depends on, as JSON: a checkpoint of another experiment is not resumed."""
     batches = update.batches
@@ -36,7 +31,7 @@ def describe(
         **asdict(config.optimizer),
         "seed": batches.seed,
         "max_grad_norm": config.update.max_grad_norm,
-        "model": fingerprint(model),
+        "model": fingerprint(net),
         "tokenizer": eval_sets["held_out"].info.fingerprint,
         "masks": batches.recipe.digest,
         **asdict(config.masking),
@@ -56,10 +51,10 @@ def describe(
 
 
 def plan(config: Any, update: Update, eval_sets: dict[str, EvalSet], steps: int) -> str:
-    """What is about to happen, for a person to read before it does."""
+    """What a run is about to do, for a person to read."""
     model, batches = update.model, update.batches
-    every = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters = [*model.parameters()]
+    every, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     name = config.model.model_name_or_path or f"{model.model.config.model_type} from scratch"
     G, world, n = batches.global_batch, batches.world, batches.num_chunks
     share = -(-G // world)
