@@ -45,18 +45,13 @@ def gain_chart(compared: Compared) -> go.Figure:
     """The gain of each run with its interval; a line at 1, where nothing is gained."""
     chart = _chart("perplexity before / after", "")
     for run, comparison in compared:
-        gain = comparison["gain"]
-        low, high = gain["interval"]
-        known = None not in (gain["value"], low, high)
-        error = {"array": [high - gain["value"]], "arrayminus": [gain["value"] - low]} if known else {}
+        gain, colour = comparison["gain"], _colour(run)
+        value, (low, high) = gain["value"], gain["interval"]
+        error = {} if None in (value, low, high) else {"array": [high - value], "arrayminus": [value - low]}
         chart.add_scatter(
-            x=[gain["value"]],
-            y=[_label(run.name)],
-            error_x={"color": _colour(run), "thickness": 2, **error},
-            marker={"color": _colour(run), "size": 9},
-            mode="markers",
-            showlegend=False,
+            x=[value], y=[_label(run.name)], marker={"color": colour}, error_x={"color": colour, **error}
         )
+    chart.update_traces(mode="markers", showlegend=False, marker_size=9, error_x_thickness=2)
     chart.add_vline(x=1, line={"color": "var(--muted)", "width": 1})
     chart.update_layout(height=110 + 36 * len(compared), yaxis={"autorange": "reversed", "type": "category"})
     return chart
@@ -69,6 +64,7 @@ def breakdown_chart(compared: Compared, kind: str, title: str) -> go.Figure:
     for run, comparison in compared:
         rows = [row for row in comparison["breakdowns"].get(kind, []) if row["count"]]
         names = [_label(row["name"].partition(" ")[0] if kind == "frequency" else row["name"]) for row in rows]
+        counts = [row["count"] for row in rows]
         before, after = ([mean(row, when) for row in rows] for when in ("before", "after"))
         if several:
             gained = [None if None in pair else pair[0] - pair[1] for pair in zip(before, after, strict=True)]
@@ -76,14 +72,8 @@ def breakdown_chart(compared: Compared, kind: str, title: str) -> go.Figure:
         else:
             bars = [("before", before, "var(--faint)"), ("after", after, _colour(run))]
         for name, values, colour in bars:
-            chart.add_bar(
-                x=names,
-                y=values,
-                name=name,
-                marker={"color": colour},
-                customdata=[row["count"] for row in rows],
-                hovertemplate="%{y:.3f} nats, %{customdata:,} masked<extra>%{fullData.name}</extra>",
-            )
+            chart.add_bar(x=names, y=values, name=name, marker={"color": colour}, customdata=counts)
+    chart.update_traces(hovertemplate="%{y:.3f} nats, %{customdata:,} masked<extra>%{fullData.name}</extra>")
     chart.update_layout(barmode="group", bargap=0.3, xaxis={"type": "category", "automargin": True})
     return chart
 

@@ -16,6 +16,8 @@ from tqdm import tqdm
 from mlm.engine.update import Step
 from mlm.figures import finite
 
+BAR = "{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}"
+
 
 class Window(NamedTuple):
     """The training between two lines of the log, over all processes."""
@@ -104,8 +106,8 @@ class Log:
         """Appends a line to metrics.jsonl, and sends its numbers to the trackers."""
         if not self.is_main:
             return
-        seconds = round(time.perf_counter() - self.started, 3)
-        line = {"event": event, "step": step, "seconds": seconds, **finite(values)}
+        seconds = time.perf_counter() - self.started
+        line = {"event": event, "step": step, "seconds": round(seconds, 3), **finite(values)}
         try:
             _append(self.folder / "metrics.jsonl", json.dumps(line) + "\n")
         except OSError as error:
@@ -116,14 +118,8 @@ class Log:
     def advance(self, step: int, last_step: int) -> None:
         """Moves the bar, which is there on a terminal only."""
         if self.bar is None:
-            self.bar = tqdm(
-                total=last_step,
-                initial=step - 1,
-                unit=" steps",
-                dynamic_ncols=True,
-                bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}",
-                disable=None if self.is_main else True,
-            )
+            disable = None if self.is_main else True  # None: it is disabled where there is no terminal
+            self.bar = tqdm(total=last_step, initial=step - 1, dynamic_ncols=True, bar_format=BAR, disable=disable)
             self._first = (step - 1, time.perf_counter())
         self.bar.update()
 

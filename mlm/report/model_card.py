@@ -36,10 +36,14 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
         model_name=name,
         eval_results=[*_eval_results(results, "", text), *_eval_results(results, "general_", out_of_domain)],
     )
-    files = [short(source) for source in (text.dataset_name, text.train_file) if source]
-    domain = files[0] if files else "the prose that every Python installation carries"
+    source = text.dataset_name or text.train_file
+    domain = short(source) if source else "the prose that every Python installation carries"
     model = Path(base).name if local else base or f"A {config.model.model_type or 'small BERT'} from scratch"
     rate, unigram = config.optimizer.learning_rate, figure(results["perplexity_unigram"])
+    forgotten = ""
+    if out_of_domain is not None:
+        source = short(corpus.origin(out_of_domain, "validation"))
+        forgotten = f"\nOn out-of-domain text, {source}:\n\n{_figures(results, 'general_')}"
     return f"""---
 {data.to_yaml()}
 ---
@@ -51,7 +55,7 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
 On {results["eval_masked_tokens"]:,} masked tokens of held-out documents, under fixed masks:
 
 {_figures(results, "")}A model that knows token frequencies alone has a perplexity of {unigram} on them.
-{_forgotten(results, out_of_domain)}
+{forgotten}
 ```python
 from transformers import pipeline
 
@@ -99,10 +103,3 @@ def _figures(results: dict[str, Any], prefix: str) -> str:
         interval = f"95% interval {text['gain_low']} to {text['gain_high']}, paired bootstrap"
         gain = f"Perplexity before / after is {text['gain']} ({interval}).\n"
     return "\n".join([*lines, "", gain])
-
-
-def _forgotten(results: dict[str, Any], out_of_domain: CorpusConfig | None) -> str:
-    if out_of_domain is None:
-        return ""
-    source = short(corpus.origin(out_of_domain, "validation"))
-    return f"\nOn out-of-domain text, {source}:\n\n{_figures(results, 'general_')}"

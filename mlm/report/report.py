@@ -53,9 +53,8 @@ def write_report(runs: Sequence[RunRecord], output: Path) -> None:
 
 def render(runs: Sequence[RunRecord]) -> str:
     """The page."""
-    page = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    page = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     filters = (aligned, count, chance, short, counted, unspaced, grouped)
     charts = (breakdown_chart, event_chart, gain_chart, loss_chart)
     functions = (*charts, aligned, count, share, same, mean, duration, unlike, largest_change, zip)
@@ -63,14 +62,8 @@ def render(runs: Sequence[RunRecord]) -> str:
     page.globals |= {f.__name__: f for f in functions}
     compared = {text: [(run, run.comparison[text]) for run in runs if run.comparison.get(text)] for text in COMPARED}
     logged = {key for run in runs for e in run.train for key in e if type(e[key]) in (int, float)}
-    return page.get_template("report.html").render(
-        runs=runs,
-        scalars=sorted(logged - LOGGED),
-        examples=_examples(runs),
-        plotly=get_plotlyjs(),
-        **compared,
-        **_settings(runs),
-    )
+    parts = {**compared, **_settings(runs), "scalars": sorted(logged - LOGGED), "examples": _examples(runs)}
+    return page.get_template("report.html").render(runs=runs, plotly=get_plotlyjs(), **parts)
 
 
 def unlike(runs: Sequence[RunRecord], text: str) -> str:

@@ -30,6 +30,7 @@ from mlm.engine.distributed import from_main
 from mlm.engine.experiment import differences
 from mlm.errors import UserError, at_least
 from mlm.files import write_json, write_text
+from mlm.report.run_record import read_events
 
 ENDED = ("all_results.json", "comparison.json", "documents.parquet", "fill_mask.json", "report.html")
 MODEL_FILES = {"config.json", "model.safetensors", "pytorch_model.bin"}
@@ -140,34 +141,23 @@ class RunDirectory:
             self.claim()
             for name in ENDED:  # they are not the figures of a run that begins or is resumed
                 (self.folder / name).unlink(missing_ok=True)
-            if step is None or not self.resumes:
-                self._clear()
-            else:
-                checkpoint.clear(self.checkpoints, after=step)
-                write_text(self.folder / "metrics.jsonl", self._events_until(step))
+            kept = step if step is not None and self.resumes else -1
+            checkpoint.clear(self.checkpoints, after=kept)
+            write_text(self.folder / "metrics.jsonl", self._events_until(kept))
+            if kept < 0:
+                for path in [p for pattern in TRACKER_FILES for p in (self.folder / "mlm").rglob(pattern)]:
+                    path.unlink(missing_ok=True)
             write_json(self.folder / "run.json", about)
         except OSError as error:
             raise UserError(f"--output_dir {self.folder}: cannot write there ({error.strerror})") from None
 
-    def _clear(self) -> None:
-        (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-        for pattern in TRACKER_FILES:
-            for path in (self.folder / "mlm").rglob(pattern):
-                path.unlink(missing_ok=True)
-        checkpoint.clear(self.checkpoints)
-
     def _events_until(self, step: int) -> str:
         """The lines of metrics.jsonl that a run has written up to its checkpoint of this step."""
-        metrics, kept = self.folder / "metrics.jsonl", ""
-        for line in metrics.read_text(errors="replace").splitlines() if metrics.is_file() else ():
-            try:
-                event = json.loads(line)
-                name, at = event["event"], int(event["step"])
-            except (ValueError, TypeError, KeyError):  # what a killed run was writing, or no line of ours
-                continue
-            if at <= step:
-                kept += f"{line}\n"
-            if at >= step and name == "checkpoint":  # the state that is resumed
+        kept = ""
+        for event in read_events(self.folder / "metrics.jsonl"):
+            if event["step"] <= step:
+                kept += f"{json.dumps(event)}\n"
+            if event["step"] >= step and event["event"] == "checkpoint":  # the state that is resumed
                 break
         return kept
 

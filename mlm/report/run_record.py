@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def _read(folder: Path, name: str, number: int) -> RunRecord:
     for compared in filter(None, map(comparison.get, COMPARED)):
         _needs(folder / "comparison.json", compared, COMPARISON)
     results = {n: v for n, v in all_results.items() if v is None or isinstance(v, int | float)}
-    events = _events(folder / "metrics.jsonl")
+    events = read_events(folder / "metrics.jsonl")
     train, evaluations = (
         [e for e in events if e["event"] == kind and e.keys() >= keys] for kind, keys in EVENTS.items()
     )
@@ -73,17 +74,13 @@ def _read(folder: Path, name: str, number: int) -> RunRecord:
     return RunRecord(folder, name, number, about, results, comparison, train, evaluations, seconds, examples)
 
 
-def _events(path: Path) -> Rows:
-    """The lines of metrics.jsonl, without those that are damaged or being written."""
+def read_events(path: Path) -> Rows:
+    """The lines of metrics.jsonl, each with an "event" and a "step", without those that are damaged."""
     events = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:  # the line that a running, or killed, run was writing
-            continue
-        if isinstance(event, dict) and "event" in event:
-            events.append(event)
-    return events
+        with suppress(json.JSONDecodeError):  # the line that a running, or killed, run was writing
+            events.append(json.loads(line))
+    return [e for e in events if isinstance(e, dict) and "event" in e and isinstance(e.get("step"), int)]
 
 
 def _needs(path: Path, value: Any, keys: dict[str, Any]) -> None:
