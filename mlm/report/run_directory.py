@@ -76,8 +76,6 @@ class RunDirectory:
         )
         self._lock = FileLock(self.folder / ".lock", timeout=0)  # the kernel's: a killed run does not keep it
         # None writes yet: a mistake that is found later must not have cost what is here.
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--output_dir {self.folder}: this is a file")
         here = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         if here and not (config.overwrite_output_dir or self.resumes):
             raise UserError(
@@ -92,7 +90,8 @@ class RunDirectory:
             )
         nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise UserError(f"--output_dir {self.folder}: cannot write in {nearest}")
+            reason = "no permission" if nearest.is_dir() else "a file"
+            raise UserError(f"--output_dir {self.folder}: cannot write in {nearest} ({reason})")
 
     def finished(self, experiment: dict[str, Any]) -> dict[str, Any] | None:
         """The results of a run of this very experiment that has finished here; None: there is none.

@@ -18,13 +18,6 @@ from mlm.report.environment import peak_memory_mib
 from mlm.report.model_card import model_card
 from mlm.report.run import Run
 
-ROWS = {
-    "held-out perplexity": "perplexity",
-    "held-out loss": "eval_loss",
-    "out-of-domain perplexity": "general_perplexity",
-    "out-of-domain loss": "general_eval_loss",
-}
-
 
 def describe(
     config: Any, net: PreTrainedModel, update: Update, eval_sets: dict[str, EvalSet], train: TokenStore, last_step: int
@@ -102,16 +95,16 @@ def conclude_run(
     if run.is_main:
         progress, batches = run.progress, run.update.batches
         counts = token_counts(train, eval_sets["held_out"].info.size)
-        found = conclude(eval_sets, before, after, tokenizer, counts)
+        conclusion = conclude(eval_sets, before, after, tokenizer, counts)
         results = finite({
-            **found.results,
+            **conclusion.results,
             **progress.results(),
             "epochs": progress.step * batches.global_batch / batches.num_chunks,
             "peak_memory_mib": peak_memory_mib(run.accelerator.device),
         })  # fmt: skip
-        run.log.print(found.lines)
+        run.log.print(conclusion.lines)
         card = model_card(run.hub_id or run.folder.name, run.config, results)
-        run.directory.save_results(results, found.comparison, found.documents, card)
+        run.directory.save_results(results, conclusion.comparison, conclusion.documents, card)
         run.log.print(
             f"held-out perplexity {figure(results['perplexity'])}, where token frequencies alone reach "
             f"{figure(results['perplexity_unigram'])}; saved to {run.folder}"
@@ -124,24 +117,18 @@ def outcome(results: dict[str, Any]) -> str:
 
     results: as in all_results.json, and `output_dir`
     """
-    has_before = "perplexity_before" in results
-    lines = [f"{'':<26}{'before' if has_before else '':<11}{'after':<11}{'gain' if has_before else ''}".rstrip()]
-    for title, name in ROWS.items():
-        if name in results:
-            before = figure(results[f"{name}_before"]) if f"{name}_before" in results else ""
-            gain = _gain(results, name.removesuffix("perplexity")) if name.endswith("perplexity") else ""
-            lines.append(f"{title:<26}{before:<11}{figure(results[name]):<11}{gain}".rstrip())
+    shown = {name: figure(value) for name, value in results.items() if name != "output_dir"}
+    rows = [("", "before", "after", "gain") if "perplexity_before" in results else ("", "", "after", "")]
+    for text, prefix in (("held-out", ""), ("out-of-domain", "general_")):
+        gain, low, high = (shown.get(f"{prefix}{name}") for name in ("gain", "gain_low", "gain_high"))
+        has_interval = results.get(f"{prefix}gain_low") is not None
+        interval = f" ({CONFIDENCE:.0%} interval {low} to {high})" if has_interval else ""
+        for name, last in (("perplexity", f"{gain}×{interval}" if gain else ""), ("eval_loss", "")):
+            if after := shown.get(f"{prefix}{name}"):
+                title = f"{text} {name.removeprefix('eval_')}"
+                rows.append((title, shown.get(f"{prefix}{name}_before", ""), after, last))
     minutes, seconds = divmod(round(results["train_seconds"]), 60)
     speed = f"{results['tokens_per_second']:,.0f} tokens/s"
-    lines.append(f"{results['steps']:,} steps at {speed} in {minutes}:{seconds:02}")
-    lines.append(f"saved to {results['output_dir']}")
+    lines = ["{:<26}{:<11}{:<11}{}".format(*row).rstrip() for row in rows]
+    lines += [f"{results['steps']:,} steps at {speed} in {minutes}:{seconds:02}", f"saved to {results['output_dir']}"]
     return "\n".join(lines)
-
-
-def _gain(results: dict[str, Any], prefix: str) -> str:
-    """Perplexity before / after, with its interval; nothing where there is no "before"."""
-    if f"{prefix}gain" not in results:
-        return ""
-    gain, low, high = (results[f"{prefix}{name}"] for name in ("gain", "gain_low", "gain_high"))
-    interval = "" if low is None else f" ({CONFIDENCE:.0%} interval {figure(low)} to {figure(high)})"
-    return f"{figure(gain)}×{interval}"
