@@ -4,6 +4,7 @@ All text of a run goes through `_label`, as plotly would read tags in it.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -15,6 +16,7 @@ SERIES = 6  # colours of the page; of more runs than that, the next ones are das
 HEIGHT = 320  # of a chart, in pixels
 TRAINING = "training (with dropout, under training masks)"  # the loss; a fork's may be no cross entropy
 Compared = Sequence[tuple[RunRecord, dict[str, Any]]]  # runs, and "held_out" or "general" of comparison.json
+_label = partial(escape, quote=False)
 
 
 def loss_chart(runs: Sequence[RunRecord]) -> go.Figure:
@@ -105,7 +107,3 @@ def _chart(x: str, y: str) -> go.Figure:
 
 def _colour(run: RunRecord) -> str:
     return f"var(--series-{run.number % SERIES})"
-
-
-def _label(text: str) -> str:
-    return escape(text, quote=False)

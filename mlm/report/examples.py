@@ -113,7 +113,8 @@ def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 
     for word in (row["text"] for row in sorted(gained, key=_gain, reverse=True)):
         ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
         opening = next((words for words in openings if word in words[EDGE:-EDGE]), None)
-        if opening is None or len(ids) != 1 or not _is_word(word):
+        is_word = word.isalpha() and (len(word) >= LETTERS or word.upper() == word.lower())
+        if opening is None or len(ids) != 1 or not is_word:
             continue
         openings.remove(opening)
         place = opening.index(word, EDGE)
@@ -123,17 +124,12 @@ def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 
 
 
 def readable(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A decoded text without the decoder's blanks before punctuation, in it's, and between the letters of
-    scripts that have none, where a model sees the same tokens."""
+    """A decoded text without the blanks that no one writes, where a model sees the same tokens."""
     closed = unspaced(text)
     for blanks, instead in BLANKS:
         closed = blanks.sub(instead, closed)
     one, other = (tokenizer(own_mask(tokenizer, t), verbose=False)["input_ids"] for t in (text, closed))
     return closed if one == other else text
-
-
-def _is_word(text: str) -> bool:
-    return text.isalpha() and (len(text) >= LETTERS or text.upper() == text.lower())
 
 
 def _gain(row: dict[str, Any]) -> float:

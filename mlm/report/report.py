@@ -9,6 +9,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,11 @@ def unlike(runs: Sequence[RunRecord], text: str) -> str:
     if not what:
         return ""
     listed = " and ".join(filter(None, (", ".join(what[:-1]), what[-1])))
+    advice = "a small difference between runs may come from that alone"
     if "texts" in what:
         advice = "compare before and after within a run"
     elif "tokenizer" in differ:
         advice = "compare bits per character"
-    else:
-        advice = "a small difference between runs may come from that alone"
     return f"These runs were measured on different {listed}; {advice}."
 
 
@@ -156,15 +156,14 @@ def grouped(items: Iterable[Any], describe: Callable[[Any], Any]) -> list[tuple[
 
 def _settings(runs: Sequence[RunRecord]) -> dict[str, dict[str, Any]]:
     """Settings under dotted names: those that differ with a value for each run, the others by section."""
-    differences, alike = {}, {section: {} for section in ABOUT}
+    differences, alike = {}, {}
     for section in ABOUT:
         settings = [dict(flat(run.about[section])) for run in runs]
-        for name in {name: None for values in settings for name in values}:
-            values = [of_run.get(name) for of_run in settings]
-            if all(value == values[0] for value in values):
-                alike[section][name] = values[0]
-            else:
-                differences[name] = values
+        values = {name: [of_run.get(name) for of_run in settings] for name in chain.from_iterable(settings)}
+        alike[section] = {
+            name: first for name, (first, *others) in values.items() if others.count(first) == len(others)
+        }
+        differences |= {name: each for name, each in values.items() if name not in alike[section]}
     # The experiment repeats flags, and each run has a folder of its own.
     for name in {*(name.rpartition(".")[2] for name in differences if "." in name), "run.output_dir"}:
         differences.pop(name, None)

@@ -163,8 +163,8 @@ class RunDirectory:
     def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
         """The adapted model, as an ordinary checkpoint. Raises OSError, or SafetensorError for a full disk.
 
-        It is written beside its place: a disk that fills up, or a kill, leaves no half a model under its
-        name. Where the checkpoint of this step holds the same bytes, the two become one file.
+        A disk that fills up, or a kill, leaves no half a model under its name. Where the checkpoint of this step
+        holds the same bytes, the two become one file.
         """
         if not self.is_main:
             return
