@@ -12,7 +12,7 @@ with quick_imports():
 
     from mlm import cli
     from mlm.config import Config
-    from mlm.report.outcome import outcome
+    from mlm.report.summary import outcome
     from mlm.train import train
 
 DEMO = Path(__file__).with_name("demo.yaml")

@@ -17,7 +17,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "nu
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """Versions, hardware and commit."""
+    """Versions, hardware and commit, for run.json."""
     device = accelerator.device
     return {
         "python": platform.python_version(),
@@ -55,11 +55,12 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """The commit of the checkout that this file is part of, with a + where files differ from it."""
-    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", Path(__file__).parent, *words]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+
     try:
-        git = ["git", "-C", str(here)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
-        return head + ("+" if changed else "")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

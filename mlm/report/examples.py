@@ -15,20 +15,18 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm.errors import UserError, one_line
 from mlm.files import write_json
-from mlm.inference.fill_mask import Filler, fill, load
+from mlm.inference.fill_mask import fill, load
 from mlm.inference.sentences import MASK, own_mask
 from mlm.model.load import ModelConfig, load_model
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.report import unspaced
-from mlm.report.run_record import RunRecord, results_digest
+from mlm.report.run_record import Rows, RunRecord, results_digest
 
 EXAMPLES = 6
 TOP_K = 5
 FEW = 5  # occurrences with no gain that are added to a word's own
 EDGE = 2  # words that have to stand on either side of a mask
 LETTERS = 3  # of a word, at least, in a script that has capitals; elsewhere one can be a word
-Examples = list[dict[str, Any]]
-Pair = tuple[SparseMaskedLM, SparseMaskedLM, PreTrainedTokenizerBase]
 
 # Blanks that a decoder leaves where it does not know how a text was spaced.
 BLANKS = (
@@ -44,7 +42,7 @@ def with_examples(
     """A run with what its model, and the one that it began from, write at the masks of sentences.
 
     sentences: with masks in them; None: openings of held-out documents (`from_held_out`) of a run that has
-        ended, which are kept in <run>/fill_mask.json, {"results": results_digest, "sentences": Examples},
+        ended, which are kept in <run>/fill_mask.json, {"results": results_digest, "sentences": the examples},
         and made anew where the results are others
 
     Returns the run, and why there are no such examples, in one line, or nothing. Raises UserError where a
@@ -52,30 +50,22 @@ def with_examples(
     """
     if sentences is None and (run.examples is not None or not run.comparison):
         return run, ""
-    why_not = f"{run.folder}: no examples of filled masks, as"
     try:
-        models = load_both(run, trust_remote_code)
+        *models, tokenizer = _load(run, trust_remote_code)
+        if sentences is None:
+            examples = _fill(models, tokenizer, from_held_out(run.folder, tokenizer))
     except UserError as error:  # the base may be gone, and a report is good without
-        return run, f"{why_not} {error}\n"
+        return run, f"{run.folder}: no examples of filled masks, as {error}\n"
     if sentences is not None:
-        mask = models[2].mask_token or MASK
-        given = [(text.replace(mask, MASK), None) for text in sentences]
-        return replace(run, examples=fill_before_and_after(*models, given)), ""
-    try:
-        examples = fill_before_and_after(*models, from_held_out(run.folder, models[2]))
-    except UserError as error:
-        return run, f"{why_not} {error}\n"
+        given = [(text.replace(tokenizer.mask_token or MASK, MASK), None) for text in sentences]
+        return replace(run, examples=_fill(models, tokenizer, given)), ""
     with suppress(OSError):  # a run that may only be read
-        kept = {"results": results_digest(run.folder), "sentences": examples}
-        write_json(run.folder / "fill_mask.json", kept)
+        write_json(run.folder / "fill_mask.json", {"results": results_digest(run.folder), "sentences": examples})
     return replace(run, examples=examples), ""
 
 
-def load_both(run: RunRecord, trust_remote_code: bool) -> Pair:
-    """The model that a run began from, the one that it ended with, and their tokenizer.
-
-    Raises UserError where one cannot be loaded.
-    """
+def _load(run: RunRecord, trust_remote_code: bool) -> tuple[SparseMaskedLM, SparseMaskedLM, PreTrainedTokenizerBase]:
+    """The model that a run began from, the one that it ended with, and their tokenizer. Raises UserError."""
     adapted, tokenizer = load(str(run.folder), trust_remote_code)
     about = run.about["configuration"]
     try:
@@ -88,25 +78,18 @@ def load_both(run: RunRecord, trust_remote_code: bool) -> Pair:
     return base, adapted, tokenizer
 
 
-def fill_before_and_after(
-    base: SparseMaskedLM,
-    adapted: SparseMaskedLM,
-    tokenizer: PreTrainedTokenizerBase,
-    chosen: Sequence[tuple[str, str | None]],
-) -> Examples:
+def _fill(
+    models: Sequence[SparseMaskedLM], tokenizer: PreTrainedTokenizerBase, chosen: Sequence[tuple[str, str | None]]
+) -> Rows:
     """What both models write at the masks of sentences, each of which comes with the masked word or None.
 
     Returns [sentence] of {"text", "truth": word or None, "before", "after"}, the last two [mask][rank] of
     {"token", "probability"}. Raises UserError where a sentence has no mask, or is too long.
     """
-    if not chosen:
-        return []
-    texts = [text for text, _ in chosen]
-    before, after = (fill(model, tokenizer, texts, TOP_K) for model in (base, adapted))
-    return [
-        {"text": text, "truth": truth, "before": _plain(was), "after": _plain(now)}
-        for (text, truth), was, now in zip(chosen, before, after, strict=True)
-    ]
+    filled = [fill(model, tokenizer, [text for text, _ in chosen], TOP_K) for model in models]
+    before, after = ([[[f._asdict() for f in rank] for rank in masks] for masks in each] for each in filled)
+    rows = zip(chosen, before, after, strict=True)
+    return [{"text": text, "truth": truth, "before": was, "after": now} for (text, truth), was, now in rows]
 
 
 def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> list[tuple[str, str]]:
@@ -130,7 +113,8 @@ def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 
     for word in (row["text"] for row in sorted(gained, key=_gain, reverse=True)):
         ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
         opening = next((words for words in openings if word in words[EDGE:-EDGE]), None)
-        if opening is None or len(ids) != 1 or not _is_word(word):
+        is_word = word.isalpha() and (len(word) >= LETTERS or word.upper() == word.lower())
+        if opening is None or len(ids) != 1 or not is_word:
             continue
         openings.remove(opening)
         place = opening.index(word, EDGE)
@@ -140,8 +124,7 @@ def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 
 
 
 def readable(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A decoded text without the decoder's blanks before punctuation, in it's, and between the letters of
-    scripts that have none, where a model sees the same tokens."""
+    """A decoded text without the blanks that no one writes, where a model sees the same tokens."""
     closed = unspaced(text)
     for blanks, instead in BLANKS:
         closed = blanks.sub(instead, closed)
@@ -149,14 +132,6 @@ def readable(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return closed if one == other else text
 
 
-def _is_word(text: str) -> bool:
-    return text.isalpha() and (len(text) >= LETTERS or text.upper() == text.lower())
-
-
 def _gain(row: dict[str, Any]) -> float:
     """Nats at an occurrence, a word of few being held back."""
     return ((row["nats_before"] or 0) - (row["nats_after"] or 0)) / (row["count"] + FEW)
-
-
-def _plain(masks: list[list[Filler]]) -> list[list[dict[str, Any]]]:
-    return [[filler._asdict() for filler in ranked] for ranked in masks]

@@ -16,6 +16,8 @@ from tqdm import tqdm
 from mlm.engine.update import Step
 from mlm.figures import finite
 
+BAR = "{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}"
+
 
 class Window(NamedTuple):
     """The training between two lines of the log, over all processes."""
@@ -58,13 +60,13 @@ class Progress:
         """Ends the window and adds it to the sums. The host waits for the device here."""
         *sums, nonfinite = torch.stack(self._measured).cpu().double().sum(dim=0).tolist()
         seconds = time.perf_counter() - self._started
-        names = ("loss", *scalars)
-        for name, value in zip(names, sums, strict=True):
+        window = dict(zip(("loss", *scalars), sums, strict=True))
+        for name, value in window.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.masked += self._masked
         self.tokens += self._tokens
         self.seconds += seconds
-        means = {name: value / max(self._masked, 1) for name, value in zip(names, sums, strict=True)}
+        means = {name: value / max(self._masked, 1) for name, value in window.items()}
         return Window(means, self._tokens, seconds, int(nonfinite))
 
     def results(self) -> dict[str, Any]:
@@ -89,9 +91,8 @@ class Progress:
 class Log:
     """metrics.jsonl, trackers, a bar on a terminal, lines elsewhere. Only the main process writes."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, tracks: bool) -> None:
-        self.folder, self.accelerator, self.tracks = folder, accelerator, tracks
-        self.is_main = accelerator.is_main_process
+    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
+        self.folder, self.accelerator, self.is_main = folder, accelerator, accelerator.is_main_process
         self.started = time.perf_counter()
         self.bar: tqdm | None = None
 
@@ -105,27 +106,20 @@ class Log:
         """Appends a line to metrics.jsonl, and sends its numbers to the trackers."""
         if not self.is_main:
             return
-        seconds = round(time.perf_counter() - self.started, 3)
-        line = {"event": event, "step": step, "seconds": seconds, **finite(values)}
+        seconds = time.perf_counter() - self.started
+        line = {"event": event, "step": step, "seconds": round(seconds, 3), **finite(values)}
         try:
             _append(self.folder / "metrics.jsonl", json.dumps(line) + "\n")
         except OSError as error:
             self.print(f"metrics.jsonl lacks a line, {event} of step {step}: {error.strerror}")
-        if self.tracks:
-            numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-            self.accelerator.log(numbers, step=step)
+        numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        self.accelerator.log(numbers, step=step)
 
     def advance(self, step: int, last_step: int) -> None:
         """Moves the bar, which is there on a terminal only."""
         if self.bar is None:
-            self.bar = tqdm(
-                total=last_step,
-                initial=step - 1,
-                unit=" steps",
-                dynamic_ncols=True,
-                bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}",
-                disable=None if self.is_main else True,
-            )
+            disable = None if self.is_main else True  # None: it is disabled where there is no terminal
+            self.bar = tqdm(total=last_step, initial=step - 1, dynamic_ncols=True, bar_format=BAR, disable=disable)
             self._first = (step - 1, time.perf_counter())
         self.bar.update()
 
@@ -142,8 +136,8 @@ class Log:
         if self.bar.disable or not sys.stdout.isatty():
             first, since = self._first
             left = (self.bar.total - step) * (time.perf_counter() - since) / (step - first)
-            clock, left = time.strftime("%H:%M:%S"), timedelta(seconds=round(left))
-            self.print(f"{clock} step {step}/{self.bar.total}: {text}, {left} left")
+            clock = time.strftime("%H:%M:%S")
+            self.print(f"{clock} step {step}/{self.bar.total}: {text}, {timedelta(seconds=round(left))} left")
 
     def close(self) -> None:
         if self.bar is not None:

@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from mlm.data import corpus
+from mlm.data.corpus import CorpusConfig
 from mlm.figures import figure
 
 METRICS = {"perplexity": "Perplexity", "accuracy": "Accuracy", "bits_per_character": "Bits per character"}
@@ -24,7 +25,7 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
     results: as in all_results.json
     """
     base, text = config.model.model_name_or_path, config.corpus
-    held_out, out_of_domain = (corpus.origin(text, "validation"), corpus.out_of_domain(config.out_of_domain, text))
+    out_of_domain = corpus.out_of_domain(config.out_of_domain, text)
     local = base is not None and Path(base).exists()
     data = ModelCardData(
         library_name="transformers",
@@ -33,20 +34,15 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
         datasets=None if text.dataset_name is None or Path(text.dataset_name).exists() else text.dataset_name,
         tags=["masked-language-modeling", "domain-adaptation"],
         model_name=name,
-        eval_results=[
-            *_eval_results(results, "", held_out, text.dataset_config_name),
-            *(
-                _eval_results(
-                    results, "general_", corpus.origin(out_of_domain, "validation"), out_of_domain.dataset_config_name
-                )
-                if out_of_domain
-                else ()
-            ),
-        ],
+        eval_results=[*_eval_results(results, "", text), *_eval_results(results, "general_", out_of_domain)],
     )
     domain = short(text.dataset_name or text.train_file)
     model = Path(base).name if local else base or f"A {config.model.model_type or 'small BERT'} from scratch"
     rate, unigram = config.optimizer.learning_rate, figure(results["perplexity_unigram"])
+    forgotten = ""
+    if out_of_domain is not None:
+        source = short(corpus.origin(out_of_domain, "validation"))
+        forgotten = f"\nOn out-of-domain text, {source}:\n\n{_figures(results, 'general_')}"
     return f"""---
 {data.to_yaml()}
 ---
@@ -57,9 +53,8 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
 
 On {results["eval_masked_tokens"]:,} masked tokens of held-out documents, under fixed masks:
 
-{_table(results, "")}
-{_gain(results, "")}A model that knows token frequencies alone has a perplexity of {unigram} on them.
-{_forgotten(results, out_of_domain)}
+{_figures(results, "")}A model that knows token frequencies alone has a perplexity of {unigram} on them.
+{forgotten}
 ```python
 from transformers import pipeline
 
@@ -73,16 +68,18 @@ fill = pipeline("fill-mask", "{name}")
 """
 
 
-def _eval_results(results: dict[str, Any], prefix: str, source: str, part: str | None) -> list[EvalResult]:
+def _eval_results(results: dict[str, Any], prefix: str, text: CorpusConfig | None) -> list[EvalResult]:
     """The figures that are numbers, as the Hub takes no null. It tells data sets apart by type and config."""
-    name, kind = short(source), "out-of-domain text" if prefix else None
+    if text is None:
+        return []
+    name, kind = short(corpus.origin(text, "validation")), "out-of-domain text" if prefix else None
     return [
         EvalResult(
             task_type="fill-mask",
             task_name="Masked language modelling",
             dataset_type=name,
             dataset_name=f"{name} ({kind})" if kind else name,
-            dataset_config=part or kind,
+            dataset_config=text.dataset_config_name or kind,
             dataset_split="validation",
             metric_type=metric,
             metric_name=title,
@@ -93,26 +90,15 @@ def _eval_results(results: dict[str, Any], prefix: str, source: str, part: str |
     ]
 
 
-def _table(results: dict[str, Any], prefix: str) -> str:
-    rows = ["| | before | after |", "| --- | --- | --- |"]
-    for metric, title in METRICS.items():
-        was, now = f"{prefix}{metric}_before", f"{prefix}{metric}"
-        if now in results:
-            first = figure(results[was]) if was in results else ""
-            rows.append(f"| {title.lower()} | {first} | {figure(results[now])} |")
-    return "\n".join(rows) + "\n"
-
-
-def _gain(results: dict[str, Any], prefix: str) -> str:
-    if results.get(f"{prefix}gain_low") is None:
-        return ""
-    gain, low, high = (figure(results[f"{prefix}{name}"]) for name in ("gain", "gain_low", "gain_high"))
-    return f"Perplexity before / after is {gain} (95% interval {low} to {high}, paired bootstrap).\n"
-
-
-def _forgotten(results: dict[str, Any], out_of_domain: Any) -> str:
-    if out_of_domain is None:
-        return ""
-    source = short(corpus.origin(out_of_domain, "validation"))
-    figures = f"{_table(results, 'general_')}\n{_gain(results, 'general_')}"
-    return f"\nOn out-of-domain text, {source}:\n\n{figures}"
+def _figures(results: dict[str, Any], prefix: str) -> str:
+    """The figures of a text as a table, and its gain where that has an interval."""
+    text = {name.removeprefix(prefix): figure(value) for name, value in results.items() if name.startswith(prefix)}
+    lines = ["| | before | after |", "| --- | --- | --- |"]
+    for name, title in METRICS.items():
+        if name in text:
+            lines.append(f"| {title.lower()} | {text.get(f'{name}_before', '')} | {text[name]} |")
+    gain = ""
+    if results.get(f"{prefix}gain_low") is not None:
+        interval = f"95% interval {text['gain_low']} to {text['gain_high']}, paired bootstrap"
+        gain = f"Perplexity before / after is {text['gain']} ({interval}).\n"
+    return "\n".join([*lines, "", gain])

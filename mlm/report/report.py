@@ -9,6 +9,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from mlm.report.charts import Compared, breakdown_chart, event_chart, gain_chart
 from mlm.report.model_card import short
 from mlm.report.run_record import ABOUT, COMPARED, RunRecord
 
-SHOWN = 15  # words of a table before the rest is folded away
 LOGGED = {"event", "step", "seconds", "tokens", "loss", "learning_rate", "tokens_per_second"}
 
 # Chinese and Japanese, without Hangul: blanks between their letters come from a decoder, not from the text.
@@ -31,6 +31,7 @@ GAPS = re.compile(rf"(?<={UNSPACED}) +(?={UNSPACED}|\[MASK\])|(?<=\[MASK\]) +(?=
 
 # What figures depend on beside the model: key of run.json's experiment, and its name for people.
 MEASURED = {
+    "tokenizer": "tokenizers",
     "eval_mlm_probability": "shares of masked tokens",
     "eval_whole_word_mask": "masked units (tokens or whole words)",
     "eval_mask_seed": "mask seeds",
@@ -38,6 +39,7 @@ MEASURED = {
     "eval_mask_folds": "mask folds",
     "max_eval_samples": "numbers of chunks",
     "max_seq_length": "chunk lengths",
+    "masks": "ways of masking",
 }
 
 
@@ -52,57 +54,38 @@ def write_report(runs: Sequence[RunRecord], output: Path) -> None:
 
 def render(runs: Sequence[RunRecord]) -> str:
     """The page."""
-    page = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    page = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     filters = (aligned, count, chance, short, counted, unspaced, grouped)
-    page.filters |= {f.__name__: f for f in filters} | {"shlex_join": shlex.join}
     charts = (breakdown_chart, event_chart, gain_chart, loss_chart)
-    page.globals |= {
-        f.__name__: f for f in (*charts, aligned, count, share, same, mean, duration, unlike, largest_change, zip)
-    }
-    held_out, general = (
-        [(run, run.comparison[text]) for run in runs if run.comparison.get(text)] for text in COMPARED
-    )
+    functions = (*charts, aligned, count, share, same, mean, duration, unlike, largest_change, zip)
+    page.filters |= {f.__name__: f for f in filters} | {"shlex_join": shlex.join}
+    page.globals |= {f.__name__: f for f in functions}
+    compared = {text: [(run, run.comparison[text]) for run in runs if run.comparison.get(text)] for text in COMPARED}
     logged = {key for run in runs for e in run.train for key in e if type(e[key]) in (int, float)}
-    return page.get_template("report.html").render(
-        runs=runs,
-        held_out=held_out,
-        general=general,
-        scalars=sorted(logged - LOGGED),
-        examples=_examples(runs),
-        **_settings(runs),
-        shown=SHOWN,
-        plotly=get_plotlyjs(),
-    )
+    parts = {**compared, **_settings(runs), "scalars": sorted(logged - LOGGED), "examples": _examples(runs)}
+    return page.get_template("report.html").render(runs=runs, plotly=get_plotlyjs(), **parts)
 
 
 def unlike(runs: Sequence[RunRecord], text: str) -> str:
     """Why figures of these runs on "held_out" or "general" text do not compare: one sentence, or nothing."""
-    differ = {
-        key
-        for key in (f"{text} corpus", "tokenizer", "masks", *MEASURED)
-        if len({json.dumps(run.about["experiment"][key]) for run in runs if key in run.about["experiment"]}) > 1
-    }
-    names = {f"{text} corpus": "texts", "tokenizer": "tokenizers", **MEASURED}
+    experiments = [run.about["experiment"] for run in runs]
+    names = {f"{text} corpus": "texts", **MEASURED}
+    differ = [key for key in names if len({json.dumps(e[key]) for e in experiments if key in e}) > 1]
     # The fingerprint of the masks is of the tokenizer's vocabulary too, and since evaluation has masks of its
     # own, of training's masks alone.
-    if "tokenizer" not in differ and any("eval_mlm_probability" not in run.about["experiment"] for run in runs):
-        names["masks"] = "ways of masking"
-    what = [name for key, name in names.items() if key in differ]
+    if "tokenizer" in differ or all("eval_mlm_probability" in e for e in experiments):
+        differ = [key for key in differ if key != "masks"]
+    what = [names[key] for key in differ]
     if not what:
         return ""
     listed = " and ".join(filter(None, (", ".join(what[:-1]), what[-1])))
+    advice = "a small difference between runs may come from that alone"
     if "texts" in what:
         advice = "compare before and after within a run"
     elif "tokenizer" in differ:
         advice = "compare bits per character"
-    else:
-        advice = "a small difference between runs may come from that alone"
     return f"These runs were measured on different {listed}; {advice}."
-
-
-# ---- text and figures for people
 
 
 def aligned(value: float | None, digits: int = 4) -> str:
@@ -149,13 +132,12 @@ def unspaced(text: str) -> str:
 
 def duration(seconds: float | None) -> str:
     """1 h 5 min, 2 min 13 s, 8.4 s."""
-    if seconds is None or seconds < 60:
-        return "–" if seconds is None else f"{seconds:.2g} s"
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.2g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
-
-
-# ---- what several runs share is shown once
 
 
 def same(runs: Sequence[RunRecord], key: str, form: Callable[[float | None], str]) -> bool:
@@ -174,15 +156,14 @@ def grouped(items: Iterable[Any], describe: Callable[[Any], Any]) -> list[tuple[
 
 def _settings(runs: Sequence[RunRecord]) -> dict[str, dict[str, Any]]:
     """Settings under dotted names: those that differ with a value for each run, the others by section."""
-    differences, alike = {}, {section: {} for section in ABOUT}
+    differences, alike = {}, {}
     for section in ABOUT:
         settings = [dict(flat(run.about[section])) for run in runs]
-        for name in dict.fromkeys(name for values in settings for name in values):
-            values = [of_run.get(name) for of_run in settings]
-            if all(value == values[0] for value in values):
-                alike[section][name] = values[0]
-            else:
-                differences[name] = values
+        values = {name: [of_run.get(name) for of_run in settings] for name in chain.from_iterable(settings)}
+        alike[section] = {
+            name: first for name, (first, *others) in values.items() if others.count(first) == len(others)
+        }
+        differences |= {name: each for name, each in values.items() if name not in alike[section]}
     # The experiment repeats flags, and each run has a folder of its own.
     for name in {*(name.rpartition(".")[2] for name in differences if "." in name), "run.output_dir"}:
         differences.pop(name, None)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from types import TracebackType
 from typing import Any, NoReturn
 
 from accelerate import Accelerator
@@ -32,7 +31,7 @@ from mlm.report.upload import create_repository, upload
 
 
 class Run:
-    """Everything of a run that is no arithmetic. On each process; only the main one writes and prints.
+    """All of a run that is no arithmetic, on each process; only the main one writes and prints.
 
     config: a mlm.config.Config, or a fork's subclass of it
 
@@ -43,7 +42,7 @@ class Run:
         self.config, self.accelerator = config, accelerator
         self.directory = RunDirectory(config.run, config.checkpoint.resume_from_checkpoint, accelerator)
         self.folder, self.is_main = self.directory.folder, accelerator.is_main_process
-        self.log = Log(self.folder, accelerator, config.run.with_tracking)
+        self.log = Log(self.folder, accelerator)
         self.writer = Writer(self.directory.checkpoints, config.checkpoint.save_total_limit)
         self.stop = StopSignals()
         self.group = host_group(accelerator)
@@ -59,10 +58,9 @@ class Run:
 
     def finished(self) -> dict[str, Any] | None:
         """The results of this very experiment, where --resume_from_checkpoint latest finds it finished."""
-        results = None
-        resumes = self.config.checkpoint.resume_from_checkpoint == "latest"
-        if resumes and not self.config.run.overwrite_output_dir:
-            results = from_main(self.directory.finished(self.experiment), self.accelerator)
+        if self.config.checkpoint.resume_from_checkpoint != "latest" or self.config.run.overwrite_output_dir:
+            return None
+        results = from_main(self.directory.finished(self.experiment), self.accelerator)
         if results:
             self.log.print(
                 f"{self.folder} is finished: {results['steps']} steps, held-out perplexity "
@@ -76,12 +74,10 @@ class Run:
         self.stop.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.log.close()
         self.writer.close()
-        self.stop.__exit__(kind, error, trace)
+        self.stop.__exit__(*error)
         self.directory.release()
 
     def resume(self, data: dict[str, Any]) -> None:
@@ -99,14 +95,14 @@ class Run:
             self.log.print(f"resumed from {found}, after step {self.progress.step}")
         elif wanted is not None:
             self.log.print(f"--resume_from_checkpoint {wanted}: no checkpoint yet; training from the start")
-        described = asdict(self.config)
         if self.is_main and self.config.run.push_to_hub:
             self.hub_id = create_repository(self.config.run.hub_model_id or self.folder.name)
+        configuration = asdict(self.config)
         about = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": sys.argv,
             "data": data,
-            "configuration": described,
+            "configuration": configuration,
             "experiment": self.experiment,
             "environment": environment(self.accelerator),
         }
@@ -114,12 +110,13 @@ class Run:
         if self.config.run.with_tracking:
             project = self.accelerator.project_configuration
             project.project_dir = project.logging_dir = str(self.folder)
-            self.accelerator.init_trackers("mlm", config=_for_trackers(described))
+            every_tracker_takes = int | float | str
+            settings = {n: v if isinstance(v, every_tracker_takes) else str(v) for n, v in flat(configuration)}
+            self.accelerator.init_trackers("mlm", config=settings)
         if found and self.is_main and self.config.train.load_best_model_at_end:
             self.writer.remember_best(found.parent)
-        batches, experiment = self.update.batches, self.experiment
-        sizes = {"train_batch_size": batches.global_batch, "chunks": batches.num_chunks}
-        self.log.event("start", self.progress.step, steps=experiment["steps"], **sizes)
+        sizes = {name: self.experiment[name] for name in ("steps", "train_batch_size", "chunks")}
+        self.log.event("start", self.progress.step, **sizes)
 
     def missed_evaluation(self, last_step: int) -> bool:
         """Whether a resumed run was stopped between a step and the evaluation that comes after it."""
@@ -132,12 +129,10 @@ class Run:
         After the last step the evaluation comes later, but for the one that finds the best weights.
         """
         self.log.advance(step, last_step)
-        config, due = self.config, self.update.batches.due
-        evaluates = due(config.train.eval_steps, step)
-        if step == last_step:
-            evaluates = config.train.load_best_model_at_end
+        config, due, ends = self.config, self.update.batches.due, step == last_step
+        evaluates = config.train.load_best_model_at_end if ends else due(config.train.eval_steps, step)
         saves = due(config.checkpoint.checkpointing_steps, step)
-        return evaluates, saves, due(config.run.logging_steps, step) or step == last_step
+        return evaluates, saves, due(config.run.logging_steps, step) or ends
 
     def requests(self) -> list[int]:
         """What all processes have to know of this one: a signal to stop, a checkpoint that failed."""
@@ -226,10 +221,10 @@ class Run:
             self.directory.save_model(self.model, tokenizer, self.progress.step)
         except (OSError, SafetensorError) as error:
             reason = one_line(getattr(error, "strerror", None) or error)
-            advice = "--resume_from_checkpoint latest resumes from the last checkpoint"
+            resumes = "--resume_from_checkpoint latest resumes from the last checkpoint"
+            then = f", then {resumes}" if checkpoint.steps(self.directory.checkpoints) else ""
             raise UserError(
-                f"--output_dir {self.folder}: the model could not be saved ({reason}); make room"
-                + (f", then {advice}" if checkpoint.steps(self.directory.checkpoints) else "")
+                f"--output_dir {self.folder}: the model could not be saved ({reason}); make room{then}"
             ) from error
 
     @contextmanager
@@ -237,32 +232,24 @@ class Run:
         """What comes after the model is saved: a failure in it costs a report, and is said in one line."""
         try:
             yield
-        except Stopped:
-            raise
         except Exception as error:
-            if lost_a_process(error):
+            if isinstance(error, Stopped) or lost_a_process(error):
                 raise
             base = self.config.model.model_name_or_path
-            again = f"scripts/evaluate.py --model_name_or_path {self.folder}"
+            again = f"scripts/evaluate.py --model_name_or_path {self.folder}{f' --compare {base}' if base else ''}"
             raise UserError(
                 f"the trained model is saved in {self.folder}, its analysis failed "
-                f"({one_line(f'{type(error).__name__}: {error}', 200)}); to repeat it: python {again}"
-                f"{f' --compare {base}' if base else ''}, with the flags that name the text"
+                f"({one_line(f'{type(error).__name__}: {error}', 200)}); to repeat it: python {again}, with the "
+                "flags that name the text"
             ) from error
 
     def finish(self, results: dict[str, Any]) -> None:
         """The last line of the log; then, if asked, the Hub."""
         self.log.event("end", self.progress.step, **results)
-        for tracker in self.accelerator.trackers if self.config.run.with_tracking else ():
+        for tracker in self.accelerator.trackers:
             tracker.finish()
+        self.accelerator.trackers.clear()  # another run of this process has its own
         if self.hub_id is not None:
             upload(self.folder, self.hub_id)
             self.log.print(f"uploaded to {self.hub_id}")
         self.accelerator.wait_for_everyone()
-
-
-def _for_trackers(described: dict[str, Any]) -> dict[str, int | float | str | bool]:
-    """Settings under dotted names, of the kinds that every tracker takes."""
-    return {
-        name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in flat(described)
-    }

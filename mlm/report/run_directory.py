@@ -30,6 +30,7 @@ from mlm.engine.distributed import from_main
 from mlm.engine.experiment import differences
 from mlm.errors import UserError, at_least
 from mlm.files import write_json, write_text
+from mlm.report.run_record import read_events
 
 ENDED = ("all_results.json", "comparison.json", "documents.parquet", "fill_mask.json", "report.html")
 MODEL_FILES = {"config.json", "model.safetensors", "pytorch_model.bin"}
@@ -68,37 +69,29 @@ class RunDirectory:
         # The main process's clock names the folder for all.
         name = config.output_dir or from_main(time.strftime("runs/%Y%m%d-%H%M%S"), accelerator)
         self.folder, self.is_main = Path(name), accelerator.is_main_process
+        self.checkpoints = self.folder / "checkpoints"
         # whether the run that is in the directory is resumed, or whatever is there is to be replaced
         self.resumes = resume == "latest" or (
             resume is not None and Path(resume).resolve().is_relative_to(self.folder.resolve())
         )
         self._lock = FileLock(self.folder / ".lock", timeout=0)  # the kernel's: a killed run does not keep it
         # None writes yet: a mistake that is found later must not have cost what is here.
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--output_dir {self.folder}: this is a file")
-        occupied = self.folder.is_dir() and any(self.folder.iterdir())
-        if occupied and not (config.overwrite_output_dir or self.resumes):
+        here = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if here and not (config.overwrite_output_dir or self.resumes):
             raise UserError(
                 f"--output_dir {self.folder} is not empty; give --overwrite_output_dir to replace "
                 "what is there, or --resume_from_checkpoint latest to resume it"
             )
-        if resume == "latest" and self._holds_a_model_only() and not config.overwrite_output_dir:
+        # a model that no run of ours has left
+        if resume == "latest" and "run.json" not in here and here & MODEL_FILES and not config.overwrite_output_dir:
             raise UserError(
                 f"--resume_from_checkpoint latest: {self.folder} holds a model and no checkpoint to resume "
                 "from; give --overwrite_output_dir to replace it"
             )
         nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise UserError(f"--output_dir {self.folder}: cannot write in {nearest}")
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    def _holds_a_model_only(self) -> bool:
-        """Whether a model is here that no run of ours has left."""
-        here = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        return "run.json" not in here and bool(here & MODEL_FILES)
+            reason = "no permission" if nearest.is_dir() else "a file"
+            raise UserError(f"--output_dir {self.folder}: cannot write in {nearest} ({reason})")
 
     def finished(self, experiment: dict[str, Any]) -> dict[str, Any] | None:
         """The results of a run of this very experiment that has finished here; None: there is none.
@@ -147,42 +140,31 @@ class RunDirectory:
             self.claim()
             for name in ENDED:  # they are not the figures of a run that begins or is resumed
                 (self.folder / name).unlink(missing_ok=True)
-            if step is None or not self.resumes:
-                self._clear()
-            else:
-                self._rewind(step)
+            kept = step if step is not None and self.resumes else -1
+            checkpoint.clear(self.checkpoints, after=kept)
+            write_text(self.folder / "metrics.jsonl", self._events_until(kept))
+            if kept < 0:
+                for path in [p for pattern in TRACKER_FILES for p in (self.folder / "mlm").rglob(pattern)]:
+                    path.unlink(missing_ok=True)
             write_json(self.folder / "run.json", about)
         except OSError as error:
             raise UserError(f"--output_dir {self.folder}: cannot write there ({error.strerror})") from None
 
-    def _clear(self) -> None:
-        (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-        for pattern in TRACKER_FILES:
-            for path in (self.folder / "mlm").rglob(pattern):
-                path.unlink(missing_ok=True)
-        checkpoint.clear(self.checkpoints)
-
-    def _rewind(self, step: int) -> None:
-        checkpoint.clear(self.checkpoints, after=step)
-        metrics = self.folder / "metrics.jsonl"
-        kept = []
-        for line in metrics.read_text(errors="replace").splitlines() if metrics.is_file() else ():
-            try:
-                event = json.loads(line)
-                name, at = event["event"], int(event["step"])
-            except (ValueError, TypeError, KeyError):  # what a killed run was writing, or no line of ours
-                continue
-            if at <= step:
-                kept.append(line)
-            if at >= step and name == "checkpoint":  # the state that is resumed
+    def _events_until(self, step: int) -> str:
+        """The lines of metrics.jsonl that a run has written up to its checkpoint of this step."""
+        kept = ""
+        for event in read_events(self.folder / "metrics.jsonl"):
+            if event["step"] <= step:
+                kept += f"{json.dumps(event)}\n"
+            if event["step"] >= step and event["event"] == "checkpoint":  # the state that is resumed
                 break
-        write_text(metrics, "".join(f"{line}\n" for line in kept))
+        return kept
 
     def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
         """The adapted model, as an ordinary checkpoint. Raises OSError, or SafetensorError for a full disk.
 
-        It is written beside its place: a disk that fills up, or a kill, leaves no half a model under its
-        name. Where the checkpoint of this step holds the same bytes, the two become one file.
+        A disk that fills up, or a kill, leaves no half a model under its name. Where the checkpoint of this step
+        holds the same bytes, the two become one file.
         """
         if not self.is_main:
             return
@@ -200,9 +182,7 @@ class RunDirectory:
     def save_results(
         self, results: dict[str, Any], comparison: dict[str, Any] | None, documents: pa.Table | None, card: str
     ) -> None:
-        """The figures, as compare.py has them, and the model card. Raises OSError."""
-        if not self.is_main:
-            return
+        """The figures, as compare.py has them, and the model card, of the main process. Raises OSError."""
         if comparison is not None:
             write_json(self.folder / "comparison.json", comparison)
             pq.write_table(documents, self.folder / "documents.partial")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from mlm.errors import UserError, one_line
 
 Rows = list[dict[str, Any]]
 
-# The keys that a file needs for its run to be shown, and a line of metrics.jsonl to be a point of a curve.
-ABOUT = ("configuration", "experiment", "environment")
+# The keys that a file needs for its run to be shown, nested (None: of any value), and those that a line of
+# metrics.jsonl needs to be a point of a curve.
+ABOUT = {"configuration": {"model": {}, "corpus": {}}, "experiment": {}, "environment": {}}
 COMPARED = ("held_out", "general")
-PARTS = ("gain", "bootstrap", "masks", "breakdowns", "tokens")
-EVENTS = {"train": ("loss", "learning_rate"), "eval": ("eval_loss",)}
-EXAMPLE = ("text", "truth", "before", "after")
+COMPARISON = {"text": None, "words": None, "gain": {}, "bootstrap": {}, "masks": {}, "breakdowns": {}, "tokens": {}}
+EVENTS = {"train": {"loss", "learning_rate"}, "eval": {"eval_loss"}}
+EXAMPLE = {"text", "truth", "before", "after"}
 
 
 @dataclass(frozen=True)
@@ -53,60 +55,43 @@ def results_digest(folder: Path) -> str | None:
 def _read(folder: Path, name: str, number: int) -> RunRecord:
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} holds no run.json; name the --output_dir of a training run")
-    files = {n: _json(folder / f"{n}.json") for n in ("run", "all_results", "comparison", "fill_mask")}
-    about, comparison, kept = files["run"], files["comparison"], files["fill_mask"]
-    _needs(folder / "run.json", about, ABOUT)
-    for section in ABOUT:
-        _needs(folder / "run.json", about[section], ())
-    for part in ("model", "corpus"):
-        _needs(folder / "run.json", about["configuration"].get(part), ())
-    for compared in filter(None, map(comparison.get, COMPARED)):
-        _needs(folder / "comparison.json", compared, ("text", "words", *PARTS))
-        for part in PARTS:
-            _needs(folder / "comparison.json", compared[part], ())
-    results = {n: v for n, v in files["all_results"].items() if v is None or isinstance(v, int | float)}
-    events = _events(folder / "metrics.jsonl")
-    ends = [e["seconds"] for e in events if isinstance(e.get("seconds"), int | float)][-1:]
-    curves = {
-        kind: [e for e in events if e["event"] == kind and e.keys() >= set(fields)] for kind, fields in EVENTS.items()
-    }
-    current = kept.get("results") == results_digest(folder)
-    return RunRecord(
-        folder=folder,
-        name=name,
-        number=number,
-        about=about,
-        results=results,
-        comparison=comparison,
-        train=curves["train"],
-        evaluations=curves["eval"],
-        seconds=max([*ends, *filter(None, [results.get("train_seconds")])], default=None),
-        examples=[e for e in kept.get("sentences", []) if _has(e, EXAMPLE)] if kept and current else None,
+    about, all_results, comparison, kept = (
+        _json(folder / f"{file}.json") for file in ("run", "all_results", "comparison", "fill_mask")
     )
+    _needs(folder / "run.json", about, ABOUT)
+    for compared in filter(None, map(comparison.get, COMPARED)):
+        _needs(folder / "comparison.json", compared, COMPARISON)
+    results = {n: v for n, v in all_results.items() if v is None or isinstance(v, int | float)}
+    events = read_events(folder / "metrics.jsonl")
+    train, evaluations = (
+        [e for e in events if e["event"] == kind and e.keys() >= keys] for kind, keys in EVENTS.items()
+    )
+    clocks = [e["seconds"] for e in events if isinstance(e.get("seconds"), int | float)][-1:]
+    seconds = max([*clocks, *filter(None, [results.get("train_seconds")])], default=None)
+    examples = None
+    if kept and kept.get("results") == results_digest(folder):
+        examples = [e for e in kept.get("sentences", []) if isinstance(e, dict) and e.keys() >= EXAMPLE]
+    return RunRecord(folder, name, number, about, results, comparison, train, evaluations, seconds, examples)
 
 
-def _events(path: Path) -> Rows:
-    """The lines of metrics.jsonl, without those that are damaged or being written."""
+def read_events(path: Path) -> Rows:
+    """The lines of metrics.jsonl, each with an "event" and a "step", without those that are damaged."""
     events = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:  # the line that a running, or killed, run was writing
-            continue
-        if _has(event, ("event",)):
-            events.append(event)
-    return events
+        with suppress(json.JSONDecodeError):  # the line that a running, or killed, run was writing
+            events.append(json.loads(line))
+    return [e for e in events if isinstance(e, dict) and "event" in e and isinstance(e.get("step"), int)]
 
 
-def _has(value: Any, names: Sequence[str]) -> bool:
-    return isinstance(value, dict) and value.keys() >= set(names)
-
-
-def _needs(path: Path, value: Any, names: Sequence[str]) -> None:
-    if not _has(value, names):
-        lacks = ", ".join(name for name in names if not (isinstance(value, dict) and name in value))
-        reason = f": it lacks {lacks}" if lacks else ""
+def _needs(path: Path, value: Any, keys: dict[str, Any]) -> None:
+    """Raises UserError where what was read from `path` is no object, or lacks some of `keys`, nested."""
+    lacks = [key for key in keys if not isinstance(value, dict) or key not in value]
+    if lacks or not isinstance(value, dict):
+        reason = f": it lacks {', '.join(lacks)}" if lacks else ""
         raise UserError(f"{path} is damaged, or of another version or program{reason}")
+    for key, inner in keys.items():
+        if inner is not None:
+            _needs(path, value[key], inner)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -9,7 +9,7 @@ from mlm.data.token_store import TokenStore
 from mlm.engine.distributed import from_main
 from mlm.engine.experiment import identity
 from mlm.engine.update import Update
-from mlm.evaluation.compare import conclude
+from mlm.evaluation.compare import CONFIDENCE, conclude
 from mlm.evaluation.eval_set import EvalSet
 from mlm.evaluation.evaluate import Evaluation, token_counts
 from mlm.figures import figure, finite
@@ -20,12 +20,7 @@ from mlm.report.run import Run
 
 
 def describe(
-    config: Any,
-    model: PreTrainedModel,
-    update: Update,
-    eval_sets: dict[str, EvalSet],
-    train: TokenStore,
-    last_step: int,
+    config: Any, net: PreTrainedModel, update: Update, eval_sets: dict[str, EvalSet], train: TokenStore, last_step: int
 ) -> dict[str, Any]:
     """All that the result depends on, as JSON: a checkpoint of another experiment is not resumed."""
     batches = update.batches
@@ -36,7 +31,7 @@ def describe(
         **asdict(config.optimizer),
         "seed": batches.seed,
         "max_grad_norm": config.update.max_grad_norm,
-        "model": fingerprint(model),
+        "model": fingerprint(net),
         "tokenizer": eval_sets["held_out"].info.fingerprint,
         "masks": batches.recipe.digest,
         **asdict(config.masking),
@@ -56,10 +51,10 @@ def describe(
 
 
 def plan(config: Any, update: Update, eval_sets: dict[str, EvalSet], steps: int) -> str:
-    """What is about to happen, for a person to read before it does."""
+    """What a run is about to do, for a person to read."""
     model, batches = update.model, update.batches
-    every = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters = [*model.parameters()]
+    every, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     name = config.model.model_name_or_path or f"{model.model.config.model_type} from scratch"
     G, world, n = batches.global_batch, batches.world, batches.num_chunks
     share = -(-G // world)
@@ -100,18 +95,40 @@ def conclude_run(
     if run.is_main:
         progress, batches = run.progress, run.update.batches
         counts = token_counts(train, eval_sets["held_out"].info.size)
-        found = conclude(eval_sets, before, after, tokenizer, counts)
+        conclusion = conclude(eval_sets, before, after, tokenizer, counts)
         results = finite({
-            **found.results,
+            **conclusion.results,
             **progress.results(),
             "epochs": progress.step * batches.global_batch / batches.num_chunks,
             "peak_memory_mib": peak_memory_mib(run.accelerator.device),
         })  # fmt: skip
-        run.log.print(found.lines)
+        run.log.print(conclusion.lines)
         card = model_card(run.hub_id or run.folder.name, run.config, results)
-        run.directory.save_results(results, found.comparison, found.documents, card)
+        run.directory.save_results(results, conclusion.comparison, conclusion.documents, card)
         run.log.print(
             f"held-out perplexity {figure(results['perplexity'])}, where token frequencies alone reach "
             f"{figure(results['perplexity_unigram'])}; saved to {run.folder}"
         )
     return from_main(results, run.accelerator)
+
+
+def outcome(results: dict[str, Any]) -> str:
+    """A table of the figures before and after, with the gain, and of what the run took.
+
+    results: as in all_results.json, and `output_dir`
+    """
+    shown = {name: figure(value) for name, value in results.items() if name != "output_dir"}
+    rows = [("", "before", "after", "gain") if "perplexity_before" in results else ("", "", "after", "")]
+    for text, prefix in (("held-out", ""), ("out-of-domain", "general_")):
+        gain, low, high = (shown.get(f"{prefix}{name}") for name in ("gain", "gain_low", "gain_high"))
+        has_interval = results.get(f"{prefix}gain_low") is not None
+        interval = f" ({CONFIDENCE:.0%} interval {low} to {high})" if has_interval else ""
+        for name, last in (("perplexity", f"{gain}×{interval}" if gain else ""), ("eval_loss", "")):
+            if after := shown.get(f"{prefix}{name}"):
+                title = f"{text} {name.removeprefix('eval_')}"
+                rows.append((title, shown.get(f"{prefix}{name}_before", ""), after, last))
+    minutes, seconds = divmod(round(results["train_seconds"]), 60)
+    speed = f"{results['tokens_per_second']:,.0f} tokens/s"
+    lines = ["{:<26}{:<11}{:<11}{}".format(*row).rstrip() for row in rows]
+    lines += [f"{results['steps']:,} steps at {speed} in {minutes}:{seconds:02}", f"saved to {results['output_dir']}"]
+    return "\n".join(lines)

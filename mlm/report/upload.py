@@ -8,7 +8,7 @@ from mlm.errors import UserError, one_line
 
 
 def create_repository(name: str) -> str:
-    """Its full name. Raises UserError where it cannot be made."""
+    """Returns the repository's full name. Raises UserError where it cannot be made."""
     try:
         return HfApi().create_repo(name, exist_ok=True).repo_id
     except Exception as error:  # of the network, of the login, of the name
@@ -18,7 +18,7 @@ def create_repository(name: str) -> str:
 
 
 def upload(folder: Path, name: str) -> None:
-    """Raises UserError where the upload fails."""
+    """Uploads a run directory but for its checkpoints. Raises UserError where that fails."""
     try:
         HfApi().upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["checkpoints/**", ".lock"])
     except Exception as error:  # the model is safe on disk, whatever the Hub or the network says

@@ -56,7 +56,7 @@ def screen(written: str) -> list[str]:
 @pytest.mark.slow
 def test_a_terminal_shows_one_bar_and_whole_lines_above_it(toy, tmp_path):
     flags = toy.flags(tmp_path / "run", eval_steps=4, logging_steps=2)
-    status, written = on_a_terminal([*PYTHON, SCRIPT, *flags], columns=120)
+    status, written = on_a_terminal([*PYTHON, SCRIPT, *flags, "--json"], columns=120)
     assert status == 0, written
     lines = screen(written)
     assert "\x1b[A" not in written, "no second bar above the first"

@@ -1,6 +1,6 @@
 """Claims about the table that ends a run on a terminal."""
 
-from mlm.report.outcome import outcome
+from mlm.report.summary import outcome
 
 ENDED = {
     "output_dir": "runs/x",
