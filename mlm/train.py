@@ -36,7 +36,7 @@ from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import max_positions
 from mlm.report.metrics import Progress
 from mlm.report.run import Run
-from mlm.report.summary import conclude_run, describe, plan, sizes
+from mlm.report.summary import conclude_run, describe, outcome, plan, sizes
 
 
 def objective(model: SparseMaskedLM, batch: Batch) -> torch.Tensor | tuple[torch.Tensor, dict]:
@@ -166,4 +166,4 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, outcome)

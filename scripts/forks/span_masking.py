@@ -36,7 +36,7 @@ from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import max_positions
 from mlm.report.metrics import Progress
 from mlm.report.run import Run
-from mlm.report.summary import conclude_run, describe, plan, sizes
+from mlm.report.summary import conclude_run, describe, outcome, plan, sizes
 
 STOP, LONGEST = 0.2, 10  # a span ends after each token with this probability; tokens of the longest
 
@@ -172,4 +172,4 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, outcome)
