@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
 
 from mlm.engine.checkpoint import CheckpointConfig
 from mlm.errors import UserError
@@ -102,3 +103,68 @@ def test_a_copy_is_launched_as_the_original_is(toy, tmp_path):
     assert status == 0, errors
     assert '"perplexity"' in output.splitlines()[-1]
     assert_same_bits(weights(tmp_path / "run"), original(toy.config(tmp_path / "one")).model.state_dict())
+
+
+@pytest.mark.parametrize(("name", "value"), [("MUON_RATE", 0.5), ("MUON_RATE", 0.02 + 1e-9)])
+def test_other_settings_of_a_forks_optimizer_are_another_experiment(toy, tmp_path, monkeypatch, name, value):
+    fork = load_fork("two_optimizers")
+    fork.train(configured(fork, toy, tmp_path / "run", checkpointing_steps=5))
+    monkeypatch.setattr(fork, name, value)
+    with pytest.raises(UserError, match="another experiment, with optimizers"):
+        fork.train(configured(fork, toy, tmp_path / "run", resume_from_checkpoint="latest"))
+
+
+def test_another_schedule_is_another_experiment_even_where_no_flag_says_so(toy, tmp_path, monkeypatch):
+    fork = load_fork("falling_mask_rate")
+    fork.train(configured(fork, toy, tmp_path / "run", checkpointing_steps=5))
+    constant = torch.optim.lr_scheduler.ConstantLR
+    monkeypatch.setattr(fork, "make_scheduler", lambda optimizer, *_: constant(optimizer, 0.1))
+    with pytest.raises(UserError, match="another experiment, with optimizers"):
+        fork.train(configured(fork, toy, tmp_path / "run", resume_from_checkpoint="latest"))
+
+
+def test_each_line_of_the_log_has_the_share_that_was_masked_and_every_learning_rate(toy, tmp_path):
+    fork = load_fork("falling_mask_rate")
+    results = fork.train(configured(fork, toy, tmp_path / "falling", logging_steps=1, train_batch_size=64)).results
+    rates = [line["mask_rate"] for line in metrics(tmp_path / "falling", "train")]
+    assert rates[0] == pytest.approx(0.3 * 9 / 11, abs=0.03)  # of 11 tokens a sentence, two are special
+    assert rates[-1] == pytest.approx(0.15 * 9 / 11, abs=0.03)
+    assert results["mask_rate"] == pytest.approx(np.mean(rates))
+    two = load_fork("two_optimizers")
+    two.train(configured(two, toy, tmp_path / "two", logging_steps=1))
+    line = metrics(tmp_path / "two", "train")[0]
+    assert line["learning_rate"] == pytest.approx(two.MUON_RATE * 11 / 12)
+    assert line["learning_rate_2"] == pytest.approx(5e-3 * 11 / 12)
+
+
+def test_select_cannot_choose_special_tokens_or_another_shape(toy, tmp_path, monkeypatch):
+    fork = load_fork("falling_mask_rate")
+    monkeypatch.setattr(fork, "select", lambda maskable, *_, **__: np.ones_like(maskable))
+    fork.train(configured(fork, toy, tmp_path / "all", max_train_steps=1))
+    assert metrics(tmp_path / "all", "train")[0]["mask_rate"] < 1
+    monkeypatch.setattr(fork, "select", lambda maskable, *_, **__: np.ones_like(maskable)[:, 1:])
+    with pytest.raises(ValueError, match=r"select returned bool \(8, 15\), it has to be bool \(8, 16\)"):
+        fork.train(configured(fork, toy, tmp_path / "shape", max_train_steps=1))
+
+
+@pytest.mark.parametrize("extra", [{"progress": torch.nn.Linear(1, 1)}, {"table": {"a": 1}}])
+def test_extra_state_that_cannot_be_kept_is_refused_before_the_first_step(toy, tmp_path, monkeypatch, extra):
+    fork = load_fork("falling_mask_rate")
+    keeps = fork.Run.keeps
+    monkeypatch.setattr(
+        fork.Run, "keeps", lambda run, net, update, progress, before, _, about: keeps(
+            run, net, update, progress, before, extra, about
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="extra_state"):
+        fork.train(configured(fork, toy, tmp_path / "run"))
+
+
+def test_train_shows_no_progress_bars_of_other_libraries(toy, tmp_path, capfd):
+    transformers_logging.enable_progress_bar()
+    try:
+        original(toy.config(tmp_path / "run", max_train_steps=1))
+        assert transformers_logging.is_progress_bar_enabled(), "it is as it was"
+    finally:
+        transformers_logging.disable_progress_bar()
+    assert "Loading weights" not in capfd.readouterr().err

@@ -57,7 +57,7 @@ def mask_chunks(
     """
     ids, word_starts, lengths = chunks.take(chunk_ids)
     draws = draw(seed, epochs, chunk_ids, ids.shape[1])
-    corrupted = corrupt(ids, select(maskable[ids], draws, word_starts), draws, recipe)
+    corrupted = corrupt(ids, _checked(select(maskable[ids], draws, word_starts), maskable[ids]), draws, recipe)
     attention_mask = None
     if lengths is not None and (lengths < ids.shape[1]).any():
         attention_mask = torch.from_numpy((np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64))
@@ -135,4 +135,12 @@ class Batches:
             return 0
         ids, word_starts, _ = self.chunks.take(chunk_ids)
         draws = draw(self.seed, epochs, chunk_ids, ids.shape[1])
-        return int(self.select(self.maskable[ids], draws, self.rate(step), word_starts).sum())
+        maskable = self.maskable[ids]
+        return int(_checked(self.select(maskable, draws, self.rate(step), word_starts), maskable).sum())
+
+
+def _checked(selected: np.ndarray, maskable: np.ndarray) -> np.ndarray:
+    """What a `select` function has returned [B, T], less special and unused tokens, whatever it thinks of them."""
+    if selected.shape != maskable.shape or selected.dtype != bool:
+        raise ValueError(f"select returned {selected.dtype} {selected.shape}, it has to be bool {maskable.shape}")
+    return selected & maskable

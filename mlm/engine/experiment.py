@@ -9,6 +9,10 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
 SIMPLE = (int, float, str, bool, tuple, type(None))
 
 
@@ -49,6 +53,18 @@ def _code(function: FunctionType) -> str:
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(definition)
+
+
+def optimizer_identity(optimizer: Optimizer, scheduler: LRScheduler, model: torch.nn.Module) -> list[str]:
+    """An optimizer by its kind, its settings and the names of its parameters in their order; and its schedule."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
+    settings = [{key: value for key, value in g.items() if isinstance(value, SIMPLE)} for g in optimizer.param_groups]
+    schedule = [identity(rule) for rule in getattr(scheduler, "lr_lambdas", ())] or [
+        f"{key} {value}" for key, value in vars(scheduler).items() if isinstance(value, SIMPLE)
+    ]
+    digest = hashlib.sha256(repr([settings, held, schedule]).encode()).hexdigest()[:12]
+    return [type(optimizer).__name__, type(scheduler).__name__, digest]
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

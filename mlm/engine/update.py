@@ -32,6 +32,8 @@ from mlm.model.sparse_head import SparseMaskedLM
 
 log = logging.getLogger(__name__)
 
+RESERVED = {"event", "step", "seconds", "tokens", "loss", "learning_rate", "mask_rate", "tokens_per_second"}
+
 Objective = Callable[[SparseMaskedLM, Batch], torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """A micro-batch's loss [], a sum over its masked tokens; or that and {name: such a sum []} to be logged."""
 
@@ -87,8 +89,11 @@ class Update:
         self.model, self.objective, self.batches = model, objective, batches
         self.optimizers, self.schedulers = optimizers, schedulers
         self.accelerator, self.scaler, self.config = accelerator, accelerator.scaler, config
-        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        self.parameters = [p for p in model.parameters() if id(p) in held]
+        held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        if len(schedulers) != len(optimizers) or len({id(p) for p in held}) < len(held):
+            raise ValueError("each optimizer needs a schedule of its own, and each parameter one optimizer")
+        own = {id(p): p for p in model.parameters()}  # in the model's order; then those that are not the model's
+        self.parameters = sorted(held, key=lambda p: list(own).index(id(p)) if id(p) in own else len(own))
         self.smallest = min(self.parameters, key=torch.numel)
         self.reduce = GradientSum(self.parameters, batches.world)
         self.group = host_group(accelerator)
@@ -128,7 +133,7 @@ class Update:
             sums = torch.nn.functional.pad(sums, (0, 1 + S - len(sums)))  # of an empty share, zeros
             self.reduce(sums)
             applied = self._apply(sums)
-            self.model.zero_grad()
+            self._zero_grad()
             if applied:
                 for scheduler in self.schedulers:
                     scheduler.step()
@@ -145,6 +150,10 @@ class Update:
             with self.accelerator.autocast():
                 returned = self.objective(self.model, batch.to(self.accelerator.device))
             loss, scalars = returned if isinstance(returned, tuple) else (returned, {})
+            if not (isinstance(loss, torch.Tensor) and loss.ndim == 0 and loss.requires_grad):
+                raise TypeError("the objective has to return its loss as a tensor [] that has a gradient")
+            if taken := RESERVED & scalars.keys():
+                raise ValueError(f"the objective returned {taken.pop()!r} beside its loss, a name that the log has")
             if self.scalars not in (None, tuple(scalars)):
                 raise ValueError(f"the objective returned {self.scalars} beside its loss, and now {tuple(scalars)}")
             self.scalars = tuple(scalars)
@@ -158,10 +167,15 @@ class Update:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         return sums, masked
 
+    def _zero_grad(self) -> None:
+        self.model.zero_grad()
+        for p in self.parameters:  # those that are not the model's too
+            p.grad = None
+
     def _take_smaller_micro_batches(self, step: int) -> None:
         per_device, length = self.config.per_device_train_batch_size, self.batches.chunks.chunk_size
         self.micro_batch = smaller(self.micro_batch, per_device, length)
-        self.model.zero_grad()
+        self._zero_grad()
         release_memory()
         log.warning("step %d: out of memory; from here on micro-batches of %d chunks", step, self.micro_batch)
 

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from mlm.data.token_store import TokenStore, limit_threads, prepare, store_folder
 from mlm.data.tokenizer import TokenizerInfo, corpus_tokenizer, load_tokenizer, tokenizer_info
 from mlm.errors import UserError, explain_load_failure, listed, one_line
-from mlm.hub import local_files_only
+from mlm.hub import local_files_only, no_bars
 from mlm.model.seeded import seeded_cpu_generator
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import enlarge, max_positions, only_length, vocab_size
@@ -53,6 +53,7 @@ class ModelConfig:
         return not (self.model_name_or_path or self.config_name or self.model_type)
 
 
+@no_bars()
 def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """Loads the checkpoint that `config` names, or initialises a model from scratch, in float32 on the CPU.
 

@@ -23,6 +23,7 @@ class Window(NamedTuple):
     """The training between two lines of the log, over all processes."""
 
     means: dict[str, float]  # a masked token: the loss, then the objective's named scalars
+    mask_rate: float  # masked tokens a token
     tokens: int  # that went through the model, padding not counted
     seconds: float
     nonfinite: int  # steps, the last ones, that moved no weight
@@ -67,13 +68,14 @@ class Progress:
         self.tokens += self._tokens
         self.seconds += seconds
         means = {name: value / max(self._masked, 1) for name, value in window.items()}
-        return Window(means, self._tokens, seconds, int(nonfinite))
+        return Window(means, self._masked / self._tokens, self._tokens, seconds, int(nonfinite))
 
     def results(self) -> dict[str, Any]:
         """The figures of training, under the names that all_results.json gives them."""
         means = {f"train_{name}": value / max(self.masked, 1) for name, value in self.sums.items()}
         return {
             **{"train_loss": 0.0, **means},
+            "mask_rate": self.masked / max(self.tokens, 1),
             "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
             "train_seconds": self.seconds,
             "checkpoint_seconds": self.blocked,
@@ -123,15 +125,18 @@ class Log:
             self._first = (step - 1, time.perf_counter())
         self.bar.update()
 
-    def training(self, step: int, window: Window, learning_rate: float, tokens: int) -> None:
+    def training(self, step: int, window: Window, learning_rates: list[float], tokens: int) -> None:
         """A line of training metrics, shown on the bar, and printed where standard output is no terminal.
 
         tokens: seen in training so far, padding not counted
         """
         speed = window.tokens / window.seconds
-        self.event("train", step, tokens=tokens, **window.means, learning_rate=learning_rate, tokens_per_second=speed)
+        names = ("learning_rate", *(f"learning_rate_{i}" for i in range(2, len(learning_rates) + 1)))
+        rates = dict(zip(names, learning_rates, strict=True))
+        line = {**window.means, **rates, "mask_rate": window.mask_rate, "tokens_per_second": speed}
+        self.event("train", step, tokens=tokens, **line)
         shown = [f"{name} {value:.3f}" for name, value in window.means.items()]
-        text = ", ".join([*shown, f"lr {learning_rate:.1e}", f"{speed:,.0f} tokens/s"])
+        text = ", ".join([*shown, *(f"lr {rate:.1e}" for rate in learning_rates), f"{speed:,.0f} tokens/s"])
         self.bar.set_postfix_str(text)
         if self.bar.disable or not sys.stdout.isatty():
             first, since = self._first

@@ -62,7 +62,7 @@ fill = pipeline("fill-mask", "{name}")
 ```
 
 - {results["steps"]:,} optimizer steps ({results["epochs"]:.3g} epochs), learning rate {rate:g}
-- {config.masking.mlm_probability:.3g} of the {"words" if config.masking.whole_word_mask else "tokens"} masked
+- {results["mask_rate"]:.1%} of the tokens masked{", whole words together" if config.masking.whole_word_mask else ""}
 - training loss {figure(results["train_loss"])} (with dropout, under training masks)
 - {results["tokens_per_second"]:,.0f} tokens/s
 """

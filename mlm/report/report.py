@@ -23,7 +23,7 @@ from mlm.report.charts import Compared, breakdown_chart, event_chart, gain_chart
 from mlm.report.model_card import short
 from mlm.report.run_record import ABOUT, COMPARED, RunRecord
 
-LOGGED = {"event", "step", "seconds", "tokens", "loss", "learning_rate", "tokens_per_second"}
+LOGGED = {"event", "step", "seconds", "tokens", "loss", "learning_rate", "mask_rate", "tokens_per_second"}
 
 # Chinese and Japanese, without Hangul: blanks between their letters come from a decoder, not from the text.
 UNSPACED = "[\u2e80-\u312f\u31a0-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"

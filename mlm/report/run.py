@@ -49,12 +49,25 @@ class Run:
         self.hub_id: str | None = None
         self._failure: str | None = None  # why a checkpoint could not be written
 
-    def keeps(self, model: PreTrainedModel, states: dict[str, Stateful], experiment: dict[str, Any]) -> None:
-        """What checkpoints hold: the weights, "update", "progress", "before", and what a fork adds."""
-        self.model, self.states = model, states
-        self.experiment = {**experiment, "state": sorted(states)}
-        self.update: Update = states["update"]
-        self.progress: Progress = states["progress"]
+    def keeps(
+        self,
+        model: PreTrainedModel,
+        update: Update,
+        progress: Progress,
+        before: Evaluations,
+        extra_state: dict[str, Stateful],
+        experiment: dict[str, Any],
+    ) -> None:
+        """What checkpoints hold: the weights, the loop's own state, and what a fork adds.
+
+        Raises ValueError for a name in `extra_state` that the loop's own state has, or a value without state_dict.
+        """
+        own = {"update": update, "progress": progress, "before": before}
+        for name, state in extra_state.items():
+            if name in own or not (hasattr(state, "state_dict") and hasattr(state, "load_state_dict")):
+                raise ValueError(f"extra_state {name!r}: another name, and state_dict and load_state_dict, are needed")
+        self.model, self.update, self.progress, self.states = model, update, progress, {**own, **extra_state}
+        self.experiment = {**experiment, "state": sorted(self.states)}
 
     def finished(self) -> dict[str, Any] | None:
         """The results of this very experiment, where --resume_from_checkpoint latest finds it finished."""
@@ -161,8 +174,8 @@ class Run:
             found = find_nonfinite(update, step, store)
             self.log.event("end", step, **found._asdict())
             raise UserError(found.message(step, store, tokenizer))
-        rate = update.schedulers[0].get_last_lr()[0]
-        self.log.training(progress.step, window, rate, progress.tokens)
+        rates = [scheduler.get_last_lr()[0] for scheduler in update.schedulers]
+        self.log.training(progress.step, window, rates, progress.tokens)
 
     def measure(self, model: SparseMaskedLM, eval_sets: dict[str, EvalSet], complete: bool) -> Evaluations:
         """Evaluates the current weights: on all eval sets under all masks, or held-out text in one round.

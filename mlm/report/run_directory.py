@@ -30,6 +30,7 @@ from mlm.engine.distributed import from_main
 from mlm.engine.experiment import differences
 from mlm.errors import UserError, at_least
 from mlm.files import write_json, write_text
+from mlm.hub import no_bars
 from mlm.report.run_record import read_events
 
 ENDED = ("all_results.json", "comparison.json", "documents.parquet", "fill_mask.json", "report.html")
@@ -160,6 +161,7 @@ class RunDirectory:
                 break
         return kept
 
+    @no_bars()
     def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
         """The adapted model, as an ordinary checkpoint. Raises OSError, or SafetensorError for a full disk.
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm.data.token_store import TokenStore
 from mlm.engine.distributed import from_main
-from mlm.engine.experiment import identity
+from mlm.engine.experiment import identity, optimizer_identity
 from mlm.engine.update import Update
 from mlm.evaluation.compare import CONFIDENCE, conclude
 from mlm.evaluation.eval_set import EvalSet
@@ -35,10 +35,12 @@ def describe(
         "tokenizer": eval_sets["held_out"].info.fingerprint,
         "masks": batches.recipe.digest,
         **asdict(config.masking),
-        "objective": identity(update.objective),
+        "loss function": identity(update.objective),
         "mask selection": identity(batches.select),
         "mask rate": identity(batches.rate),
-        "optimizers": [type(optimizer).__name__ for optimizer in update.optimizers],
+        "optimizers": [
+            optimizer_identity(*pair, update.model) for pair in zip(update.optimizers, update.schedulers, strict=True)
+        ],
         "dropout": config.model.dropout,
         "mixed_precision": str(update.accelerator.mixed_precision),
         "max_seq_length": batches.chunks.chunk_size,

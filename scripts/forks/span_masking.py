@@ -106,7 +106,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     # Resume. A fork names here what it adds: anything with a state_dict and a load_state_dict.
     progress, before, extra_state = Progress(), Evaluations(), {}
     experiment = describe(config, net, update, eval_sets, stores["train"], last_step)
-    run.keeps(net, {"update": update, "progress": progress, "before": before, **extra_state}, experiment)
+    run.keeps(net, update, progress, before, extra_state, experiment)
     if results := run.finished():
         trained = load_model(replace(config.model, model_name_or_path=str(run.folder)), tokenizer, 0)
         return Result(trained, tokenizer, results, run.folder)

@@ -219,3 +219,33 @@ def test_what_no_optimizer_holds_neither_moves_nor_counts_in_the_gradients_norm(
     torch.nn.utils.clip_grad_norm_(other.parameters, 1.0)
     other.optimizers[0].step()
     assert_same_weights(weights(update), weights(other))
+
+
+def test_a_parameter_beside_the_model_is_clipped_stepped_and_cleared_too(toy, data):
+    beside = torch.nn.Parameter(torch.ones(()))
+
+    def more(model, batch):
+        return objective(model, batch) + beside
+
+    update = make_update(toy, data, lambda named: [torch.optim.SGD([*named.values(), beside], lr=0.1)], loss=more)
+    update(0)
+    assert beside.grad is None
+    assert beside.item() < 1.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda model, batch: objective(model, batch).detach(), "has a gradient"),
+        (lambda model, batch: 1.0, "has a gradient"),
+        (lambda model, batch: (objective(model, batch), {"loss": torch.ones(())}), "a name that the log has"),
+    ],
+)
+def test_an_objective_that_cannot_be_is_named(toy, data, loss, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        make_update(toy, data, fused, loss=loss)(0)
+
+
+def test_each_optimizer_has_a_schedule_and_each_parameter_one_optimizer(toy, data):
+    with pytest.raises(ValueError, match="one optimizer"):
+        make_update(toy, data, lambda named: [*fused(named), *fused(named)])

@@ -88,8 +88,9 @@ def test_run_json_says_when_on_what_and_with_which_functions(toy, tmp_path):
     assert about["started"].startswith("20")
     assert about["data"]["train"]["documents"] == 400
     assert about["data"]["held_out"]["documents"] == 60
-    assert about["experiment"]["objective"].startswith("objective ")
-    assert about["experiment"]["optimizers"] == ["AdamW"]
+    assert about["experiment"]["loss function"].startswith("objective ")
+    [[kind, schedule, _]] = about["experiment"]["optimizers"]
+    assert (kind, schedule) == ("AdamW", "LambdaLR")
 
 
 @pytest.mark.slow
