@@ -3,17 +3,16 @@
     mlm/data/masking.py:  mlm_probability: float = 0.15  # Predict this share of the tokens.
     command line:         --mlm_probability 0.2
 
-`--config FILE.yaml` sets any flag. Its values stay the words that stand in the file and pass through argparse
-as the flags do, so that `5e-5` is a number and `no` is what the flag makes of it (to YAML they are a string
-and a boolean), and flags win because they come after.
+`--config FILE.yaml` sets any flag. Its values pass as text through argparse, as the flags do, so that `5e-5` is a
+number and `no` is what the flag makes of it (YAML reads a string and a boolean); flags come after, and so win.
 
-Other libraries would need as much code around them: tyro 1.0 has no flag that is both `--salted` and `--salted
-false`, no configuration file, and errors of several lines; jsonargparse 4.53 asks `--salted` for a value and takes no
-comment as help; HfArgumentParser keeps `5e-5` a string and knows no `int | Literal["auto"]`.
+Other libraries would need as much code around them: tyro 1.0 has neither `--salted` beside `--salted false` nor a file,
+jsonargparse 4.53 takes no comment as help, HfArgumentParser knows no `int | Literal["auto"]`.
 """
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -41,21 +40,24 @@ from mlm.engine.signals import Stopped
 from mlm.engine.update import out_of_memory
 from mlm.errors import UserError, one_line
 
+# The words for a boolean, and for None, in any case.
+BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+NONES = dict.fromkeys(("none", "null", "~", ""))
 # Flags of run_mlm_no_trainer.py that have no use here, with what to do instead.
 GONE = {
     "use_slow_tokenizer": "leave it out: tokenizers are always the fast ones",
     "low_cpu_mem_usage": "leave it out: transformers saves that memory by itself",
     "hub_token": "log in with `hf auth login`, or set the environment variable HF_TOKEN",
 }
-# Earlier names of flags. The last two are train.py's own, and earlier names in evaluate.py.
+# Earlier names of flags; the last two are evaluate.py's alone.
 RENAMED = {
-    "general_file": "out_of_domain_file",
-    "general_dataset_name": "out_of_domain_dataset_name",
-    "general_dataset_config_name": "out_of_domain_dataset_config_name",
-    "general_text_column": "out_of_domain_text_column",
-    "mlm_probability": "eval_mlm_probability",
-    "whole_word_mask": "eval_whole_word_mask",
+    f"general_{x}": f"out_of_domain_{x}" for x in ("file", "dataset_name", "dataset_config_name", "text_column")
 }
+RENAMED |= {name: f"eval_{name}" for name in ("mlm_probability", "whole_word_mask")}
+LOST = (
+    "error: process {} ends because another process of the run has ended; the reason, if it printed one, is in its "
+    "output; --resume_from_checkpoint latest resumes from the last checkpoint"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,25 +74,22 @@ def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.Argumen
     words = [action.metavar or action.dest for action in parser._actions if not action.option_strings]
     parser.usage = " ".join(["%(prog)s", *words, "[--flag value …]"])
     parser.add_argument("-h", "--help", action="help", help="Show this help and exit.")
-    parser.add_argument(
-        "--config", metavar="FILE.yaml", help="Set any of these flags in this file; flags win over the file."
-    )
+    file_help = "Set any of these flags in this file; flags win over the file."
+    parser.add_argument("--config", metavar="FILE.yaml", help=file_help)
     parser.add_argument("--json", action="store_true", help="End with one line of JSON on a terminal too.")
     for config in configs:
         _add_flags(parser.add_argument_group(config.__doc__.partition("\n")[0].rstrip(".")), config)
-    known = [option for action in parser._actions for option in action.option_strings]
-
-    values, unknown = parser.parse_known_intermixed_args([*_file_flags(argv, parser, known), *argv])
+    finder = command(None)
+    finder.add_argument("--config", action="append", default=[])
+    files = finder.parse_known_args(argv)[0].config
+    in_files = [flag for path in files for flag in _flags_of(path, parser)]
+    values, unknown = parser.parse_known_intermixed_args([*in_files, *argv])
     for word in unknown:
         if word.startswith("-"):
-            raise UserError(_unknown(word.partition("=")[0], known))
+            raise UserError(_unknown(word.partition("=")[0], parser))
     if unknown:
         raise UserError(f"{unknown[0]!r} belongs to no flag; --help lists the flags")
-
-    instances = []
-    for config in configs:
-        names = [field.name for field in dataclasses.fields(config)]
-        instances.append(config(**{name: getattr(values, name) for name in names}))
+    instances = [config(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config)}) for config in configs]
     return [*instances, values]
 
 
@@ -106,10 +105,10 @@ def command(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(body: Callable[[Sequence[str]], dict[str, Any]], words: Callable[[dict[str, Any]], str] | None = None) -> None:
-    """A script's outermost call: runs `body(argv)` and prints its result.
+    """A script's outermost call: runs `body(argv)` and, on the main process, prints its result.
 
     The last line of standard output is the result as one JSON object, unless that is a terminal and --json is
-    not given: there a person reads `words(result)`, or what `body` has printed. Only the main process prints.
+    not given: there a person reads `words(result)`, or what `body` has printed.
 
     A UserError becomes one line on standard error, once a machine, and exit status 2. `accelerate launch`
     adds a traceback of its own (not with its --quiet), and exits with 1.
@@ -131,24 +130,22 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]], words: Callable[[dict[s
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be written at exit
         sys.exit(128 + signal.SIGPIPE)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except Stopped as stopped:
+    except (KeyboardInterrupt, Stopped) as stop:
         if is_main:
-            print(stopped, file=sys.stderr)
-        sys.exit(128 + stopped.number)
+            print(str(stop) or "interrupted", file=sys.stderr)
+        sys.exit(128 + getattr(stop, "number", signal.SIGINT))
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
-            print(
-                f"error: out of memory ({one_line(error, 200)}); use smaller batches "
-                "(--per_device_eval_batch_size, --per_device_train_batch_size) or a shorter --max_seq_length",
-                file=sys.stderr,
-            )
+            advice = "use smaller batches (--per_device_eval_batch_size, --per_device_train_batch_size)"
+            reason = f"out of memory ({one_line(error, 200)})"
+            print(f"error: {reason}; {advice} or a shorter --max_seq_length", file=sys.stderr)
             sys.exit(2)
         if not lost_a_process(error):
             raise
-        _end_after_another(is_main)
+        if not is_main:  # a launcher names the first that fails: let that be one with more to print
+            time.sleep(2)
+        print(LOST.format(os.environ.get("RANK", "0")), file=sys.stderr, flush=True)
+        os._exit(1)  # at once: an orderly end would wait for the process that is gone
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -157,35 +154,16 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]], words: Callable[[dict[s
         sys.exit(2)
 
 
-def _end_after_another(is_main: bool) -> NoReturn:
-    """Ends this process because another one of the run is gone."""
-    if not is_main:  # a launcher names the first that fails: let that be one with more to print
-        time.sleep(2)
-    print(
-        f"error: process {os.environ.get('RANK', '0')} ends because another process of the run has ended; "
-        "the reason, if it printed one, is in its output; --resume_from_checkpoint latest resumes from the "
-        "last checkpoint",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)  # at once: an orderly end would wait for the process that is gone
-
-
 def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:
-    comments = _comments(config)
-    hints = typing.get_type_hints(config)
+    comments, hints = _comments(config), typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         hint, default = hints[field.name], field.default
         shown = str(default).lower() if hint is bool else default
         text = comments[field.name] + ("" if default is None else f" (default: {shown})")
         extra: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
+        read, placeholder = _reader(hint)
         group.add_argument(
-            f"--{field.name}",
-            default=default,
-            type=_converter(hint),
-            metavar=_placeholder(hint),
-            help=text.replace("%", "%%"),
-            **extra,
+            f"--{field.name}", default=default, type=read, metavar=placeholder, help=text.replace("%", "%%"), **extra
         )
 
 
@@ -201,82 +179,59 @@ def _comments(config: type) -> dict[str, str]:
     }
 
 
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    """int | Literal["auto"] | None -> (int, Literal["auto"], NoneType)"""
-    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+def _reader(hint: Any) -> tuple[Callable[[str], Any], str]:
+    """What turns a flag's word into a value of a field's type, and how --help shows such a word.
 
-
-def _placeholder(hint: Any) -> str:
-    words = []
-    for kind in _alternatives(hint):
+    int | Literal["auto"] | None reads "3", "auto" and "none", and is shown as INT|auto.
+    """
+    readers: list[Callable[[str], Any]] = []
+    shown: list[str] = []
+    for kind in typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else [hint]:
         if typing.get_origin(kind) is Literal:
-            words += typing.get_args(kind)
-        elif kind is not types.NoneType:
-            words.append({bool: "true|false"}.get(kind, kind.__name__.upper()))
-    return "|".join(words)
+            readers.append({word: word for word in typing.get_args(kind)}.__getitem__)
+            shown += typing.get_args(kind)
+        elif kind is bool:
+            readers.append(lambda text: BOOLEANS[text.lower()])
+            shown.append("true|false")
+        elif kind is types.NoneType:
+            readers.insert(0, lambda text: NONES[text.lower()])
+        else:
+            readers.append(kind)
+            shown.append(kind.__name__.upper())
+
+    def read(text: str) -> Any:
+        for reader in readers:
+            with contextlib.suppress(ValueError, KeyError):
+                return reader(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'|'.join(shown)}")
+
+    return read, "|".join(shown)
 
 
-def _converter(hint: Any) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        kinds = _alternatives(hint)
-        if types.NoneType in kinds and text.lower() in ("none", "null", "~", ""):
-            return None
-        for kind in kinds:
-            if typing.get_origin(kind) is Literal:
-                if text in typing.get_args(kind):
-                    return text
-            elif kind is bool:
-                if text.lower() in ("true", "yes", "on", "1"):
-                    return True
-                if text.lower() in ("false", "no", "off", "0"):
-                    return False
-            elif kind is not types.NoneType:
-                try:
-                    return kind(text)
-                except ValueError:
-                    continue
-        raise argparse.ArgumentTypeError(f"{text!r} is not {_placeholder(hint)}")
-
-    return convert
-
-
-def _file_flags(argv: Sequence[str], parser: argparse.ArgumentParser, known: Sequence[str]) -> list[str]:
-    """The flags in the YAML files that --config names; of several files the later ones win."""
-    flags = []
-    for word, following in zip(argv, [*argv, None][1:], strict=True):
-        if word == "--config" and following is not None:
-            flags += _flags_of(following, parser, known)
-        elif word.startswith("--config="):
-            flags += _flags_of(word.removeprefix("--config="), parser, known)
-    return flags
-
-
-def _flags_of(path: str, parser: argparse.ArgumentParser, known: Sequence[str]) -> list[str]:
+def _flags_of(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """The flags that stand in a YAML file."""
     try:
         # The base loader leaves every value the text that it is in the file.
         values = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
+        if not isinstance(values, dict):
+            raise UserError("expected lines of the form `flag_name: value`")
+        for name, value in values.items():
+            if f"--{name}" not in parser._option_string_actions or name in ("config", "help", "json"):
+                raise UserError(_unknown(name, parser))
+            if not isinstance(value, str):
+                raise UserError(f"{name} takes one value, not a list or a mapping")
+        flags = [f"--{name}={value}" for name, value in values.items()]
+        parser.parse_known_intermixed_args(flags)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not a YAML file ({one_line(error)})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: expected lines of the form `flag_name: value`")
-    for name, value in values.items():
-        if f"--{name}" not in known or name in ("config", "help", "json"):
-            raise UserError(f"--config {path}: {_unknown(name, known)}")
-        if not isinstance(value, str):
-            raise UserError(f"--config {path}: {name} takes one value, not a list or a mapping")
-    flags = [f"--{name}={value}" for name, value in values.items()]
-    try:
-        parser.parse_known_intermixed_args(flags)
-    except UserError as error:
-        raise UserError(f"--config {path}: {error}") from None
+    except (OSError, UserError) as error:
+        raise UserError(f"--config {path}: {getattr(error, 'strerror', error)}") from None
     return flags
 
 
-def _unknown(flag: str, known: Sequence[str]) -> str:
+def _unknown(flag: str, parser: argparse.ArgumentParser) -> str:
     """What to use in place of a flag, written with or without its dashes, that is not known."""
-    name = flag.lstrip("-")
+    name, known = flag.lstrip("-"), parser._option_string_actions
     if name in GONE:
         return f"{flag} is gone; {GONE[name]}"
     if f"--{RENAMED.get(name)}" in known:

@@ -6,17 +6,13 @@ from typing import Any
 
 
 class UserError(Exception):
-    """What is wrong, where, and what to do, in one line.
-
-    The scripts print it on standard error without a traceback and exit with status 2.
-    """
+    """What is wrong, where, and what to do, in one line, which the scripts print; they exit with status 2."""
 
 
 def one_line(error: object, width: int = 300) -> str:
-    """The text of an error (or of anything else) on one line of at most `width` characters.
+    """The text of an error, or of anything else, on one line of at most `width` characters.
 
-    Cut at a character, not at a blank as `textwrap.shorten` does: of a long path, or of a sentence in a
-    script without blanks, that would leave nothing.
+    `textwrap.shorten` cuts at a blank: of a long path, or of a script without blanks, that leaves nothing.
     """
     text = " ".join(str(error).split())
     return text if len(text) <= width else f"{text[: width - 1]}…"
@@ -28,10 +24,7 @@ def listed(names: list[str]) -> str:
 
 
 def at_least(config: Any, least: int, *names: str) -> None:
-    """Raises UserError where one of these settings of a configuration is below `least`, infinite or NaN.
-
-    A setting that is None or a word ("epoch") is not looked at.
-    """
+    """Raises UserError where a setting of these names that is a number is below `least`, infinite or NaN."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, int | float) and not least <= value < math.inf:
@@ -47,7 +40,5 @@ def explain_load_failure(what: str, name: str, error: Exception) -> UserError:
         return UserError(f"cannot load the {what} in {name}: {reason}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return UserError(f"no such folder: {name} (where a {what} was to be loaded from)")
-    return UserError(
-        f"cannot load the {what} {name}: there is no such local folder, and from the Hub "
-        f"(no network, no such name, no access?) {reason}"
-    )
+    from_hub = f"from the Hub (no network, no such name, no access?) {reason}"
+    return UserError(f"cannot load the {what} {name}: there is no such local folder, and {from_hub}")

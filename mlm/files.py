@@ -16,8 +16,8 @@ from mlm.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
-# Seconds to wait for a run that builds the same. It is half of what the processes of one run wait for each
-# other (PATIENCE in engine/distributed.py), so that time is left to build without the lock.
+# Seconds to wait for a run that builds the same: half of what the processes of one run wait for each other (PATIENCE
+# in engine/distributed.py), so that time is left to build without the lock.
 LOCK_TIMEOUT = 3600.0
 POLL = 0.2  # seconds between two tries, which are requests to the server of a shared folder
 
@@ -48,10 +48,10 @@ def read_sentences(path: str) -> dict[int, str]:
 
     Raises UserError where the file cannot be read, or holds none.
     """
-    name = "standard input" if path == "-" else path
+    name, source = ("standard input", sys.stdin.fileno()) if path == "-" else (path, path)
     try:
         # utf-8-sig: editors on Windows write a byte order mark
-        with open(sys.stdin.fileno() if path == "-" else path, encoding="utf-8-sig", closefd=path != "-") as file:
+        with open(source, encoding="utf-8-sig", closefd=path != "-") as file:
             sentences = {number: line.rstrip("\n") for number, line in enumerate(file, 1) if line.strip()}
     except OSError as error:
         raise UserError(f"{name}: cannot read the sentences ({error.strerror})") from None
@@ -66,13 +66,12 @@ def read_sentences(path: str) -> dict[int, str]:
 def one_builder(place: Path) -> Iterator[bool]:
     """Admits one run at a time to build `place`; each should check first whether it exists by now.
 
-    Yields True where this run holds the lock, and False where it could not be had: the holder, stopped or
-    slow, kept it for LOCK_TIMEOUT seconds, or the file system or the lock file's owner does not permit
-    locking. Then other runs may be building as well, so build beside the place and rename.
+    Yields True where this run holds the lock, and False where it could not be had: the holder, stopped or slow, kept
+    it for LOCK_TIMEOUT seconds, or locking is not permitted. Then others may be building as well, so build beside the
+    place and rename.
 
-    The kernel holds the lock on the file `<place>.lock` and releases it when the process ends, in whatever
-    way, so that a killed run blocks no one. The file stays: if it were removed, a run waiting on it and a
-    later one would each hold a lock of their own.
+    The kernel releases the lock on `<place>.lock` when the process ends, in whatever way, so that a killed run blocks
+    no one. The file stays: if it were removed, a run waiting on it and a later one would each hold a lock.
     """
     path = Path(f"{place}.lock")
 

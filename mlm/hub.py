@@ -13,10 +13,9 @@ PATIENCE = 5.0  # seconds to wait for the Hub to answer
 
 
 def local_files_only(name: str) -> bool:
-    """The argument for `from_pretrained`: whether to look for a Hub name in the local cache only.
+    """The argument for `from_pretrained`: whether a Hub name can be found in the local cache alone.
 
-    The libraries ask an unreachable Hub six times for a file, for 47 s. With this they take the model from
-    the cache, or fail at once.
+    Without it the libraries ask an unreachable Hub six times for a file, for 47 s.
     """
     return not Path(name).is_dir() and not _answers()
 

@@ -1,8 +1,7 @@
 """What a script does before torch is there. Nothing heavy is imported here.
 
-Importing torch and transformers makes some million objects, nearly all of which stay. The garbage collector
-would go through them again and again while their number grows, for a fifth of the time; and to print --help
-nothing of them is needed at all.
+Importing torch and transformers makes some million objects, nearly all of which stay; the garbage collector would go
+through them again and again, for a fifth of the time. To print --help, nothing of them is needed at all.
 """
 
 import gc
@@ -15,16 +14,15 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-HEAVY = {"accelerate", "datasets", "huggingface_hub", "plotly", "pyarrow", "safetensors", "tokenizers"}
-HEAVY |= {"torch", "transformers"}
+HEAVY = {"accelerate", "datasets", "huggingface_hub", "plotly", "pyarrow"}
+HEAVY |= {"safetensors", "tokenizers", "torch", "transformers"}
 
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """A context to import the libraries in: with OpenMP set up, without collecting garbage.
+    """A context to import the libraries in: with OpenMP set up, without collecting garbage, then or later.
 
-    Afterwards the objects are frozen, so that later collections skip them. Where the command line asks for
-    help, stand-ins take the libraries' place; the process must end after printing it.
+    Where the command line asks for help, stand-ins take the libraries' place; the process must end after printing it.
     """
     set_up_openmp()
     words = sys.argv[1 : sys.argv.index("--") if "--" in sys.argv else None]
@@ -41,8 +39,8 @@ def quick_imports() -> Iterator[None]:
 
 
 def set_up_openmp() -> None:
-    """Threads that wait sleep (four times as fast where other programs use the cores), and one process alone
-    has all cores, although `accelerate launch` gives it one thread if nobody asked for another number."""
+    """Has waiting threads sleep (four times as fast where other programs use the cores), and gives one process alone
+    all cores, to which `accelerate launch` gives one thread if nobody asked for another number."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if alone and os.environ.get("OMP_NUM_THREADS") == "1" and set_by_accelerate_launch("OMP_NUM_THREADS"):
@@ -50,23 +48,22 @@ def set_up_openmp() -> None:
 
 
 def set_by_accelerate_launch(variable: str) -> bool:
-    """Whether this environment variable comes from `accelerate launch` and not from its user.
+    """Whether this environment variable comes from `accelerate launch`, the parent process, and not from its user.
 
-    Linux shows the environment and the command line that the launcher, the parent process, was started with.
+    Linux shows the environment and the command line that the launcher was started with.
     """
-    launcher = Path(f"/proc/{os.getppid()}")
     try:
-        environment, command = ((launcher / name).read_bytes() for name in ("environ", "cmdline"))
+        environment, command = (Path(f"/proc/{os.getppid()}/{name}").read_bytes() for name in ("environ", "cmdline"))
     except OSError:
         return False
-    inherited = {entry.partition(b"=")[0].decode(errors="replace") for entry in environment.split(b"\0")}
     if variable == "OMP_NUM_THREADS" and b"cpu_threads_per_process" in command.replace(b"-", b"_"):
         return False
+    inherited = {entry.partition(b"=")[0].decode(errors="replace") for entry in environment.split(b"\0")}
     return {variable, "ACCELERATE_DYNAMO_BACKEND"} <= os.environ.keys() - inherited
 
 
 class _StandIns(MetaPathFinder, Loader):
-    """Finds, for each of the heavy libraries and their submodules, a module with every attribute there is."""
+    """Gives for each heavy library and its submodules a module that has every attribute."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in HEAVY else None

@@ -1,20 +1,20 @@
 """Checkpoints from which a run resumes as if it had never stopped.
 
-    <output_dir>/checkpoints/step_N/model.safetensors      parameters and buffers
-                                    state.safetensors      tensors of all else: optimizers, progress, the
-                                                           evaluations at the start, what a fork adds
-                                    state.json             the rest of it
-                                    experiment.json        the settings that the result depends on
-                                    manifest.json          size and SHA-256 of each of these files
-                              best_N/                      weights of the lowest evaluation loss, if asked for
+    <output_dir>/checkpoints/step_N/model.safetensors  parameters and buffers
+                                    state.safetensors  all other tensors: optimizers, progress, what a fork adds
+                                    state.json         the rest of these states
+                                    experiment.json    the settings that the result depends on
+                                    manifest.json      size and SHA-256 of each of these files
+                              best_N/                  weights of the lowest evaluation loss, if asked for
 
-No file can execute code. The order of chunks, their masks and dropout's draws are functions of (seed, step), so
-that no generator's state is saved. The loop waits for a copy to host memory (and where two are still being written,
-for the first of them); a thread writes it beside its place, syncs and renames it, so that a folder named step_N is
-whole. Its manifest shows later damage.
+No file can execute code. No generator's state is saved: order, masks and dropout are functions of (seed, step).
+The loop waits for a copy to host memory only (and, where two are still being written, for the first of them). A
+thread writes it beside its place, syncs and renames it, so that a folder named step_N is whole; the manifest shows
+later damage.
 """
 
 import contextlib
+import filecmp
 import hashlib
 import json
 import math
@@ -40,7 +40,6 @@ from mlm.files import sync, write_json
 
 Files = dict[str, Any]  # name of a file: its tensors by name for .safetensors, a JSON value for .json
 PARTIAL = ".partial"  # ends the name of a folder that is being written, or removed
-MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 COPIES = 2  # in host memory at most: a checkpoint, and the best weights of the same step
 
 
@@ -58,13 +57,11 @@ class CheckpointConfig:
 
 
 class Stateful(Protocol):
-    """What a checkpoint can hold beside the weights: an optimizer, an average of weights, a generator, …"""
+    """An optimizer, an average of weights, …: its state is tensors and JSON values in dicts, lists and tuples."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and JSON values, nested in dicts, lists and tuples."""
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> Any:
-        """Puts back what `state_dict` gave."""
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -77,124 +74,117 @@ def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def snapshot(model: torch.nn.Module, states: dict[str, Stateful], experiment: dict[str, Any]) -> Files:
     """A copy in host memory of all that a checkpoint holds. The device synchronises here.
 
-    experiment: every setting that the result depends on, as `load` compares it: a JSON value
+    experiment: every setting that the result depends on, a JSON value
 
     Raises UserError where a state is neither tensors nor JSON.
     """
-    found: dict[str, torch.Tensor] = {}
-    packed = {name: _pack(state.state_dict(), name, found) for name, state in states.items()}
+    stored: dict[str, torch.Tensor] = {}
+    packed = {name: _pack(state.state_dict(), name, stored) for name, state in states.items()}
     return {
         "model.safetensors": _on_host(tensors(model)),
-        "state.safetensors": _on_host(found),
+        "state.safetensors": _on_host(stored),
         "state.json": packed,
         "experiment.json": experiment,
     }
 
 
 def load(folder: Path, model: torch.nn.Module, states: dict[str, Stateful], experiment: dict[str, Any]) -> None:
-    """Puts everything back in place as `snapshot` took it.
-
-    Raises UserError where the checkpoint is another experiment's, with the list of differences.
-    """
+    """Puts everything back as `snapshot` took it. Raises UserError, with the differences, for another experiment's."""
     try:
-        saved = _read_json(folder / "experiment.json")
+        saved = json.loads((folder / "experiment.json").read_bytes())
         if changed := differences(saved, json.loads(json.dumps(experiment))):
             raise UserError(
                 f"--resume_from_checkpoint {folder}: another experiment, with {', '.join(changed)}; give "
                 "it its settings back, or another --output_dir"
             )
         load_weights(folder, model)
-        packed, found = _read_json(folder / "state.json"), load_file(folder / "state.safetensors")
+        packed = json.loads((folder / "state.json").read_bytes())
+        stored = load_file(folder / "state.safetensors")
         for name, state in states.items():
-            state.load_state_dict(_unpack(packed[name], found))
+            state.load_state_dict(_unpack(packed[name], stored))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:  # of another version
         reason = one_line(f"{type(error).__name__}: {error}", 120)
         raise UserError(f"the checkpoint {folder} cannot be resumed ({reason})") from error
 
 
-def _pack(value: Any, name: str, found: dict[str, torch.Tensor]) -> Any:
-    """`value` as JSON, its tensors moved to `found` under dotted names; `_unpack` is the way back.
+def _pack(value: Any, name: str, stored: dict[str, torch.Tensor]) -> Any:
+    """`value` as JSON, its tensors moved to `stored` under dotted names; `_unpack` is the way back.
 
     {"step": 3, 0: (tensor, 0.9)} -> {"dict": [["step", 3], [0, {"tuple": [{"tensor": "name.0.0"}, 0.9]}]]}
     """
     if isinstance(value, torch.Tensor):
-        found[name] = value
+        stored[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"dict": [[key, _pack(item, f"{name}.{key}", found)] for key, item in value.items()]}
+        return {"dict": [[key, _pack(item, f"{name}.{key}", stored)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_pack(item, f"{name}.{i}", found) for i, item in enumerate(value)]}
+        return {kind: [_pack(item, f"{name}.{i}", stored) for i, item in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise UserError(f"{name} cannot be in a checkpoint: {type(value).__name__} is neither a tensor nor JSON")
 
 
-def _unpack(packed: Any, found: dict[str, torch.Tensor]) -> Any:
+def _unpack(packed: Any, stored: dict[str, torch.Tensor]) -> Any:
     if not isinstance(packed, dict):
         return packed
     [(kind, value)] = packed.items()
     if kind == "tensor":
-        return found[value]
+        return stored[value]
     if kind == "dict":
-        return {key: _unpack(item, found) for key, item in value}
-    items = [_unpack(item, found) for item in value]
-    return items if kind == "list" else tuple(items)
+        return {key: _unpack(item, stored) for key, item in value}
+    return {"list": list, "tuple": tuple}[kind](_unpack(item, stored) for item in value)
 
 
 def find(wanted: str | None, checkpoints: Path, accelerator: Accelerator) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and a line for each newer one that is passed over because it is damaged.
+    """The checkpoint to resume from, and a line for each newer one that is passed over because it is damaged.
 
-    wanted: `latest` is the newest in `checkpoints`, or none where there is not one yet, so that one command
-        serves a job's first start and all others; a run directory is its newest; a checkpoint is that one.
-        Where it is damaged, it is the intact one before it. None: no checkpoint.
+    wanted: None: no checkpoint; `latest`: the newest in `checkpoints`, or none where there is not one yet, so that
+        one command serves a job's first start and all others; a run directory: its newest; a checkpoint: that one,
+        or, where it is damaged, the intact one before it.
 
-    The main process looks, and tells the others. Raises UserError where all are damaged, or `wanted` is none.
+    The main process looks for all. Raises UserError where all are damaged, or a path holds none.
     """
-    found: list[Any] = [None, [], None]
+    result: list[Any] = [None, [], None]
     if wanted is not None and accelerator.is_main_process:
         try:
-            found = _find(wanted, checkpoints)
+            result = [*_find(wanted, checkpoints), None]
         except UserError as error:
-            found = [None, [], str(error)]
-    folder, passed_over, mistake = from_main(found, accelerator)
+            result[2] = str(error)
+    folder, passed_over, mistake = from_main(result, accelerator)
     if mistake:
         raise UserError(f"--resume_from_checkpoint {wanted}: {mistake}")
     return folder, passed_over
 
 
-def _find(wanted: str, checkpoints: Path) -> list[Any]:
+def _find(wanted: str, checkpoints: Path) -> tuple[Path | None, list[str]]:
     last = math.inf
     if wanted != "latest":
         folder = Path(wanted).resolve()
         if not folder.is_dir():
-            return [None, [], "no such folder"]
-        if (step := _number(folder)) is not None:
-            checkpoints, last = folder.parent, step
+            raise UserError("no such folder")
+        siblings = {path: step for step, path in steps(folder.parent).items()}
+        if folder in siblings:
+            checkpoints, last = folder.parent, siblings[folder]
         else:
             checkpoints = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    candidates = {step: path for step, path in steps(checkpoints).items() if step <= last}
     passed_over = []
-    for step in sorted(candidates, reverse=True):
-        damage = damaged(candidates[step])
-        if not damage:
-            return [candidates[step], passed_over, None]
-        passed_over.append(f"the checkpoint {candidates[step]} is damaged ({damage}), so it is passed over")
+    for step, path in sorted(steps(checkpoints).items(), reverse=True):
+        if step <= last:
+            if not (damage := damaged(path)):
+                return path, [f"{line}, so it is passed over" for line in passed_over]
+            passed_over.append(f"the checkpoint {path} is damaged ({damage})")
     if passed_over:
-        return [None, [], f"no intact checkpoint; {passed_over[0].removesuffix(', so it is passed over')}"]
-    return [None, [], None if wanted == "latest" else f"no checkpoint in {checkpoints}"]
-
-
-def _number(folder: Path) -> int | None:
-    """7 for a folder named step_7."""
-    named = re.fullmatch(r"step_(\d+)", folder.name, re.ASCII)
-    return int(named[1]) if named else None
+        raise UserError(f"no intact checkpoint; {passed_over[0]}")
+    if wanted != "latest":
+        raise UserError(f"no checkpoint in {checkpoints}")
+    return None, []
 
 
 def steps(checkpoints: Path) -> dict[int, Path]:
     """The checkpoints in a folder, by their step, whole or not."""
-    named = ((_number(path), path) for path in checkpoints.glob("step_*") if path.is_dir())
-    return {step: path for step, path in named if step is not None}
+    folders = [path for path in checkpoints.glob("step_*") if path.is_dir()]
+    return {int(path.name[5:]): path for path in folders if re.fullmatch(r"step_[0-9]+", path.name)}
 
 
 def damaged(folder: Path) -> str | None:
@@ -203,14 +193,20 @@ def damaged(folder: Path) -> str | None:
     Raises UserError where they cannot be read just now, which says nothing about them.
     """
     try:
-        manifest = _read_json(folder / "manifest.json")
-        for name, written in manifest.items():
+        for name, written in json.loads((folder / "manifest.json").read_bytes()).items():
             if (folder / name).stat().st_size != written["bytes"]:
                 return f"{name} has another size"
-        for name, written in manifest.items():
             if _digest(folder / name) != written["sha256"]:
                 return f"{name} is altered"
-    except (*MISSING, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
         return one_line(f"{type(error).__name__}: {error}", 120)
     except OSError as error:
         raise UserError(f"the checkpoint {folder} cannot be read ({error.strerror})") from error
@@ -229,9 +225,8 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
 
 
 class Writer:
-    """Writes checkpoints, one at a time, in a thread of the process that has them to write.
+    """Writes checkpoints to `folder`, one at a time, in a thread of the process that has them to write.
 
-    folder: <output_dir>/checkpoints
     keep: checkpoints of steps that are kept, the newest ones; None: all
     """
 
@@ -240,56 +235,50 @@ class Writer:
         self._failure: str | None = None
         self.best_loss = math.inf  # of the weights that `save_best` has kept
         self._thread = ThreadPoolExecutor(1)
-        self._pending: deque[Future] = deque()
+        self._pending: deque[Future] = deque(maxlen=COPIES)
 
     def save(self, step: int, take: Callable[[], Files]) -> None:
-        """Has a checkpoint written that `take` copies to host memory, as soon as there is room for it."""
+        """Writes what `take` copies to host memory, as soon as there is memory for it."""
         self._submit(f"step_{step}", take)
 
     def save_best(self, step: int, model: torch.nn.Module, evaluation: dict[str, float]) -> None:
-        """Keeps the weights that an evaluation found better than all before, if it did."""
-        if not evaluation["eval_loss"] < self.best_loss:
-            return
-        self.best_loss = evaluation["eval_loss"]
-        self._submit(
-            f"best_{step}", lambda: {"model.safetensors": _on_host(tensors(model)), "evaluation.json": evaluation}
-        )
+        """Keeps the weights if their `eval_loss` is lower than all before."""
+        if evaluation["eval_loss"] < self.best_loss:
+            self.best_loss = evaluation["eval_loss"]
+            best = {"evaluation.json": evaluation}
+            self._submit(f"best_{step}", lambda: best | {"model.safetensors": _on_host(tensors(model))})
 
     def remember_best(self, checkpoints: Path) -> None:
         """Takes over the best weights of the run that is resumed, to another directory too."""
         if best := find_best(checkpoints):
             folder, evaluation = best
             self.best_loss = evaluation["eval_loss"]
-            if checkpoints.resolve() != self.folder.resolve():
-                weights = load_file(folder / "model.safetensors")
-                self._submit(folder.name, lambda: {"model.safetensors": weights, "evaluation.json": evaluation})
+            files = {"model.safetensors": load_file(folder / "model.safetensors"), "evaluation.json": evaluation}
+            self._submit(folder.name, lambda: files)
 
     def wait(self) -> str | None:
         """Returns when nothing is being written any more, as `take_failure` does."""
-        self._wait_for_all_but(0)
+        for pending in self._pending:
+            pending.result()
         return self.take_failure()
 
     def take_failure(self) -> str | None:
-        """Why a checkpoint could not be written, told once; None: none has failed since the last time."""
+        """Why a checkpoint could not be written, once; None: none has failed since the last call."""
         failure, self._failure = self._failure, None
         return failure
 
     def _submit(self, name: str, take: Callable[[], Files]) -> None:
-        self._wait_for_all_but(COPIES - 1)
+        if len(self._pending) == COPIES:
+            self._pending[0].result()
         self._pending.append(self._thread.submit(self._write, self.folder / name, take()))
-
-    def _wait_for_all_but(self, few: int) -> None:
-        while len(self._pending) > few:
-            self._pending.popleft().result()
 
     def _write(self, place: Path, files: Files) -> None:
         try:
             write(place, files)
-            if _number(place) is None:  # the best weights
+            if place.name.startswith("best_"):
                 _remove(*(best for best in bests(self.folder) if best != place))
             elif self.keep is not None:
-                numbered = steps(self.folder)
-                _remove(*(numbered[step] for step in sorted(numbered)[: -self.keep]))
+                _remove(*(path for _, path in sorted(steps(self.folder).items())[: -self.keep]))
         except (OSError, SafetensorError) as error:
             self._failure = f"{place} could not be written: {one_line(getattr(error, 'strerror', None) or error)}"
 
@@ -304,11 +293,10 @@ def not_written(failure: str | None) -> UserError:
 
 
 def write(place: Path, files: Files) -> None:
-    """Writes a folder and its manifest, whole or not at all.
+    """Writes a folder and its manifest, whole or not at all. Raises OSError, or SafetensorError for one.
 
-    An intact one of that name stays: a run that was resumed from it and is stopped before its next step has
-    the same to write, and a kill between removing and renaming would leave none. Raises OSError, or
-    SafetensorError where its library meets one.
+    An intact one of that name stays: a run that is stopped right after it was resumed has the same to write, and a
+    kill between removing and renaming would leave none.
     """
     if place.is_dir() and not damaged(place):
         return
@@ -316,14 +304,14 @@ def write(place: Path, files: Files) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        manifest = {}
         for name, content in files.items():
-            path = partial / name
-            if path.suffix == ".json":
-                write_json(path, content)
+            if name.endswith(".json"):
+                write_json(partial / name, content)
             else:
-                save_file(content, path, metadata={"format": "pt"})  # as save_pretrained does
-            manifest[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+                save_file(content, partial / name, metadata={"format": "pt"})  # as save_pretrained does
+        manifest = {
+            name: {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)} for name in files
+        }
         write_json(partial / "manifest.json", manifest)
         for path in [*partial.iterdir(), partial]:
             sync(path)
@@ -338,11 +326,11 @@ def write(place: Path, files: Files) -> None:
 def share_weights(folder: Path, model: Path) -> None:
     """Makes a checkpoint's weights and a saved model's one file, where they are the same to the byte.
 
-    Nothing here writes into a file under its name, so that neither can change through the other.
+    Nothing writes into a file under its name here, so that neither can change through the other.
     """
     mine, saved = folder / "model.safetensors", model / "model.safetensors"
     with contextlib.suppress(OSError):  # no such checkpoint; a file system without hard links
-        if mine.stat().st_size == saved.stat().st_size and _digest(mine) == _digest(saved):
+        if filecmp.cmp(mine, saved, shallow=False):
             saved.unlink()
             os.link(mine, saved)
 
@@ -361,12 +349,12 @@ def bests(checkpoints: Path) -> list[Path]:
 def find_best(checkpoints: Path) -> tuple[Path, dict[str, float]] | None:
     """The intact weights of the lowest evaluation loss, and that evaluation."""
     intact = [path for path in bests(checkpoints) if not damaged(path)]
-    found = [(path, _read_json(path / "evaluation.json")) for path in intact]
-    return min(found, key=lambda kept: kept[1]["eval_loss"], default=None)
+    evaluated = [(path, json.loads((path / "evaluation.json").read_bytes())) for path in intact]
+    return min(evaluated, key=lambda kept: kept[1]["eval_loss"], default=None)
 
 
 def load_best(checkpoints: Path, model: torch.nn.Module, accelerator: Accelerator) -> None:
-    """Gives every process the weights of the lowest evaluation loss, if they were kept: the main one reads them."""
+    """Gives every process the weights of the lowest evaluation loss, if there are any; the main one reads them."""
     best = find_best(checkpoints) if accelerator.is_main_process else None
     if best:
         load_weights(best[0], model)
@@ -380,19 +368,14 @@ def _on_host(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _remove(*folders: Path) -> None:
-    """Removes folders so that none is ever found half-removed under its name."""
+    """Removes folders so that none is ever half-removed under its name."""
     for folder in folders:
-        if folder.name.endswith(PARTIAL):
-            shutil.rmtree(folder, ignore_errors=True)
-        elif folder.is_dir():
+        doomed = folder
+        if not folder.name.endswith(PARTIAL) and folder.is_dir():
             doomed = folder.with_name(f"{folder.name}.old{PARTIAL}")
             shutil.rmtree(doomed, ignore_errors=True)
             folder.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _digest(path: Path) -> str:

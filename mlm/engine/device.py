@@ -16,6 +16,7 @@ from mlm.errors import UserError, one_line
 from mlm.startup import set_by_accelerate_launch
 
 DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
+MPI = {"PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}  # variables that an MPI launcher sets
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,18 @@ def make_accelerator(
     """Sets up the device, the processes, the precision and the trackers.
 
     mixed_precision: no, fp16 or bf16; None: what accelerate was configured or launched with
-    report_to: the trackers to send metrics to, `all` for every one that is installed; None: to none
+    report_to: the trackers to send metrics to, `all` for every one that is installed; None: none
 
-    On a machine without a GPU, several processes compute on the CPU. A process group that is made here is
-    destroyed when the process ends.
+    Without a GPU, several processes compute on the CPU. A process group that is made here is destroyed at exit.
 
-    Raises UserError where the device lacks the precision, a tracker is not installed, accelerate is set up
-    for something else than data parallelism, or its launcher has started one of several CPU processes.
+    Raises UserError where the device lacks the precision, a tracker is not installed, accelerate is configured for
+    something else than data parallelism, or its launcher has started one of several CPU processes.
     """
     # On the CPU, `accelerate launch --num_processes 2` sets an address to meet at and starts one process.
-    if "RANK" not in os.environ and set_by_accelerate_launch("MASTER_PORT") and not _started_by_mpi():
+    if "RANK" not in os.environ and set_by_accelerate_launch("MASTER_PORT") and not MPI & os.environ.keys():
         raise UserError(
-            "accelerate launch starts one process on a CPU, whatever --num_processes or its configuration "
-            "say; use torchrun --nproc_per_node N, or --num_processes 1"
+            "accelerate launch starts one process on a CPU, whatever --num_processes or its configuration say; "
+            "use torchrun --nproc_per_node N, or --num_processes 1"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate would not connect the processes otherwise
@@ -56,8 +56,7 @@ def make_accelerator(
         accelerator = Accelerator(
             mixed_precision=mixed_precision,
             log_with=report_to,
-            # Trackers that write files want a folder now; the run names its own before they write.
-            project_dir=report_to and ".",
+            project_dir=report_to and ".",  # trackers want a folder now; the run names its own before they write
             # The loop sums its micro-batches itself: accelerate would divide by its own count of them.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         )
@@ -77,12 +76,8 @@ def make_accelerator(
     return accelerator
 
 
-def _started_by_mpi() -> bool:
-    return any(name in os.environ for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
-
-
 def _destroy_process_group() -> None:
-    """Without it the threads of a group can abort a process that ends: "terminate called without …"."""
+    """Without this, a group's threads can abort a process that ends: "terminate called without …"."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -90,11 +85,10 @@ def _destroy_process_group() -> None:
 def keep_freed_memory() -> None:
     """Has glibc keep the memory of freed tensors for the next ones; with another C library, nothing happens.
 
-    By default a large tensor is a mapping of its own that goes back to the kernel with it, and the kernel
-    zeroes every page of the next one: on a CPU, a quarter of the time of a small BERT's step.
+    By default a large tensor is a mapping of its own, and the kernel zeroes every page of the next one: on a CPU, a
+    quarter of the time of a small BERT's step.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         raise_thresholds(mallopt)
 
 

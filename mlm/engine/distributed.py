@@ -1,8 +1,7 @@
 """What the processes of a run do together: agree on what happened, and add up their gradients.
 
-A reduction ends only when every process has entered it. So before each reduction of gradients the processes
-tell each other, in host memory, whether all of them have a gradient: one that ran out of memory and tried
-again alone would leave the others waiting.
+A reduction ends only when every process has entered it. So before it they agree, in host memory, that all of them have
+a gradient: one that ran out of memory and tried again alone would leave the others waiting.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,16 +16,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-# The others wait while one process tokenises the corpus; what takes longer is for scripts/prepare.py. They do
-# so in the host's group alone: a device's reduction that waits so long has lost a process.
+# The others wait so long, in the host's group alone, while one process tokenises the corpus; what takes longer is for
+# scripts/prepare.py. A device's reduction that waits so long has lost a process.
 PATIENCE = timedelta(hours=2)
-# What gloo and NCCL say of a process that is gone, whose sockets its machine has closed.
+# What gloo and NCCL say when a process is gone and its machine has closed its sockets.
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
-
-
-def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
-    """All processes, for messages in host memory, so that no device is waited for; None for one alone."""
-    return _gloo(dist.group.WORLD) if accelerator.num_processes > 1 else None
 
 
 @lru_cache(maxsize=1)
@@ -34,21 +28,24 @@ def _gloo(world: dist.ProcessGroup) -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
+def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
+    """All processes, for messages in host memory, so that no device is waited for; None for one alone."""
+    return _gloo(dist.group.WORLD) if accelerator.num_processes > 1 else None
+
+
 @contextmanager
 def local_main_process_first(accelerator: Accelerator, config: Any) -> Iterator[Any]:
     """A context that one process of each machine goes through before the others, who wait for PATIENCE.
 
-    Gives `config` (a mlm.config.Config) as this process has to take it: only the first one builds a token
-    store anew, and the others find what it built.
+    Gives `config` (a mlm.config.Config) as this process has to take it: only the first builds a token store anew.
     """
-    group = host_group(accelerator)
-    if accelerator.is_local_main_process:
-        yield config
-        if group is not None:
-            dist.barrier(group)
-    else:
+    group, first = host_group(accelerator), accelerator.is_local_main_process
+    if not first:
         dist.barrier(group)
-        yield replace(config, token_store=replace(config.token_store, overwrite_cache=False))
+        config = replace(config, token_store=replace(config.token_store, overwrite_cache=False))
+    yield config
+    if first and group is not None:
+        dist.barrier(group)
 
 
 def agree(values: Sequence[int], group: dist.ProcessGroup | None) -> list[int]:
@@ -71,13 +68,13 @@ def from_main(value: Any, accelerator: Accelerator) -> Any:
 class GradientSum:
     """Adds up gradients over all processes, in place, in flat pieces of about `piece` elements.
 
-    One explicit reduction a step, in place of DistributedDataParallel's during backward, as a process may
-    have had several micro-batches, or none. It costs the overlap of the two. The buffer is made once:
-    no process can run out of memory for it while the others are in the reduction.
+    One explicit reduction a step, in place of DistributedDataParallel's during backward, as a process may have had
+    several micro-batches, or none. It costs the overlap of the two. The buffer is made once: no process can run out of
+    memory for it while the others are in the reduction.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], processes: int, piece: int = 2**24) -> None:
-        self.parameters, self.pieces = parameters, []
+        self.pieces: list[list[torch.nn.Parameter]] = []
         if processes == 1:
             return
         elements = piece

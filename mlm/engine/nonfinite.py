@@ -22,21 +22,20 @@ class NonFinite(NamedTuple):
 
     def message(self, step: int, store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> str:
         start, end = store.document_offsets[self.documents[0] : self.documents[0] + 2]
-        ids = store.ids[start : min(end, start + OPENING)]
+        opening = tokenizer.decode(store.ids[start : min(end, start + OPENING)], skip_special_tokens=True)
         which = "chunk" if self.alone else "no chunk shows it alone: all of"
         return (
             f"step {step + 1}: the loss or its gradient is not finite, so that no update was made; {which} "
-            f"{_some(self.chunks)} of the training split, from document {_some(self.documents)} (the first "
-            f"begins {one_line(tokenizer.decode(ids, skip_special_tokens=True), 60)!r}); earlier checkpoints "
-            "are good; lower --learning_rate, or leave out what is amiss"
+            f"{_some(self.chunks)} of the training split, from document {_some(self.documents)} (the first begins "
+            f"{one_line(opening, 60)!r}); earlier checkpoints are good; lower --learning_rate, or leave out the cause"
         )
 
 
 def find_nonfinite(update: "Update", step: int, store: TokenStore) -> NonFinite:
     """The chunks of a step's global batch whose loss or gradient is not finite, one by one under its masks.
 
-    All of the batch where it takes dropout's draws, or all of them together, to get there. Every process
-    looks at the whole batch, so that none has to ask.
+    All of the batch where no chunk shows it alone, without dropout. Every process looks at the whole batch, so that
+    none has to ask.
     """
     model, batches, accelerator = update.model, update.batches, update.accelerator
     model.eval()

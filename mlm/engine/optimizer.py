@@ -29,27 +29,24 @@ class OptimizerConfig:
 
 
 def make_optimizer(parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW without decay on biases and norms: what is named a bias, or has one dimension.
-
-    parameters: with their names; those that want no gradient are left out
+    """AdamW over the parameters that want a gradient, without decay on biases and on what has one dimension.
 
     Fused: one kernel for all parameters, which update.py can tell to leave the weights alone from the device.
     """
-    trained = [(name, p) for name, p in parameters if p.requires_grad]
-    plain = {name for name, p in trained if p.ndim < 2 or name.endswith("bias")}
-    groups = [
-        {"params": [p for name, p in trained if name not in plain], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in trained if name in plain], "weight_decay": 0.0},
-    ]
+    decayed, plain = [], []
+    for name, p in parameters:
+        if p.requires_grad:
+            (plain if p.ndim < 2 or name.endswith("bias") else decayed).append(p)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: OptimizerConfig, steps: int) -> LRScheduler:
     """The learning rate over `steps` updates. Raises UserError for a schedule that cannot be."""
-    warmup, name = config.num_warmup_steps, config.lr_scheduler_type
-    if warmup >= max(steps, 1):
+    warmup, name, steps = config.num_warmup_steps, config.lr_scheduler_type, max(steps, 1)
+    if warmup >= steps:
         raise UserError(f"--num_warmup_steps {warmup}: the run has {steps} steps only")
     try:
-        return get_scheduler(name, optimizer, warmup, max(steps, 1))
+        return get_scheduler(name, optimizer, warmup, steps)
     except ValueError as error:  # polynomial's end lies above a tiny --learning_rate
         raise UserError(f"--lr_scheduler_type {name}: {one_line(error)}") from error
