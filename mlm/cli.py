@@ -6,7 +6,7 @@
 `--config FILE.yaml` sets any flag. Its values pass as text through argparse, as the flags do, so that `5e-5` is a
 number and `no` is what the flag makes of it (YAML reads a string and a boolean); flags come after, and so win.
 
-Other libraries would need as much code around them: tyro 1.0 has neither `--salted` beside `--salted false` nor a file,
+Other libraries would need as much code around them: tyro 1.0 has no configuration file,
 jsonargparse 4.53 takes no comment as help, HfArgumentParser knows no `int | Literal["auto"]`.
 """
 
@@ -49,10 +49,9 @@ GONE = {
     "low_cpu_mem_usage": "leave it out: transformers saves that memory by itself",
     "hub_token": "log in with `hf auth login`, or set the environment variable HF_TOKEN",
 }
-# Earlier names of flags; the last two are evaluate.py's alone.
-RENAMED = {
-    f"general_{x}": f"out_of_domain_{x}" for x in ("file", "dataset_name", "dataset_config_name", "text_column")
-}
+# Earlier names of flags; the last two are still train.py's, and were evaluate.py's too.
+GENERAL = ("file", "dataset_name", "dataset_config_name", "text_column")
+RENAMED = {f"general_{rest}": f"out_of_domain_{rest}" for rest in GENERAL}
 RENAMED |= {name: f"eval_{name}" for name in ("mlm_probability", "whole_word_mask")}
 LOST = (
     "error: process {} ends because another process of the run has ended; the reason, if it printed one, is in its "

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def read_sentences(path: str) -> dict[int, str]:
 
     Raises UserError where the file cannot be read, or holds none.
     """
-    name, source = ("standard input", sys.stdin.fileno()) if path == "-" else (path, path)
+    name, source = ("standard input", 0) if path == "-" else (path, path)
     try:
         # utf-8-sig: editors on Windows write a byte order mark
         with open(source, encoding="utf-8-sig", closefd=path != "-") as file:
@@ -68,10 +67,8 @@ def one_builder(place: Path) -> Iterator[bool]:
 
     Yields True where this run holds the lock, and False where it could not be had: the holder, stopped or slow, kept
     it for LOCK_TIMEOUT seconds, or locking is not permitted. Then others may be building as well, so build beside the
-    place and rename.
-
-    The kernel releases the lock on `<place>.lock` when the process ends, in whatever way, so that a killed run blocks
-    no one. The file stays: if it were removed, a run waiting on it and a later one would each hold a lock.
+    place and rename. The kernel releases the lock on `<place>.lock` when the process ends, in whatever way. The file
+    stays: if it were removed, a run waiting on it and a later one would each hold a lock.
     """
     path = Path(f"{place}.lock")
 

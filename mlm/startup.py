@@ -28,14 +28,12 @@ def quick_imports() -> Iterator[None]:
     words = sys.argv[1 : sys.argv.index("--") if "--" in sys.argv else None]
     if {"--help", "-h"} & set(words):
         sys.meta_path.insert(0, _StandIns())
-    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        if was_enabled:
-            gc.enable()
+        gc.enable()
 
 
 def set_up_openmp() -> None:

@@ -40,6 +40,8 @@ from mlm.files import sync, write_json
 
 Files = dict[str, Any]  # name of a file: its tensors by name for .safetensors, a JSON value for .json
 PARTIAL = ".partial"  # ends the name of a folder that is being written, or removed
+# What reading a damaged checkpoint raises; another OSError says nothing about it.
+DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError)
 COPIES = 2  # in host memory at most: a checkpoint, and the best weights of the same step
 
 
@@ -74,18 +76,13 @@ def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def snapshot(model: torch.nn.Module, states: dict[str, Stateful], experiment: dict[str, Any]) -> Files:
     """A copy in host memory of all that a checkpoint holds. The device synchronises here.
 
-    experiment: every setting that the result depends on, a JSON value
-
-    Raises UserError where a state is neither tensors nor JSON.
+    experiment: every setting that the result depends on, a JSON value. Raises UserError for a state that is neither
+    tensors nor JSON.
     """
     stored: dict[str, torch.Tensor] = {}
     packed = {name: _pack(state.state_dict(), name, stored) for name, state in states.items()}
-    return {
-        "model.safetensors": _on_host(tensors(model)),
-        "state.safetensors": _on_host(stored),
-        "state.json": packed,
-        "experiment.json": experiment,
-    }
+    on_host = {"model.safetensors": _on_host(tensors(model)), "state.safetensors": _on_host(stored)}
+    return {**on_host, "state.json": packed, "experiment.json": experiment}
 
 
 def load(folder: Path, model: torch.nn.Module, states: dict[str, Stateful], experiment: dict[str, Any]) -> None:
@@ -93,10 +90,9 @@ def load(folder: Path, model: torch.nn.Module, states: dict[str, Stateful], expe
     try:
         saved = json.loads((folder / "experiment.json").read_bytes())
         if changed := differences(saved, json.loads(json.dumps(experiment))):
-            raise UserError(
-                f"--resume_from_checkpoint {folder}: another experiment, with {', '.join(changed)}; give "
-                "it its settings back, or another --output_dir"
-            )
+            advice = "give it its settings back, or another --output_dir"
+            reason = f"another experiment, with {', '.join(changed)}"
+            raise UserError(f"--resume_from_checkpoint {folder}: {reason}; {advice}")
         load_weights(folder, model)
         packed = json.loads((folder / "state.json").read_bytes())
         stored = load_file(folder / "state.safetensors")
@@ -139,41 +135,40 @@ def _unpack(packed: Any, stored: dict[str, torch.Tensor]) -> Any:
 def find(wanted: str | None, checkpoints: Path, accelerator: Accelerator) -> tuple[Path | None, list[str]]:
     """The checkpoint to resume from, and a line for each newer one that is passed over because it is damaged.
 
-    wanted: None: no checkpoint; `latest`: the newest in `checkpoints`, or none where there is not one yet, so that
-        one command serves a job's first start and all others; a run directory: its newest; a checkpoint: that one,
-        or, where it is damaged, the intact one before it.
+    wanted: None: no checkpoint; `latest`: the newest in `checkpoints`, or none where there is not one yet, so that one
+        command serves a job's first start and all others; a run directory: its newest; a checkpoint: that one, or,
+        where it is damaged, the intact one before it
 
     The main process looks for all. Raises UserError where all are damaged, or a path holds none.
     """
-    result: list[Any] = [None, [], None]
+    found, mistake = (None, []), ""
     if wanted is not None and accelerator.is_main_process:
         try:
-            result = [*_find(wanted, checkpoints), None]
+            found = _find(wanted, checkpoints)
         except UserError as error:
-            result[2] = str(error)
-    folder, passed_over, mistake = from_main(result, accelerator)
+            mistake = f"--resume_from_checkpoint {wanted}: {error}"
+    found, mistake = from_main((found, mistake), accelerator)
     if mistake:
-        raise UserError(f"--resume_from_checkpoint {wanted}: {mistake}")
-    return folder, passed_over
+        raise UserError(mistake)
+    return found
 
 
 def _find(wanted: str, checkpoints: Path) -> tuple[Path | None, list[str]]:
-    last = math.inf
+    last = None
     if wanted != "latest":
         folder = Path(wanted).resolve()
         if not folder.is_dir():
             raise UserError("no such folder")
-        siblings = {path: step for step, path in steps(folder.parent).items()}
-        if folder in siblings:
-            checkpoints, last = folder.parent, siblings[folder]
-        else:
-            checkpoints = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+        last = {path: step for step, path in steps(folder.parent).items()}.get(folder)
+        within = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+        checkpoints = within if last is None else folder.parent
     passed_over = []
     for step, path in sorted(steps(checkpoints).items(), reverse=True):
-        if step <= last:
-            if not (damage := damaged(path)):
-                return path, [f"{line}, so it is passed over" for line in passed_over]
-            passed_over.append(f"the checkpoint {path} is damaged ({damage})")
+        if last is not None and step > last:
+            continue
+        if not (damage := damaged(path)):
+            return path, [f"{line}, so it is passed over" for line in passed_over]
+        passed_over.append(f"the checkpoint {path} is damaged ({damage})")
     if passed_over:
         raise UserError(f"no intact checkpoint; {passed_over[0]}")
     if wanted != "latest":
@@ -188,25 +183,14 @@ def steps(checkpoints: Path) -> dict[int, Path]:
 
 
 def damaged(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, by its manifest; None where they are as they were written.
-
-    Raises UserError where they cannot be read just now, which says nothing about them.
-    """
+    """What is wrong with a checkpoint's files, by its manifest; None: nothing. Raises UserError if that is unknown."""
     try:
         for name, written in json.loads((folder / "manifest.json").read_bytes()).items():
             if (folder / name).stat().st_size != written["bytes"]:
                 return f"{name} has another size"
             if _digest(folder / name) != written["sha256"]:
                 return f"{name} is altered"
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-        IsADirectoryError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except DAMAGE as error:
         return one_line(f"{type(error).__name__}: {error}", 120)
     except OSError as error:
         raise UserError(f"the checkpoint {folder} cannot be read ({error.strerror})") from error
@@ -215,8 +199,7 @@ def damaged(folder: Path) -> str | None:
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
     """Puts saved parameters into `model`, in place. Raises UserError where they are another model's."""
-    saved = load_file(folder / "model.safetensors")
-    own = tensors(model)
+    saved, own = load_file(folder / "model.safetensors"), tensors(model)
     if saved.keys() != own.keys() or any(saved[name].shape != own[name].shape for name in own):
         raise UserError(f"the checkpoint {folder} holds another model")
     with torch.no_grad():
@@ -309,9 +292,7 @@ def write(place: Path, files: Files) -> None:
                 write_json(partial / name, content)
             else:
                 save_file(content, partial / name, metadata={"format": "pt"})  # as save_pretrained does
-        manifest = {
-            name: {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)} for name in files
-        }
+        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in partial.iterdir()}
         write_json(partial / "manifest.json", manifest)
         for path in [*partial.iterdir(), partial]:
             sync(path)
@@ -324,14 +305,11 @@ def write(place: Path, files: Files) -> None:
 
 
 def share_weights(folder: Path, model: Path) -> None:
-    """Makes a checkpoint's weights and a saved model's one file, where they are the same to the byte.
-
-    Nothing writes into a file under its name here, so that neither can change through the other.
-    """
+    """Makes a checkpoint's weights and a saved model's one file, where they are the same to the byte."""
     mine, saved = folder / "model.safetensors", model / "model.safetensors"
     with contextlib.suppress(OSError):  # no such checkpoint; a file system without hard links
         if filecmp.cmp(mine, saved, shallow=False):
-            saved.unlink()
+            saved.unlink()  # neither changes through the other: no file is written in place
             os.link(mine, saved)
 
 

@@ -35,17 +35,15 @@ def make_accelerator(
     mixed_precision: no, fp16 or bf16; None: what accelerate was configured or launched with
     report_to: the trackers to send metrics to, `all` for every one that is installed; None: none
 
-    Without a GPU, several processes compute on the CPU. A process group that is made here is destroyed at exit.
-
-    Raises UserError where the device lacks the precision, a tracker is not installed, accelerate is configured for
-    something else than data parallelism, or its launcher has started one of several CPU processes.
+    A process group that is made here is destroyed at exit. Raises UserError where the device lacks the precision, a
+    tracker is not installed, accelerate is configured for something else than data parallelism, or its launcher has
+    started one of several CPU processes.
     """
     # On the CPU, `accelerate launch --num_processes 2` sets an address to meet at and starts one process.
     if "RANK" not in os.environ and set_by_accelerate_launch("MASTER_PORT") and not MPI & os.environ.keys():
-        raise UserError(
-            "accelerate launch starts one process on a CPU, whatever --num_processes or its configuration say; "
-            "use torchrun --nproc_per_node N, or --num_processes 1"
-        )
+        advice = "use torchrun --nproc_per_node N, or --num_processes 1"
+        whatever = "whatever --num_processes or its configuration say"
+        raise UserError(f"accelerate launch starts one process on a CPU, {whatever}; {advice}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate would not connect the processes otherwise
     if deterministic:
@@ -63,7 +61,8 @@ def make_accelerator(
     except ValueError as error:  # accelerate's own words on a precision or a tracker that it does not know
         raise UserError(one_line(error)) from error
     if dist.is_initialized() and not had_group:
-        atexit.register(_destroy_process_group)
+        # Left over, a group's threads can abort a process that ends: "terminate called without …".
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU; on a CPU, use bf16 or no")
     if report_to is not None and not accelerator.log_with:
@@ -76,28 +75,14 @@ def make_accelerator(
     return accelerator
 
 
-def _destroy_process_group() -> None:
-    """Without this, a group's threads can abort a process that ends: "terminate called without …"."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def keep_freed_memory() -> None:
+def keep_freed_memory(mallopt: Callable[[int, int], int] | None = None) -> None:
     """Has glibc keep the memory of freed tensors for the next ones; with another C library, nothing happens.
 
     By default a large tensor is a mapping of its own, and the kernel zeroes every page of the next one: on a CPU, a
-    quarter of the time of a small BERT's step.
-    """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        raise_thresholds(mallopt)
-
-
-def raise_thresholds(mallopt: Callable[[int, int], int]) -> None:
-    """Sets malloc's thresholds, both or none, by mallopt(3), which returns 0 if it refuses.
-
-    Older C libraries refuse an M_MMAP_THRESHOLD above 32 MiB. M_TRIM_THRESHOLD alone would fix the other one
-    at its default of 128 KiB: smaller tensors would be mappings too.
+    quarter of the time of a small BERT's step. Both thresholds are set by mallopt(3), or none: an older glibc refuses
+    an M_MMAP_THRESHOLD above 32 MiB (0 is returned), and M_TRIM_THRESHOLD alone would fix it at 128 KiB.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-    if mallopt(M_MMAP_THRESHOLD, 2**30):
+    mallopt = mallopt or getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt and mallopt(M_MMAP_THRESHOLD, 2**30):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -74,17 +75,10 @@ class GradientSum:
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], processes: int, piece: int = 2**24) -> None:
-        self.pieces: list[list[torch.nn.Parameter]] = []
-        if processes == 1:
-            return
-        elements = piece
-        for p in parameters:
-            if elements + p.numel() > piece:
-                self.pieces.append([])
-                elements = 0
-            self.pieces[-1].append(p)
-            elements += p.numel()
-        largest = max(sum(p.numel() for p in part) for part in self.pieces)
+        starts = accumulate((p.numel() for p in parameters), initial=0)
+        grouped = groupby(zip(starts, parameters, strict=False), lambda pair: pair[0] // piece)
+        self.pieces = [[p for _, p in group] for _, group in grouped] if processes > 1 else []
+        largest = max((sum(p.numel() for p in part) for part in self.pieces), default=0)
         self.buffer = torch.empty(largest, dtype=parameters[0].dtype, device=parameters[0].device)
 
     def __call__(self, sums: torch.Tensor) -> None:

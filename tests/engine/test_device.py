@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from mlm.engine.device import raise_thresholds
+from mlm.engine.device import keep_freed_memory
 from tests.conftest import REPOSITORY
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_machines", "1"]
@@ -143,7 +143,7 @@ def test_malloc_keeps_its_thresholds_where_it_refuses_the_first(accepted, calls)
         asked.append((option, value))
         return accepted
 
-    raise_thresholds(mallopt)
+    keep_freed_memory(mallopt)
     assert asked == calls
 
 
