@@ -67,8 +67,8 @@ class _Parser(argparse.ArgumentParser):
 def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.ArgumentParser) -> list[Any]:
     """Reads `argv` into an instance of each dataclass, in their order; last, the namespace of all values.
 
-    Positional arguments may stand between flags. Raises UserError on an unknown flag (naming the nearest
-    known one) and on a value that does not convert.
+    Positional arguments may stand between flags. Raises UserError on an unknown flag, naming the nearest known one,
+    and on a value that does not convert.
     """
     words = [action.metavar or action.dest for action in parser._actions if not action.option_strings]
     parser.usage = " ".join(["%(prog)s", *words, "[--flag value …]"])
@@ -80,8 +80,7 @@ def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.Argumen
         _add_flags(parser.add_argument_group(config.__doc__.partition("\n")[0].rstrip(".")), config)
     finder = command(None)
     finder.add_argument("--config", action="append", default=[])
-    files = finder.parse_known_args(argv)[0].config
-    in_files = [flag for path in files for flag in _flags_of(path, parser)]
+    in_files = [flag for path in finder.parse_known_args(argv)[0].config for flag in _flags_of(path, parser)]
     values, unknown = parser.parse_known_intermixed_args([*in_files, *argv])
     for word in unknown:
         if word.startswith("-"):
@@ -106,11 +105,9 @@ def command(description: str | None) -> argparse.ArgumentParser:
 def run(body: Callable[[Sequence[str]], dict[str, Any]], words: Callable[[dict[str, Any]], str] | None = None) -> None:
     """A script's outermost call: runs `body(argv)` and, on the main process, prints its result.
 
-    The last line of standard output is the result as one JSON object, unless that is a terminal and --json is
-    not given: there a person reads `words(result)`, or what `body` has printed.
-
-    A UserError becomes one line on standard error, once a machine, and exit status 2. `accelerate launch`
-    adds a traceback of its own (not with its --quiet), and exits with 1.
+    The last line of standard output is the result as one JSON object, unless that is a terminal and --json is not
+    given: there a person reads `words(result)`, or what `body` has printed. A UserError becomes one line on standard
+    error, once a machine, and exit status 2; `accelerate launch` adds a traceback (not with --quiet) and exits with 1.
     """
     is_main = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stderr)

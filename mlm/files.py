@@ -18,7 +18,6 @@ log = logging.getLogger(__name__)
 # Seconds to wait for a run that builds the same: half of what the processes of one run wait for each other (PATIENCE
 # in engine/distributed.py), so that time is left to build without the lock.
 LOCK_TIMEOUT = 3600.0
-POLL = 0.2  # seconds between two tries, which are requests to the server of a shared folder
 
 
 def write_text(path: Path, text: str) -> None:
@@ -84,7 +83,7 @@ def one_builder(place: Path) -> Iterator[bool]:
             lock.acquire(timeout=0)
         except Timeout:
             log.info("%s is building %s: waiting, up to %g s", _holder(path), place, LOCK_TIMEOUT)
-            lock.acquire(timeout=LOCK_TIMEOUT, poll_interval=POLL)
+            lock.acquire(timeout=LOCK_TIMEOUT, poll_interval=0.2)  # a try asks the server of a shared folder
     except Timeout:
         log.warning("%s has held %s for %g s: building without it", _holder(path), path, LOCK_TIMEOUT)
     except OSError:

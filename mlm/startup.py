@@ -37,19 +37,16 @@ def quick_imports() -> Iterator[None]:
 
 
 def set_up_openmp() -> None:
-    """Has waiting threads sleep (four times as fast where other programs use the cores), and gives one process alone
-    all cores, to which `accelerate launch` gives one thread if nobody asked for another number."""
+    """Has waiting threads sleep, four times as fast where others use the cores, and gives one process all cores."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # For one process `accelerate launch` sets one thread if nobody asked for another number.
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if alone and os.environ.get("OMP_NUM_THREADS") == "1" and set_by_accelerate_launch("OMP_NUM_THREADS"):
         del os.environ["OMP_NUM_THREADS"]
 
 
 def set_by_accelerate_launch(variable: str) -> bool:
-    """Whether this environment variable comes from `accelerate launch`, the parent process, and not from its user.
-
-    Linux shows the environment and the command line that the launcher was started with.
-    """
+    """Whether `accelerate launch`, the parent process, and not its user set this variable: Linux alone can tell."""
     try:
         environment, command = (Path(f"/proc/{os.getppid()}/{name}").read_bytes() for name in ("environ", "cmdline"))
     except OSError:

@@ -236,8 +236,8 @@ class Writer:
         if best := find_best(checkpoints):
             folder, evaluation = best
             self.best_loss = evaluation["eval_loss"]
-            files = {"model.safetensors": load_file(folder / "model.safetensors"), "evaluation.json": evaluation}
-            self._submit(folder.name, lambda: files)
+            weights = load_file(folder / "model.safetensors")
+            self._submit(folder.name, lambda: {"model.safetensors": weights, "evaluation.json": evaluation})
 
     def wait(self) -> str | None:
         """Returns when nothing is being written any more, as `take_failure` does."""

@@ -2,8 +2,8 @@
 
     micro-batches of a step and process = ceil(ceil(global batch / processes) / micro-batch)
 
-accelerate's `find_executable_batch_size` halves and retries in one process, while the others wait for it in a
-reduction. Here all processes agree on how a step went (update.py), and `smaller` halves for all.
+Unlike accelerate's `find_executable_batch_size`, which halves and retries in one process while the others wait in
+a reduction, `smaller` halves for all of them, when they have agreed on how a step went (update.py).
 """
 
 from typing import Literal

@@ -34,8 +34,7 @@ class NonFinite(NamedTuple):
 def find_nonfinite(update: "Update", step: int, store: TokenStore) -> NonFinite:
     """The chunks of a step's global batch whose loss or gradient is not finite, one by one under its masks.
 
-    All of the batch where no chunk shows it alone, without dropout. Every process looks at the whole batch, so that
-    none has to ask.
+    All of the batch where no chunk shows it alone, without dropout. Each process looks at all: none has to ask.
     """
     model, batches, accelerator = update.model, update.batches, update.accelerator
     model.eval()
@@ -58,10 +57,8 @@ def find_nonfinite(update: "Update", step: int, store: TokenStore) -> NonFinite:
 def check_scale(scale: float, step: int) -> None:
     """Raises UserError where fp16's loss scale has fallen so far that ordinary gradients vanish in fp16."""
     if scale < torch.finfo(torch.float16).tiny:
-        raise UserError(
-            f"step {step + 1}: the loss or its gradients overflow at any fp16 loss scale (now {scale:.1e}); "
-            "use --mixed_precision bf16, or a lower --learning_rate"
-        )
+        reason = f"the loss or its gradients overflow at any fp16 loss scale (now {scale:.1e})"
+        raise UserError(f"step {step + 1}: {reason}; use --mixed_precision bf16, or a lower --learning_rate")
 
 
 def _some(numbers: list[int]) -> str:

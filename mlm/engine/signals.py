@@ -4,8 +4,8 @@ first signal    remembered; the loop and the evaluation look at `asked()` once a
 second signal   ends the process at once
 launcher gone   counts as SIGTERM: not every launcher passes signals on to its workers before it dies
 
-A thread hears them: Python runs handlers in the main thread, between two of its instructions, and a step in a C
-library, or a collective that waits for another process, can take long.
+A thread hears them: Python's handlers run between two instructions of the main thread, and a step in a C library, or a
+collective that waits for another process, can take long.
 """
 
 import os
@@ -33,8 +33,7 @@ class Stopped(Exception):
 class StopSignals:
     """A context in which signals ask for a stop instead of ending the process.
 
-    Outside the main thread, where Python lets nobody handle signals, it changes nothing. That a launcher is gone is
-    noticed from the moment on at which this is made.
+    Outside the main thread, where Python lets nobody handle signals, it changes nothing.
     """
 
     def __init__(self) -> None:
