@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
-import io
 import json
 import logging
 import os
@@ -24,7 +23,6 @@ import signal
 import sys
 import textwrap
 import time
-import tokenize
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -156,27 +154,19 @@ def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:
         hint, default = hints[field.name], field.default
         shown = str(default).lower() if hint is bool else default
         text = comments[field.name] + ("" if default is None else f" (default: {shown})")
-        extra: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
-        read, placeholder = _reader(hint)
-        group.add_argument(
-            f"--{field.name}", default=default, type=read, metavar=placeholder, help=text.replace("%", "%%"), **extra
-        )
+        group.add_argument(f"--{field.name}", default=default, help=text.replace("%", "%%"), **_conversion(hint))
 
 
 def _comments(config: type) -> dict[str, str]:
     """The comment of each field, wherever on the lines of its definition the formatter has put it."""
-    source = textwrap.dedent(inspect.getsource(config))
-    words = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {word.start[0]: word.string.lstrip("# ") for word in words if word.type == tokenize.COMMENT}
-    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
-    return {
-        node.target.id: " ".join(text for line, text in comments.items() if node.lineno <= line <= node.end_lineno)
-        for node in fields
-    }
+    lines = textwrap.dedent(inspect.getsource(config)).splitlines()
+    fields = [node for node in ast.parse("\n".join(lines)).body[0].body if isinstance(node, ast.AnnAssign)]
+    own = {node.target.id: lines[node.lineno - 1 : node.end_lineno] for node in fields}
+    return {name: " ".join(line.partition("  # ")[2] for line in texts).strip() for name, texts in own.items()}
 
 
-def _reader(hint: Any) -> tuple[Callable[[str], Any], str]:
-    """What turns a flag's word into a value of a field's type, and how --help shows such a word.
+def _conversion(hint: Any) -> dict[str, Any]:
+    """How argparse turns a flag's word into a value of a field's type, and shows such a word.
 
     int | Literal["auto"] | None reads "3", "auto" and "none", and is shown as INT|auto.
     """
@@ -201,7 +191,8 @@ def _reader(hint: Any) -> tuple[Callable[[str], Any], str]:
                 return reader(text)
         raise argparse.ArgumentTypeError(f"{text!r} is not {'|'.join(shown)}")
 
-    return read, "|".join(shown)
+    alone = {"nargs": "?", "const": True} if hint is bool else {}
+    return {"type": read, "metavar": "|".join(shown), **alone}
 
 
 def _flags_of(path: str, parser: argparse.ArgumentParser) -> list[str]:

@@ -240,7 +240,7 @@ class Writer:
             self._submit(folder.name, lambda: {"model.safetensors": weights, "evaluation.json": evaluation})
 
     def wait(self) -> str | None:
-        """Returns when nothing is being written any more, as `take_failure` does."""
+        """What `take_failure` returns, when nothing is being written any more."""
         for pending in self._pending:
             pending.result()
         return self.take_failure()
