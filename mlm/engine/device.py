@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
 from mlm.errors import UserError, one_line
@@ -50,6 +51,7 @@ def make_accelerator(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
         torch.use_deterministic_algorithms(True)
     had_group = dist.is_initialized()
+    AcceleratorState._reset_state()  # accelerate keeps the first precision of a process: each run has its own
     try:
         accelerator = Accelerator(
             mixed_precision=mixed_precision,

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data.token_store import TokenStore
-from mlm.errors import UserError, one_line
+from mlm.errors import one_line
 
 if TYPE_CHECKING:
     from mlm.engine.update import Update
@@ -52,13 +52,6 @@ def find_nonfinite(update: "Update", step: int, store: TokenStore) -> NonFinite:
     chunk_ids = chunk_ids[broken] if any(broken) else chunk_ids
     documents = batches.chunks.documents(chunk_ids, store.document_offsets)
     return NonFinite(chunk_ids.tolist(), documents.tolist(), any(broken))
-
-
-def check_scale(scale: float, step: int) -> None:
-    """Raises UserError where fp16's loss scale has fallen so far that ordinary gradients vanish in fp16."""
-    if scale < torch.finfo(torch.float16).tiny:
-        reason = f"the loss or its gradients overflow at any fp16 loss scale (now {scale:.1e})"
-        raise UserError(f"step {step + 1}: {reason}; use --mixed_precision bf16, or a lower --learning_rate")
 
 
 def _some(numbers: list[int]) -> str:

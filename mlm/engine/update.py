@@ -26,7 +26,6 @@ from mlm.data.batches import Batch, Batches
 from mlm.data.masking import DROPOUT, stream_key
 from mlm.engine.distributed import GradientSum, agree, host_group
 from mlm.engine.memory import first_micro_batch, out_of_memory, smaller
-from mlm.engine.nonfinite import check_scale
 from mlm.errors import UserError, at_least
 from mlm.model.sparse_head import SparseMaskedLM
 
@@ -139,7 +138,7 @@ class Update:
                     scheduler.step()
                 return Step(sums, self.nonfinite, masked, overflows, agreed)
             overflows += 1
-            check_scale(self.scaler.get_scale(), step)
+            _check_scale(self.scaler.get_scale(), step)
 
     def _forward_backward(self, step: int) -> tuple[torch.Tensor, int]:
         """Adds this process's part to each .grad. Gives its sums [1 + S], and the masked tokens of all."""
@@ -233,3 +232,10 @@ class Update:
         world, micro_batch = state["micro_batch"]
         if self.config.per_device_train_batch_size == "auto" and world == self.batches.world:
             self.micro_batch = micro_batch
+
+
+def _check_scale(scale: float, step: int) -> None:
+    """Raises UserError where fp16's loss scale has fallen so far that ordinary gradients vanish in fp16."""
+    if scale < torch.finfo(torch.float16).tiny:
+        reason = f"the loss or its gradients overflow at any fp16 loss scale (now {scale:.1e})"
+        raise UserError(f"step {step + 1}: {reason}; use --mixed_precision bf16, or a lower --learning_rate")
