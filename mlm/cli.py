@@ -71,8 +71,7 @@ def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.Argumen
     words = [action.metavar or action.dest for action in parser._actions if not action.option_strings]
     parser.usage = " ".join(["%(prog)s", *words, "[--flag value …]"])
     parser.add_argument("-h", "--help", action="help", help="Show this help and exit.")
-    file_help = "Set any of these flags in this file; flags win over the file."
-    parser.add_argument("--config", metavar="FILE.yaml", help=file_help)
+    parser.add_argument("--config", metavar="FILE.yaml", help="Set any of these flags in a file; flags win over it.")
     parser.add_argument("--json", action="store_true", help="End with one line of JSON on a terminal too.")
     for config in configs:
         _add_flags(parser.add_argument_group(config.__doc__.partition("\n")[0].rstrip(".")), config)

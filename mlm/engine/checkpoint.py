@@ -141,15 +141,15 @@ def find(wanted: str | None, checkpoints: Path, accelerator: Accelerator) -> tup
 
     The main process looks for all. Raises UserError where all are damaged, or a path holds none.
     """
-    found, mistake = (None, []), ""
+    found: Any = (None, [])
     if wanted is not None and accelerator.is_main_process:
         try:
             found = _find(wanted, checkpoints)
         except UserError as error:
-            mistake = f"--resume_from_checkpoint {wanted}: {error}"
-    found, mistake = from_main((found, mistake), accelerator)
-    if mistake:
-        raise UserError(mistake)
+            found = error
+    found = from_main(found, accelerator)
+    if isinstance(found, UserError):
+        raise UserError(f"--resume_from_checkpoint {wanted}: {found}")
     return found
 
 
