@@ -1,1 +1,1 @@
-"""Adapt masked language models to a domain. The rooms are read in the order that README.md gives."""
+"""Adapts masked language models to a domain. README.md shows the order in which to read the modules."""

@@ -140,10 +140,9 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]], words: Callable[[dict[s
         print(LOST.format(os.environ.get("RANK", "0")), file=sys.stderr, flush=True)
         os._exit(1)  # at once: an orderly end would wait for the process that is gone
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        else:  # a launcher ends all at the first that fails: let that be the one that prints the reason
-            time.sleep(2)
+        if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+            time.sleep(2)  # of a mistake of all, the first one prints it, and a launcher ends the others
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

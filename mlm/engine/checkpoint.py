@@ -80,7 +80,7 @@ def snapshot(model: torch.nn.Module, states: dict[str, Stateful], experiment: di
     tensors nor JSON.
     """
     stored: dict[str, torch.Tensor] = {}
-    packed = {name: _pack(state.state_dict(), name, stored) for name, state in states.items()}
+    packed = {name: pack(state.state_dict(), name, stored) for name, state in states.items()}
     on_host = {"model.safetensors": _on_host(tensors(model)), "state.safetensors": _on_host(stored)}
     return {**on_host, "state.json": packed, "experiment.json": experiment}
 
@@ -103,19 +103,21 @@ def load(folder: Path, model: torch.nn.Module, states: dict[str, Stateful], expe
         raise UserError(f"the checkpoint {folder} cannot be resumed ({reason})") from error
 
 
-def _pack(value: Any, name: str, stored: dict[str, torch.Tensor]) -> Any:
+def pack(value: Any, name: str, stored: dict[str, torch.Tensor]) -> Any:
     """`value` as JSON, its tensors moved to `stored` under dotted names; `_unpack` is the way back.
 
     {"step": 3, 0: (tensor, 0.9)} -> {"dict": [["step", 3], [0, {"tuple": [{"tensor": "name.0.0"}, 0.9]}]]}
     """
     if isinstance(value, torch.Tensor):
+        if name in stored:
+            raise UserError(f"{name} cannot be in a checkpoint: two of its tensors have this name")
         stored[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"dict": [[key, _pack(item, f"{name}.{key}", stored)] for key, item in value.items()]}
+        return {"dict": [[key, pack(item, f"{name}.{key}", stored)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_pack(item, f"{name}.{i}", stored) for i, item in enumerate(value)]}
+        return {kind: [pack(item, f"{name}.{i}", stored) for i, item in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise UserError(f"{name} cannot be in a checkpoint: {type(value).__name__} is neither a tensor nor JSON")
@@ -309,8 +311,9 @@ def share_weights(folder: Path, model: Path) -> None:
     mine, saved = folder / "model.safetensors", model / "model.safetensors"
     with contextlib.suppress(OSError):  # no such checkpoint; a file system without hard links
         if filecmp.cmp(mine, saved, shallow=False):
-            saved.unlink()  # neither changes through the other: no file is written in place
-            os.link(mine, saved)
+            beside = model / "linked"
+            os.link(mine, beside)
+            beside.replace(saved)  # neither changes through the other: no file is written in place
 
 
 def clear(checkpoints: Path, after: int = -1) -> None:

@@ -71,6 +71,9 @@ def make_accelerator(
         raise UserError(f"--with_tracking: no tracker is installed for --report_to {report_to}; pip install one")
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+        alone = accelerator.num_processes == 1 and torch.get_num_threads() == 1
+        if alone and set_by_accelerate_launch("OMP_NUM_THREADS"):  # to one, without being asked to
+            torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     if accelerator.distributed_type not in DATA_PARALLEL:
         kind = accelerator.distributed_type.value
         raise UserError(f"accelerate is configured for {kind}, and this loop is data-parallel: accelerate config")

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 # The others wait so long, in the host's group alone, while one process tokenises the corpus; what takes longer is for
 # scripts/prepare.py. A device's reduction that waits so long has lost a process.
@@ -61,8 +60,8 @@ def agree(values: Sequence[int], group: dist.ProcessGroup | None) -> list[int]:
 def from_main(value: Any, accelerator: Accelerator) -> Any:
     """The main process's `value`, on every process; it has to be one that can be pickled."""
     box = [value]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(box)
+    if accelerator.num_processes > 1:  # in host memory, where the others may wait for long
+        dist.broadcast_object_list(box, src=0, group=host_group(accelerator))
     return box[0]
 
 

@@ -13,14 +13,14 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-SIMPLE = (int, float, str, bool, tuple, type(None))
+SIMPLE = (int, float, str, bool, tuple, list, dict, set, type(None))
 
 
 def identity(function: Callable[..., Any]) -> str:
     """A function by its name and a fingerprint of its code, without comments and docstrings.
 
     The functions of the same module that it calls count, and the module's constants that it names; of a
-    functools.partial, the arguments that are numbers or words.
+    functools.partial, the named arguments that are plain values.
     """
     if isinstance(function, functools.partial):
         arguments = {name: value for name, value in function.keywords.items() if isinstance(value, SIMPLE)}
@@ -59,7 +59,10 @@ def optimizer_identity(optimizer: Optimizer, scheduler: LRScheduler, model: torc
     """An optimizer by its kind, its settings and the names of its parameters in their order; and its schedule."""
     names = {id(p): name for name, p in model.named_parameters()}
     held = [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
-    settings = [{key: value for key, value in g.items() if isinstance(value, SIMPLE)} for g in optimizer.param_groups]
+    settings = [
+        {key: value for key, value in group.items() if key != "params" and isinstance(value, SIMPLE)}
+        for group in optimizer.param_groups
+    ]
     schedule = [identity(rule) for rule in getattr(scheduler, "lr_lambdas", ())] or [
         f"{key} {value}" for key, value in vars(scheduler).items() if isinstance(value, SIMPLE)
     ]

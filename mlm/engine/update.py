@@ -91,8 +91,8 @@ class Update:
         held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         if len(schedulers) != len(optimizers) or len({id(p) for p in held}) < len(held):
             raise ValueError("each optimizer needs a schedule of its own, and each parameter one optimizer")
-        own = {id(p): p for p in model.parameters()}  # in the model's order; then those that are not the model's
-        self.parameters = sorted(held, key=lambda p: list(own).index(id(p)) if id(p) in own else len(own))
+        place = {id(p): number for number, p in enumerate(model.parameters())}  # those beside the model come last
+        self.parameters = sorted((p for p in held if p.requires_grad), key=lambda p: place.get(id(p), len(place)))
         self.smallest = min(self.parameters, key=torch.numel)
         self.reduce = GradientSum(self.parameters, batches.world)
         self.group = host_group(accelerator)

@@ -61,7 +61,7 @@ class Progress:
         """Ends the window and adds it to the sums. The host waits for the device here."""
         *sums, nonfinite = torch.stack(self._measured).cpu().double().sum(dim=0).tolist()
         seconds = time.perf_counter() - self._started
-        window = dict(zip(("loss", *scalars), sums, strict=True))
+        window = dict(zip(("loss", *scalars), sums, strict=False))  # a process without a share knows no names
         for name, value in window.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.masked += self._masked

@@ -66,6 +66,7 @@ class Run:
         for name, state in extra_state.items():
             if name in own or not (hasattr(state, "state_dict") and hasattr(state, "load_state_dict")):
                 raise ValueError(f"extra_state {name!r}: another name, and state_dict and load_state_dict, are needed")
+            checkpoint.pack(state.state_dict(), name, {})  # names what no checkpoint can hold
         self.model, self.update, self.progress, self.states = model, update, progress, {**own, **extra_state}
         self.experiment = {**experiment, "state": sorted(self.states)}
 
@@ -75,6 +76,8 @@ class Run:
             return None
         results = from_main(self.directory.finished(self.experiment), self.accelerator)
         if results:
+            if self.is_main and self.config.run.push_to_hub:  # an upload that has failed is made up for
+                upload(self.folder, create_repository(self.config.run.hub_model_id or self.folder.name))
             self.log.print(
                 f"{self.folder} is finished: {results['steps']} steps, held-out perplexity "
                 f"{figure(results['perplexity'])}; give --overwrite_output_dir to train anew"
@@ -133,19 +136,21 @@ class Run:
 
     def missed_evaluation(self, last_step: int) -> bool:
         """Whether a resumed run was stopped between a step and the evaluation that comes after it."""
-        due = self.update.batches.due(self.config.train.eval_steps, self.progress.step)
-        return 0 < self.progress.step < last_step and due and not self.progress.evaluated
+        step = self.progress.step
+        return step > 0 and not self.progress.evaluated and self._evaluates(step, last_step)
+
+    def _evaluates(self, step: int, last_step: int) -> bool:
+        """Whether an evaluation in the loop comes after `step` steps: after the last one if it may be the best."""
+        if step == last_step:
+            return self.config.train.load_best_model_at_end
+        return self.update.batches.due(self.config.train.eval_steps, step)
 
     def due(self, step: int, last_step: int) -> tuple[bool, bool, bool]:
-        """Whether an evaluation, a checkpoint and a line of the log come after `step` steps.
-
-        After the last step the evaluation comes later, but for the one that finds the best weights.
-        """
+        """Whether an evaluation, a checkpoint and a line of the log come after `step` steps."""
         self.log.advance(step, last_step)
-        config, due, ends = self.config, self.update.batches.due, step == last_step
-        evaluates = config.train.load_best_model_at_end if ends else due(config.train.eval_steps, step)
-        saves = due(config.checkpoint.checkpointing_steps, step)
-        return evaluates, saves, due(config.run.logging_steps, step) or ends
+        due = self.update.batches.due
+        saves, logs = due(self.config.checkpoint.checkpointing_steps, step), due(self.config.run.logging_steps, step)
+        return self._evaluates(step, last_step), saves, logs or step == last_step
 
     def requests(self) -> list[int]:
         """What all processes have to know of this one: a signal to stop, a checkpoint that failed."""
@@ -246,14 +251,14 @@ class Run:
         try:
             yield
         except Exception as error:
-            if isinstance(error, Stopped) or lost_a_process(error):
+            if isinstance(error, Stopped | BrokenPipeError) or lost_a_process(error):
                 raise
             base = self.config.model.model_name_or_path
             again = f"scripts/evaluate.py --model_name_or_path {self.folder}{f' --compare {base}' if base else ''}"
             raise UserError(
                 f"the trained model is saved in {self.folder}, its analysis failed "
-                f"({one_line(f'{type(error).__name__}: {error}', 200)}); to repeat it: python {again}, with the "
-                "flags that name the text"
+                f"({one_line(f'{type(error).__name__}: {error}', 200)}); to repeat it: python {again}, with this "
+                "run's flags for text, chunks and evaluation"
             ) from error
 
     def finish(self, results: dict[str, Any]) -> None:
@@ -262,7 +267,7 @@ class Run:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers.clear()  # another run of this process has its own
+        self.accelerator.wait_for_everyone()
         if self.hub_id is not None:
             upload(self.folder, self.hub_id)
             self.log.print(f"uploaded to {self.hub_id}")
-        self.accelerator.wait_for_everyone()

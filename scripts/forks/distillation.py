@@ -6,7 +6,7 @@ The first three functions are what most forks change: the loss, how many tokens 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from mlm.engine.update import Update
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import open_eval_sets
 from mlm.evaluation.evaluate import Evaluations
-from mlm.model.load import load_model, open_corpus
+from mlm.model.load import ModelConfig, load_model, open_corpus
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import max_positions
 from mlm.report.metrics import Progress
@@ -43,7 +43,7 @@ from mlm.report.summary import conclude_run, describe, outcome, plan, sizes
 class TeacherConfig:
     """Distillation."""
 
-    teacher: str | None = None  # The checkpoint whose predictions are learnt.
+    teacher: str = "google-bert/bert-base-uncased"  # Learn the predictions of this checkpoint.
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     # Update: any optimizers, each with its schedule.
     optimizers = [make_optimizer(model.named_parameters(), config.optimizer)]
     schedulers = [make_scheduler(optimizer, config.optimizer, last_step) for optimizer in optimizers]
-    learnt = replace(config.model, model_name_or_path=config.distillation.teacher)
-    teacher = SparseMaskedLM(load_model(learnt, tokenizer, seed=0)).to(accelerator.device).eval()
+    learnt = load_model(ModelConfig(config.distillation.teacher), tokenizer, seed=0)
+    teacher = SparseMaskedLM(learnt).to(accelerator.device).eval()
     learn = partial(objective, teacher=teacher)
     update = Update(model, learn, batches, optimizers, schedulers, accelerator, config.update)
 
@@ -120,7 +120,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     experiment = describe(config, net, update, eval_sets, stores["train"], last_step)
     run.keeps(net, update, progress, before, extra_state, experiment)
     if results := run.finished():
-        trained = load_model(replace(config.model, model_name_or_path=str(run.folder)), tokenizer, 0)
+        trained = load_model(ModelConfig(str(run.folder)), tokenizer, seed=0)
         return Result(trained, tokenizer, results, run.folder)
     with run:
         run.resume(sizes(stores["train"], eval_sets))

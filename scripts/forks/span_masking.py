@@ -6,7 +6,7 @@ The first three functions are what most forks change: the loss, how many tokens 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from mlm.engine.update import Update
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import open_eval_sets
 from mlm.evaluation.evaluate import Evaluations
-from mlm.model.load import load_model, open_corpus
+from mlm.model.load import ModelConfig, load_model, open_corpus
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import max_positions
 from mlm.report.metrics import Progress
@@ -108,7 +108,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     experiment = describe(config, net, update, eval_sets, stores["train"], last_step)
     run.keeps(net, update, progress, before, extra_state, experiment)
     if results := run.finished():
-        trained = load_model(replace(config.model, model_name_or_path=str(run.folder)), tokenizer, 0)
+        trained = load_model(ModelConfig(str(run.folder)), tokenizer, seed=0)
         return Result(trained, tokenizer, results, run.folder)
     with run:
         run.resume(sizes(stores["train"], eval_sets))

@@ -183,7 +183,7 @@ def test_what_it_saves_puts_it_back_to_the_bit(toy, data, optimizers):
 
 def test_named_scalars_are_sums_over_the_masked_tokens_however_the_batch_is_cut(toy, data):
     def counting(model, batch):
-        return objective(model, batch), {"tokens": torch.tensor(len(batch.targets))}
+        return objective(model, batch), {"count": torch.tensor(len(batch.targets))}
 
     sums = [make_update(toy, data, fused, loss=counting, per_device_train_batch_size=micro)(0) for micro in (8, 3)]
     assert [applied.sums[1].item() for applied in sums] == [applied.masked for applied in sums]
@@ -249,3 +249,14 @@ def test_an_objective_that_cannot_be_is_named(toy, data, loss, words):
 def test_each_optimizer_has_a_schedule_and_each_parameter_one_optimizer(toy, data):
     with pytest.raises(ValueError, match="one optimizer"):
         make_update(toy, data, lambda named: [*fused(named), *fused(named)])
+
+
+def test_frozen_parameters_stay_as_they_are_in_an_optimizer_that_holds_and_decays_them(toy, data):
+    def decaying(named):
+        named["model.bert.embeddings.word_embeddings.weight"].requires_grad_(False)
+        return [torch.optim.AdamW(named.values(), lr=0.1, weight_decay=0.5)]
+
+    update = make_update(toy, data, decaying)
+    before = weights(update)["bert.embeddings.word_embeddings.weight"].clone()
+    update(0)
+    assert torch.equal(weights(update)["bert.embeddings.word_embeddings.weight"], before)

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from mlm.engine.checkpoint import CheckpointConfig, damaged, snapshot
+from mlm.engine.signals import Stopped, StopSignals
 from mlm.errors import UserError
 from mlm.report.run_directory import RunConfig
 from mlm.train import train
-from tests.runs import TORCHRUN, assert_same_bits, metrics, run, weights
+from tests.runs import TORCHRUN, assert_same_bits, metrics, run, steps_taken, weights
 
 
 def test_a_resumed_run_says_from_which_step_and_a_finished_one_that_it_is(toy, tmp_path, capsys):
@@ -134,3 +135,56 @@ print("folder", train(cli.parse_config(Config, {flags!r})).output_dir, flush=Tru
     named = {line for line in output.splitlines() if line.startswith("folder")}
     assert len(named) == 1
     assert "late" not in named.pop()
+
+
+def test_without_hard_links_the_model_is_saved_all_the_same(toy, tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refused)
+    result = train(toy.config(tmp_path / "run", checkpointing_steps=6))
+    assert_same_bits(weights(tmp_path / "run"), result.model.state_dict())
+
+
+@pytest.mark.parametrize("stop_in", [6, 5])
+def test_the_last_weights_can_be_the_best_though_a_signal_stops_the_run_right_then(
+    toy, tmp_path, monkeypatch, stop_in
+):
+    settings = {"max_train_steps": 6, "eval_steps": 2, "load_best_model_at_end": True}
+    whole = train(toy.config(tmp_path / "whole", **settings))
+    with monkeypatch.context() as patch:
+        asked = StopSignals.asked
+        patch.setattr(
+            StopSignals, "asked", lambda self: 15 if steps_taken(tmp_path / "run") >= stop_in else asked(self)
+        )
+        with pytest.raises(Stopped):
+            train(toy.config(tmp_path / "run", logging_steps=1, **settings))
+    again = toy.config(tmp_path / "run", logging_steps=1, resume_from_checkpoint="latest", **settings)
+    assert_same_bits(train(again).model.state_dict(), whole.model.state_dict())
+    assert [line["step"] for line in metrics(tmp_path / "run", "eval")] == [0, 2, 4, 6]
+
+
+@pytest.mark.slow
+def test_an_empty_share_logs_named_scalars_too_and_a_failure_on_another_rank_is_printed(toy, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("""
+import os, sys
+from mlm import cli
+from mlm import train as loop
+from mlm.config import Config
+plain = loop.objective
+loop.objective = lambda model, batch: (plain(model, batch), {"agreement": plain(model, batch).detach()})
+if "fails" in sys.argv[-1]:
+    def fails(*_, **__):
+        raise ZeroDivisionError("on rank 1")
+    if os.environ["RANK"] == "1":
+        loop.conclude_run = fails
+cli.run(lambda argv: loop.train(cli.parse_config(Config, argv)).results)
+""")
+    flags = {"train_batch_size": 1, "max_train_steps": 3}
+    status, _, errors = run(TORCHRUN, toy.flags(tmp_path / "fine", **flags), str(program))
+    assert status == 0, errors
+    assert all(line["agreement"] == pytest.approx(line["loss"]) for line in metrics(tmp_path / "fine", "train"))
+    _, _, errors = run(TORCHRUN, toy.flags(tmp_path / "fails", **flags), str(program))
+    assert "the trained model is saved in" in errors
+    assert "ZeroDivisionError: on rank 1" in errors
