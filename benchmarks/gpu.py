@@ -304,7 +304,7 @@ def gradients(
         objective if sparse else dense_objective,
         batches,
         [optimizer],
-        [],
+        [make_scheduler(optimizer, OptimizerConfig(), 1)],
         make_accelerator(device, "no"),
         UpdateConfig(per_device_train_batch_size=batches.global_batch // micro_batches, max_grad_norm=0),
     )

@@ -39,7 +39,7 @@ def start(launcher: list[str], flags: list[str], program: str = SCRIPT) -> subpr
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **CPU},
+        env={**os.environ, **CPU, "PYTHONPATH": str(REPOSITORY)},  # programs of tests import helpers from here
     )
 
 
