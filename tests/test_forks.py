@@ -168,3 +168,15 @@ def test_train_shows_no_progress_bars_of_other_libraries(toy, tmp_path, capfd):
     finally:
         transformers_logging.disable_progress_bar()
     assert "Loading weights" not in capfd.readouterr().err
+
+
+def test_the_readme_shows_what_a_fork_changes():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition("```diff\n")[2].partition("```")[0].splitlines()
+    before, after = (
+        (REPOSITORY / path).read_text().splitlines() for path in ("mlm/train.py", "scripts/forks/averaged_weights.py")
+    )
+    assert all(line[1:] in after and line[1:] not in before for line in shown if line.startswith("+"))
+    assert all(line[1:] in before and line[1:] not in after for line in shown if line.startswith("-"))
+    assert len([line for line in shown if line[0] in "+-"]) == 7
+    assert len(readme.splitlines()) <= 220

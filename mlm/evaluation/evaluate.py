@@ -112,7 +112,7 @@ def evaluate(
 ) -> Evaluation | None:
     """Measures `model` on an eval set, its chunks cut into contiguous shares over the processes.
 
-    Where a batch does not fit into memory, this process goes on with batches of half the size. No figure depends on
+    Where a batch does not fit into memory, this process continues with batches of half the size. No figure depends on
     the size, and the processes meet only at the end, so that each does so on its own.
 
     complete: all mask rounds, else the first one alone
