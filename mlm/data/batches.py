@@ -57,7 +57,8 @@ def mask_chunks(
     """
     ids, word_starts, lengths = chunks.take(chunk_ids)
     draws = draw(seed, epochs, chunk_ids, ids.shape[1])
-    corrupted = corrupt(ids, _checked(select(maskable[ids], draws, word_starts), maskable[ids]), draws, recipe)
+    allowed = maskable[ids]  # [B, T]
+    corrupted = corrupt(ids, _checked(select(allowed, draws, word_starts), allowed), draws, recipe)
     attention_mask = None
     if lengths is not None and (lengths < ids.shape[1]).any():
         attention_mask = torch.from_numpy((np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64))
