@@ -2,11 +2,13 @@
 
 Workload: the update that train.py calls (mlm.engine.update.Update), about 32,000 tokens a step, for the sizes
 of DistilBERT, BERT-base, RoBERTa-base and ModernBERT-base at 128 and 512 tokens: fp16 with its scaler and
-bf16, eager, and compiled for the sparse head in bf16. A compiled step sees one number of masked tokens, to
+bf16, eager, and compiled where a speed is aimed at. A compiled step sees one number of masked tokens, to
 which a run would have to pad.
 
-Peer: the same update with the dense head and the model's own loss. Ceiling: the GPU's rate at a large matrix
-product in the same precision; FLOPs that the dense head spends on unmasked positions do not count as use.
+Peers: the same update with the dense head and the model's own loss, and, in bf16, the step of
+run_mlm_no_trainer (the model as accelerate prepares it, its own loss, AdamW as torch has it). Ceiling: the GPU's
+rate at a large matrix product in the same precision; FLOPs that the dense head spends on unmasked positions do
+not count as use.
 
 Waiting for data is the share of a step's time that is saved where its batch is on the device beforehand. A
 step should never make the host wait for the device, except under fp16, whose scaler asks whether gradients
@@ -21,6 +23,7 @@ Without a GPU it prints so and exits with status 0.
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -30,7 +33,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -50,8 +54,8 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.made_up import RATE, SEED, Ready, dense_objective, random_words
-from benchmarks.stepper import forward_flops
+from benchmarks.made_up import RATE, SEED, Ready, dense_objective, labels_of, random_words
+from benchmarks.stepper import defaults, forward_flops
 from mlm.config import Config
 from mlm.data.batches import Batch, Batches
 from mlm.data.masking import corrupt_torch, draw_torch, select_tokens_torch
@@ -71,18 +75,18 @@ class Setting(NamedTuple):
     """How a size is trained."""
 
     precision: str
-    sparse: bool
+    way: Literal["sparse head", "dense head", "run_mlm_no_trainer"]
     compiled: bool = False
 
 
 SETTINGS = (
-    Setting("fp16", sparse=False),
-    Setting("fp16", sparse=True),
-    Setting("bf16", sparse=False),
-    Setting("bf16", sparse=True),
-    Setting("bf16", sparse=True, compiled=True),
+    Setting("fp16", "dense head"),
+    Setting("fp16", "sparse head"),
+    Setting("bf16", "run_mlm_no_trainer"),
+    Setting("bf16", "dense head"),
+    Setting("bf16", "sparse head"),
+    Setting("bf16", "sparse head", compiled=True),
 )
-LATEST_COMPILATION = 6 * 60  # seconds after the start
 
 
 class Scale(NamedTuple):
@@ -105,10 +109,12 @@ def sizes(self_test: bool) -> dict[str, Size]:
     if self_test:
         return {"toy": Size(lambda T: toy(), {})}
 
-    fast = {"tokens_per_second": 1e6, "utilisation": 0.4}
+    fast = {"tokens_per_second": 1.25e6, "utilisation": 0.45}
     return {
         "DistilBERT": Size(lambda T: DistilBertForMaskedLM(DistilBertConfig()), {128: fast}),
-        "BERT-base": Size(lambda T: BertForMaskedLM(BertConfig()), {512: {"utilisation": 0.45}}),
+        "BERT-base": Size(
+            lambda T: BertForMaskedLM(BertConfig()), {512: {"tokens_per_second": 6e5, "utilisation": 0.45}}
+        ),
         "RoBERTa-base": Size(
             lambda T: RobertaForMaskedLM(RobertaConfig(vocab_size=50265, max_position_embeddings=T + 2)), {}
         ),
@@ -134,30 +140,37 @@ def make_accelerator(device: torch.device, precision: str, scale: float = 2.0**1
     return accelerator
 
 
-def make_updates(
-    model: SparseMaskedLM, setting: Setting, batches: Batches, accelerator: Accelerator
-) -> tuple[Update, Update]:
-    """The update on batches as they come, and the same one on a batch that is there already."""
+def make_steps(
+    net: PreTrainedModel, setting: Setting, batches: Batches, accelerator: Accelerator
+) -> tuple[Callable[[int], object], Callable[[int], object] | None]:
+    """A step on a batch that is there already, and (None for the peer) the same one on batches as they come."""
+    there = Ready(batches, accelerator.device)
+    if setting.way == "run_mlm_no_trainer":
+        [batch], _ = there.load(0, batches.global_batch)
+        step = defaults(SimpleNamespace(model=accelerator.prepare_model(net), batch=batch, labels=labels_of(batch)))
+        return lambda number: step(), None
+    model = SparseMaskedLM(net).train()
+    if setting.way == "sparse head" and not setting.compiled:
+        check_sparse_head(model, there.load(0, batches.global_batch)[0][0], accelerator)
     optimizer = make_optimizer(model.named_parameters(), OptimizerConfig())
     scheduler = make_scheduler(optimizer, OptimizerConfig(), 10_000)
     config = UpdateConfig(per_device_train_batch_size=batches.global_batch)
-    loss = objective if setting.sparse else dense_objective
+    loss = objective if setting.way == "sparse head" else dense_objective
     if setting.compiled:
         loss = torch.compile(loss)
-    made, ready = (
-        Update(model, loss, source, [optimizer], [scheduler], accelerator, config)
-        for source in (batches, Ready(batches, accelerator.device))
+    ready, made = (
+        Update(model, loss, source, [optimizer], [scheduler], accelerator, config) for source in (there, batches)
     )
-    return made, ready
+    return ready, None if setting.compiled else made
 
 
-def seconds_a_step(update: Update, steps: int) -> float:
-    """The mean over some steps."""
+def seconds_a_step(take: Callable[[int], object], scale: Scale) -> float:
+    """The mean over the steps of a round."""
     began = time.perf_counter()
-    for step in range(steps):
-        update(step)
-    synchronise(update.accelerator.device)
-    return (time.perf_counter() - began) / steps
+    for step in range(scale.steps):
+        take(step)
+    synchronise(scale.device)
+    return (time.perf_counter() - began) / scale.steps
 
 
 @torch.no_grad()
@@ -177,14 +190,12 @@ def measure(size: Size, length: int, setting: Setting, scale: Scale) -> dict[str
     if scale.device.type == "cuda":
         torch.cuda.empty_cache()
     torch.manual_seed(SEED)
-    model = SparseMaskedLM(size.model(length).to(scale.device)).train()
+    with scale.device:
+        net = size.model(length)
     global_batch = scale.tokens // length
     batches = random_words(4 * global_batch, length, VOCABULARY, global_batch)
     accelerator = make_accelerator(scale.device, setting.precision)
-    from_host, ready = make_updates(model, setting, batches, accelerator)
-    [batch], masked = ready.batches.load(0, global_batch)
-    if setting.sparse and not setting.compiled:
-        check_sparse_head(model, batch, accelerator)
+    ready, from_host = make_steps(net, setting, batches, accelerator)
     for step in range(3):
         ready(step)
     synchronise(scale.device)
@@ -192,14 +203,13 @@ def measure(size: Size, length: int, setting: Setting, scale: Scale) -> dict[str
         torch.cuda.reset_peak_memory_stats()
     there, made = [], []  # seconds a step, with the batch there already, and made for it; in turn
     for _ in range(scale.rounds):
-        there.append(seconds_a_step(ready, scale.steps))
-        made.append(math.nan if setting.compiled else seconds_a_step(from_host, scale.steps))
+        there.append(seconds_a_step(ready, scale))
+        made.append(seconds_a_step(from_host, scale) if from_host else math.nan)
     waits = None
     if scale.device.type == "cuda" and setting.precision == "bf16":  # under fp16 the scaler asks
-        waits = synchronisations(lambda: (ready if setting.compiled else from_host)(0))
+        waits = synchronisations(lambda: (from_host or ready)(0))
     seconds = statistics.median(there)
-    flops = 3 * forward_flops(model.model, global_batch, length, masked)
-    waiting = statistics.median(1 - a / b for a, b in zip(there, made, strict=True))
+    flops = 3 * forward_flops(net, global_batch, length, batches.load(0, global_batch)[1])
     return {
         "tokens_per_second": scale.tokens / seconds,
         "low": scale.tokens / max(there),
@@ -207,7 +217,7 @@ def measure(size: Size, length: int, setting: Setting, scale: Scale) -> dict[str
         "n": len(there),
         "utilisation": flops / seconds / scale.products[setting.precision],
         "peak_memory_mib": peak_memory_mib(scale.device),
-        "waiting_for_data": None if setting.compiled else waiting,
+        "waiting_for_data": from_host and statistics.median(1 - a / b for a, b in zip(there, made, strict=True)),
         "synchronisations_in_a_step": waits,
     }
 
@@ -368,32 +378,24 @@ def products_per_second(device: torch.device, precision: torch.dtype, size: int)
     return best
 
 
-def measure_all(scale: Scale, self_test: bool, began: float) -> Iterator[dict[str, Any]]:
+def measure_all(scale: Scale, self_test: bool) -> Iterator[dict[str, Any]]:
     """Every row, as it is measured."""
-    for name, size in sizes(self_test).items():
-        for length in scale.lengths:
-            for setting in SETTINGS:
-                late = time.perf_counter() - began > LATEST_COMPILATION
-                if setting.compiled and (self_test or late):  # it takes half a minute
-                    continue
-                row = {
-                    "model": name,
-                    "length": length,
-                    "precision": setting.precision,
-                    "head": "sparse" if setting.sparse else "dense",
-                    "compiled": setting.compiled,
-                }
-                if (setting.precision, setting.sparse) == ("bf16", True):
-                    row["targets"] = size.target.get(length, {}) | {"waiting_for_data": 0.01}
-                try:
-                    row |= measure(size, length, setting, scale)
-                except torch.OutOfMemoryError:
-                    row["failed"] = "out of memory"
-                except RuntimeError as error:
-                    if not setting.compiled:  # the compiler's failures are RuntimeErrors, and its own affair
-                        raise
-                    row["failed"] = one_line(error, 100)
-                yield row
+    for (name, size), length, setting in itertools.product(sizes(self_test).items(), scale.lengths, SETTINGS):
+        target = size.target.get(length, {})
+        if setting.compiled and not target:  # it takes half a minute
+            continue
+        row: dict[str, Any] = {"model": name, "length": length, **setting._asdict()}
+        if setting == Setting("bf16", "sparse head"):
+            row["targets"] = target | {"waiting_for_data": 0.01}
+        try:
+            row |= measure(size, length, setting, scale)
+        except torch.OutOfMemoryError:
+            row["failed"] = "out of memory"
+        except RuntimeError as error:
+            if not setting.compiled:  # the compiler's failures are RuntimeErrors, and its own affair
+                raise
+            row["failed"] = one_line(error, 100)
+        yield row
 
 
 def main() -> None:
@@ -407,7 +409,6 @@ def main() -> None:
     if args.out is None and not args.self_test:
         args.out = Path(__file__).parent / "results" / "gpu.json"
     device = torch.device("cpu" if args.self_test else "cuda")
-    began = time.perf_counter()
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # no row is called compiled that is not
     lengths, tokens, largest = ((128,), 256, 256) if args.self_test else ((128, 512), 32_768, 8192)
     products = {name: products_per_second(device, dtype, largest) for name, dtype in DTYPES.items()}
@@ -427,8 +428,8 @@ def main() -> None:
             f"masking on the device, {masking['length']} tokens a chunk: {masking['ratio']:.2f} times the "
             f"host's speed ({masking['low']:.2f} to {masking['high']:.2f}, n = {masking['n']})"
         )
-    print(f"{'':34}{'tokens/s':>12}{'used':>6}{'MiB':>9}{'waits':>8}  syncs", flush=True)
-    for row in measure_all(scale, args.self_test, began):
+    print(f"{'':48}{'tokens/s':>12}{'used':>6}{'MiB':>9}{'waits':>8}  syncs", flush=True)
+    for row in measure_all(scale, args.self_test):
         stored["rows"].append(row)
         print(line(row), flush=True)
         if args.out:
@@ -437,14 +438,14 @@ def main() -> None:
 
 def line(row: dict[str, Any]) -> str:
     """A row of the table that is printed."""
-    kind = f"{row['model']} {row['length']} {row['precision']} {row['head']}"
-    head = f"{kind + (' compiled' if row['compiled'] else ''):34}"
+    kind = f"{row['model']} {row['length']} {row['precision']} {row['way']}"
+    start = f"{kind + (' compiled' if row['compiled'] else ''):48}"
     if "failed" in row:
-        return f"{head}  {row['failed']}"
+        return f"{start}  {row['failed']}"
     waiting = "" if row["waiting_for_data"] is None else f"{row['waiting_for_data']:.1%}"
     syncs = "" if row["synchronisations_in_a_step"] is None else row["synchronisations_in_a_step"]
     return (
-        f"{head}{row['tokens_per_second']:>12,.0f}{row['utilisation']:>6.2f}{row['peak_memory_mib']:>9,.0f}"
+        f"{start}{row['tokens_per_second']:>12,.0f}{row['utilisation']:>6.2f}{row['peak_memory_mib']:>9,.0f}"
         f"{waiting:>8}  {syncs}"
     )
 

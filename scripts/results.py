@@ -139,7 +139,7 @@ def gpu(stored: dict[str, Any]) -> str:
 
 
 def _gpu_row(row: dict[str, Any]) -> str:
-    step = f"{row['model']}, {row['length']} tokens, {row['precision']}, {row['head']} head"
+    step = f"{row['model']}, {row['length']} tokens, {row['precision']}, {row['way']}"
     if row["compiled"]:
         step += ", compiled"
     if "failed" in row:

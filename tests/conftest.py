@@ -23,11 +23,12 @@ REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 # One thread, here and in the processes that tests start: sums have one order in both, and toys are as fast.
-# The libraries' progress bars would bury a failure.
+# On the CPU, also where there is a GPU, so that the same bits are compared everywhere; tests marked cuda are the
+# GPU's own. The libraries' progress bars would bury a failure.
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes is no claim
 hypothesis.settings.load_profile("any machine")
-os.environ.update(OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error")
+os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error")
 transformers_logging.disable_progress_bar()
 
 
@@ -44,8 +45,12 @@ def caches(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerator():
+def fresh_accelerator(request, monkeypatch):
     """accelerate keeps its device and precision for the life of a process: each test chooses anew."""
+    if request.node.get_closest_marker("cuda"):
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -31,7 +31,9 @@ def half_precision(init_scale):
     return accelerator
 
 
-def start(launcher: list[str], flags: list[str], program: str = SCRIPT) -> subprocess.Popen:
+def start(
+    launcher: list[str], flags: list[str], program: str = SCRIPT, env: Mapping[str, str] = CPU
+) -> subprocess.Popen:
     """A training process, or a launcher with its own, at work in the background."""
     return subprocess.Popen(
         [*launcher, program, *flags],
@@ -39,7 +41,7 @@ def start(launcher: list[str], flags: list[str], program: str = SCRIPT) -> subpr
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **CPU, "PYTHONPATH": str(REPOSITORY)},  # programs of tests import helpers from here
+        env={**os.environ, **env, "PYTHONPATH": str(REPOSITORY)},  # programs of tests import helpers from here
     )
 
 
@@ -53,8 +55,10 @@ def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[int, str, s
     return process.returncode, output, errors
 
 
-def run(launcher: list[str], flags: list[str], program: str = SCRIPT) -> tuple[int, str, str]:
-    return finish(start(launcher, flags, program))
+def run(
+    launcher: list[str], flags: list[str], program: str = SCRIPT, env: Mapping[str, str] = CPU
+) -> tuple[int, str, str]:
+    return finish(start(launcher, flags, program, env))
 
 
 def workers(process: subprocess.Popen) -> list[psutil.Process]:
