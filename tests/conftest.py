@@ -29,6 +29,8 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes is no claim
 hypothesis.settings.load_profile("any machine")
 os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error")
+# Programs that tests start import helpers from here.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 transformers_logging.disable_progress_bar()
 
 

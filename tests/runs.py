@@ -41,7 +41,7 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **env, "PYTHONPATH": str(REPOSITORY)},  # programs of tests import helpers from here
+        env={**os.environ, **env},
     )
 
 

@@ -83,7 +83,7 @@ def start(launcher, program, tmp_path):
     """The program under the launcher, neither of which is told that there is no GPU."""
     path = tmp_path / "program.py"
     path.write_text(program)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = dict(os.environ)
     environment.pop("ACCELERATE_USE_CPU", None)
     return subprocess.run([*launcher, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True)
 

@@ -220,7 +220,7 @@ def test_a_state_of_the_optimizer_that_does_not_fit_is_named(little_memory):
     """64 million weights, 256 MB: AdamW's two moments do not fit where gradients and clipping do."""
     model = bert(vocabulary=250_000, hidden=256)
     update = make_update(on_gpu(), unfused, model, random_words(8, LENGTH, VOCABULARY, 1), micro_batch=1)
-    little_memory(600 * 2**20)
+    little_memory(900 * 2**20)
     with pytest.raises(UserError, match="out of memory for the state of AdamW"):
         update(0)
 
