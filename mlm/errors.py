@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """Text of others (documents, tokens, names of files and columns) for a terminal: `\\x1b` in letters for an escape."""
+    """Other people's text (documents, tokens, names of files and columns) for a terminal: an escape in letters."""
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
