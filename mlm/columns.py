@@ -7,7 +7,7 @@ PAGE = 100  # columns that a table may fill
 
 def columns(text: str) -> int:
     """How many terminal columns `text` takes: East Asian characters take two."""
-    return sum(map(_columns, text))
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def fit(text: str, width: int) -> str:
@@ -16,11 +16,7 @@ def fit(text: str, width: int) -> str:
         return text + " " * (width - columns(text))
     kept, left = "", width - 1
     for character in text:
-        if (left := left - _columns(character)) < 0:
+        if (left := left - columns(character)) < 0:
             break
         kept += character
     return f"{kept}…" + " " * (width - 1 - columns(kept))
-
-
-def _columns(character: str) -> int:
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1

@@ -1,12 +1,25 @@
 """Mistakes that the user can mend, each in one line."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
+
+# What a terminal obeys (control characters, except tab and newline), what reorders the text around it
+# (https://www.unicode.org/reports/tr9/#Directional_Formatting_Characters), and surrogates, which have no encoding.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
     """What is wrong, where, and what to do, in one line, which the scripts print; they exit with status 2."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__()).replace("\n", "\\n")
+
+
+def printable(text: str) -> str:
+    """Other people's text (documents, tokens, names of files and columns) for a terminal: an escape in letters."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(error: object, width: int = 300) -> str:

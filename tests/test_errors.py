@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlm.errors import explain_load_failure, one_line
+from mlm.errors import UserError, explain_load_failure, one_line, printable
 
 
 @given(st.text(), st.integers(1, 40))
@@ -37,3 +37,30 @@ def test_what_failed_to_load_is_named_with_where(name, words, tmp_path):
 def test_code_to_be_trusted_is_told_from_other_failures_however_late_the_library_says_so(tmp_path):
     error = explain_load_failure("model", str(tmp_path), ValueError("x " * 400 + "pass `trust_remote_code=True`"))
     assert str(error) == f"{tmp_path} brings code of its own; read it, then run it with --trust_remote_code true"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31mred\x07", r"a\x1b[31mred\x07"),
+        ("gone\rover \x9b2J", r"gone\rover \x9b2J"),
+        ("\u202etxt.exe \u2066 \u2028", r"\u202etxt.exe \u2066 \u2028"),
+        ("half a \ud83d pair", r"half a \ud83d pair"),
+        ("lines\n\tkept, naïve 漢字 👩‍🔬 שלום \\x1b", "lines\n\tkept, naïve 漢字 👩‍🔬 שלום \\x1b"),
+    ],
+)
+def test_what_a_terminal_obeys_is_shown(text, shown):
+    assert printable(text) == shown
+
+
+@given(st.text(st.characters()))
+def test_shown_text_can_be_written_anywhere_and_is_shown_once(text):
+    shown = printable(text)
+    shown.encode()
+    assert printable(shown) == shown
+    assert "\x1b" not in shown
+
+
+def test_a_mistake_shows_the_names_in_it_and_stays_one_line():
+    assert str(UserError("no file \x1b]0;title\x07\nb")) == r"no file \x1b]0;title\x07\nb"
+    assert str(UserError(UserError("\x1b"))) == r"\x1b"

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from mlm.data.chunks import Chunks
+from mlm.data.chunks import Chunks, Rows
 from mlm.data.masking import Recipe, corrupt, draw
 from mlm.data.order import epoch_order
 
@@ -37,6 +37,7 @@ class Batch(NamedTuple):
 
 Select = Callable[[np.ndarray, np.ndarray, float, np.ndarray], np.ndarray]
 """(maskable [B, T] bool, draws [B, T] uint64, rate, word_starts [B, T] bool) -> [B, T] bool, 1: predicted"""
+SelectAtRate = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # the same without the rate
 
 
 def mask_chunks(
@@ -46,19 +47,14 @@ def mask_chunks(
     seed: int,
     maskable: np.ndarray,
     recipe: Recipe,
-    select: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+    select: SelectAtRate,
 ) -> Batch:
-    """Takes chunks from the store and masks them.
+    """Takes chunks [B] from the store and masks them; epochs [B] int64: in which each is seen.
 
-    chunk_ids: [B] int64
-    epochs:    [B] int64, in which each chunk is seen
-    maskable:  [V] bool, 1: may be masked
-    select:    (maskable [B, T], draws [B, T], word_starts [B, T]) -> [B, T] bool, 1: predicted
+    maskable: [V] bool, 1: may be masked
     """
-    ids, word_starts, lengths = chunks.take(chunk_ids)
-    draws = draw(seed, epochs, chunk_ids, ids.shape[1])
-    allowed = maskable[ids]  # [B, T]
-    corrupted = corrupt(ids, _checked(select(allowed, draws, word_starts), allowed), draws, recipe)
+    (ids, _, lengths), draws, selected = _selected(chunks, chunk_ids, epochs, seed, maskable, select)
+    corrupted = corrupt(ids, selected, draws, recipe)
     attention_mask = None
     if lengths is not None and (lengths < ids.shape[1]).any():
         attention_mask = torch.from_numpy((np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64))
@@ -118,30 +114,30 @@ class Batches:
         start, end = (-(-self.global_batch * r // self.world) for r in (self.rank, self.rank + 1))
         cuts = [slice(i, min(i + micro_batch, end)) for i in range(start, end, micro_batch)]
         share = [self.mask(step, chunk_ids[cut], epochs[cut]) for cut in cuts]
-        others = np.r_[0:start, end : self.global_batch]
         masked = sum(len(batch.positions) for batch in share)
-        return share, masked + self._count(step, chunk_ids[others], epochs[others])
+        others = np.r_[0:start, end : self.global_batch]
+        if len(others):
+            given = self.seed, self.maskable, self._select_at(step)
+            masked += int(_selected(self.chunks, chunk_ids[others], epochs[others], *given)[2].sum())
+        return share, masked
 
     def mask(self, step: int, chunk_ids: np.ndarray, epochs: np.ndarray) -> Batch:
         """Masks chunks at the rate of a step. chunk_ids, epochs: [B] int64, as in `mask_chunks`"""
-        rate = self.rate(step)
-
-        def select(maskable: np.ndarray, draws: np.ndarray, word_starts: np.ndarray) -> np.ndarray:
-            return self.select(maskable, draws, rate, word_starts)
-
+        select = self._select_at(step)
         return mask_chunks(self.chunks, chunk_ids, epochs, self.seed, self.maskable, self.recipe, select)
 
-    def _count(self, step: int, chunk_ids: np.ndarray, epochs: np.ndarray) -> int:
-        if len(chunk_ids) == 0:
-            return 0
-        ids, word_starts, _ = self.chunks.take(chunk_ids)
-        draws = draw(self.seed, epochs, chunk_ids, ids.shape[1])
-        maskable = self.maskable[ids]
-        return int(_checked(self.select(maskable, draws, self.rate(step), word_starts), maskable).sum())
+    def _select_at(self, step: int) -> SelectAtRate:
+        rate = self.rate(step)
+        return lambda maskable, draws, word_starts: self.select(maskable, draws, rate, word_starts)
 
 
-def _checked(selected: np.ndarray, maskable: np.ndarray) -> np.ndarray:
-    """What a `select` function has returned [B, T], less special and unused tokens, whatever it thinks of them."""
-    if selected.shape != maskable.shape or selected.dtype != bool:
-        raise ValueError(f"select returned {selected.dtype} {selected.shape}, it has to be bool {maskable.shape}")
-    return selected & maskable
+def _selected(
+    chunks: Chunks, chunk_ids: np.ndarray, epochs: np.ndarray, seed: int, maskable: np.ndarray, select: SelectAtRate
+) -> tuple[Rows, np.ndarray, np.ndarray]:
+    """The chunks [B, T], their draws [B, T], and which tokens `select` chose [B, T], special and unused ones never."""
+    rows = chunks.take(chunk_ids)
+    draws, allowed = draw(seed, epochs, chunk_ids, rows.ids.shape[1]), maskable[rows.ids]
+    selected = select(allowed, draws, rows.word_starts)
+    if selected.shape != allowed.shape or selected.dtype != bool:
+        raise ValueError(f"select returned {selected.dtype} {selected.shape}, it has to be bool {allowed.shape}")
+    return rows, draws, selected & allowed

@@ -1,25 +1,33 @@
 """What is kept between runs in the folder --token_store: built by one run, found by the others.
 
 It is built beside its place and renamed, so that no run finds half of it. Of several runs at once one builds while the
-others wait for its lock, <place>.lock; that file stays (`one_builder` says why) and may be removed when no run builds.
+others wait for its lock, <place>.lock, which the kernel releases when the process ends, in whatever way. The lock's
+file stays: if it were removed, a run waiting on it and a later one would each hold a lock.
 """
 
 import hashlib
 import json
+import logging
+import os
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from mlm.errors import UserError
-from mlm.files import one_builder
+from filelock import FileLock, Timeout
 
+from mlm.errors import UserError, one_line
+
+log = logging.getLogger(__name__)
+
+# Seconds to wait for a run that builds the same: half of what the processes of one run wait for each other (PATIENCE
+# in engine/distributed.py), so that time is left to build without the lock.
+LOCK_TIMEOUT = 3600.0
 ABANDONED = 24 * 3600  # seconds after its last write from which a build counts as dead
-Found = TypeVar("Found")
 
 
 def key(identity: Any) -> str:
@@ -27,19 +35,15 @@ def key(identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def build_once(
-    place: Path, find: Callable[[], Found], build: Callable[[Path], None], overwrite: bool = False
-) -> Found:
-    """Has `build(path)` put a file or folder at `place`, unless another run did meanwhile. Returns what `find()` does.
-
-    find:      is false where nothing valid is at `place`
-    overwrite: build even so
+def build_once(place: Path, find: Callable[[], Any], build: Callable[[Path], None], overwrite: bool = False) -> Any:
+    """Has `build(path)` put a file or folder at `place`, unless another run did meanwhile. Returns what `find()` does,
+    which is false where nothing valid is there. With `overwrite` it is built even so.
 
     Raises UserError where the folder cannot be written.
     """
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with one_builder(place) as alone:
+        with _one_builder(place) as alone:
             if overwrite or not find():
                 name = f"{place.name}.building.{socket.gethostname()}" if alone else f"{place.name}.building"
                 _remove_abandoned(place, name if alone else None)
@@ -49,11 +53,8 @@ def build_once(
                     if overwrite or not find():
                         with suppress(FileNotFoundError):
                             place.rename(Path(workspace, "replaced"))
-                        try:
+                        with suppress(OSError):  # a run without the lock may have been quicker
                             built.rename(place)
-                        except OSError:
-                            if not find():  # else a run without the lock was quicker
-                                raise
             found = find()  # before the next run may replace it
     except OSError as error:
         raise UserError(f"--token_store {place.parent}: cannot write there ({error.strerror})") from None
@@ -62,13 +63,39 @@ def build_once(
     return found
 
 
-def _remove_abandoned(place: Path, holders: str | None) -> None:
-    """Removes what killed builds left.
+@contextmanager
+def _one_builder(place: Path) -> Iterator[bool]:
+    """Admits one run at a time. Yields False where others may be building as well: the holder kept the lock for
+    LOCK_TIMEOUT seconds, or locking is not permitted."""
+    path = Path(f"{place}.lock")
 
-    holders: the name, up to its last dot, of builds by the lock's earlier holders on this machine, which are dead if
-        this process holds it; None if it does not. Builds without the lock, and those of other machines (not every
-        shared folder locks across machines), are judged by age.
-    """
+    def sign(descriptor: int) -> None:
+        with suppress(OSError):  # on a full disk, waiting runs do not learn the holder's name
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+    # Preserving the file also rules out filelock's soft locks, which outlive a killed process.
+    lock = FileLock(path, preserve_lock_file=True, on_acquired=sign)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            holder = one_line(path.read_text(errors="replace"), 80) or "another run"
+            log.info("%s is building %s: waiting, up to %g s", holder, place, LOCK_TIMEOUT)
+            lock.acquire(timeout=LOCK_TIMEOUT, poll_interval=0.2)  # a try asks the server of a shared folder
+    except Timeout:
+        log.warning("%s has held %s for %g s: building without it", holder, path, LOCK_TIMEOUT)
+    except OSError:
+        pass  # building will show whether the place can be written at all
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
+
+
+def _remove_abandoned(place: Path, holders: str | None) -> None:
+    """Removes what killed builds left: those of the lock's earlier holders on this machine, `<holders>.*`, if this
+    process holds it (None: it does not), and others by age, as not every shared folder locks across machines."""
     for leftover in place.parent.glob(f"{place.name}.building.*"):
         times = []
         with suppress(OSError):  # a build that ends meanwhile takes its folder along

@@ -73,10 +73,9 @@ class Chunks:
             return Rows(ids, self.word_starts[:full].reshape(-1, size)[chunk_ids], None)
 
         lengths = self.lengths[chunk_ids]  # [B]
-        first = chunk_ids * size if self.first is None else self.first[chunk_ids]
         column = np.arange(size if self.pad_to_max_length else lengths.max(initial=0))  # [T]
         inside = column < lengths[:, None]  # [B, T]
-        index = np.minimum(first[:, None] + column, len(self.ids) - 1)
+        index = np.minimum(self.places(chunk_ids, 0)[:, None] + column, len(self.ids) - 1)
         ids = np.where(inside, self.ids[index], self.pad_id).astype(np.int64)
         word_starts = np.where(inside, self.word_starts[index], True)
         if self.suffix and (cut := self.cut[chunk_ids]).any():  # then T is the chunk size

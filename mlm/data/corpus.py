@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from glob import escape
 from hashlib import blake2b
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -95,9 +96,8 @@ class Documents:
 def identify(config: CorpusConfig) -> dict[str, Any]:
     """Name the corpus without reading it: equal names mean equal documents in equal splits.
 
-    Local files are named by absolute path, size in bytes and modification time in ns (every file of a folder), a Hub
-    dataset by its commit (with no network, the one in the local Hub cache). The name is the same after a round trip
-    through JSON.
+    Local files (every file of a folder) are named by their stamps, a Hub dataset by its commit, or with no network by
+    the one in the local Hub cache. The name is the same after a round trip through JSON.
 
     Raises UserError as `load` does, for what can be seen without reading.
     """
@@ -105,7 +105,8 @@ def identify(config: CorpusConfig) -> dict[str, Any]:
     identity: dict[str, Any] = {"text_column": config.text_column}
     if name := config.dataset_name:
         identity["dataset_config_name"] = config.dataset_config_name
-        identity["dataset"] = [name, _hub_revision(name)] if _on_hub(name) else [*map(_stamp, _files_under(name))]
+        local = os.path.isdir(name)
+        identity["dataset"] = [*map(_stamp, _files_under(name))] if local else [name, _hub_revision(name)]
     identity |= {flag: _stamp(file) for flag, file in config.files.items()}
     if not config.validation_file:
         identity["validation_split_percentage"] = config.validation_split_percentage
@@ -122,14 +123,11 @@ def load(config: CorpusConfig) -> Corpus:
     Validation documents come from `validation_file`, else from the dataset's "validation" split, else from the
     training documents, by `held_out`. With `validation_file` alone there is no training split.
 
-    Raises UserError for files that are missing, empty, malformed or not UTF-8, for a text column that is missing or
-    holds no strings, for a split without a document, for a dataset that cannot be had, and for a held-out share
-    outside (0, 100) where one is needed.
+    Raises UserError for files and datasets that cannot be had or read, for a text column that is missing or holds no
+    strings, for a split without a document, and as `held_out` does where it is needed.
     """
     _check(config)
-    with _quiet_datasets(from_hub=_on_hub(config.dataset_name)):
-        import datasets
-
+    with _quiet_datasets() as datasets:
         sources = _read_dataset(config.dataset_name, config) if config.dataset_name else {}
         sources |= {flag.removesuffix("_file"): _read_file(file, config) for flag, file in config.files.items()}
         kept, hashes, dropped = {}, {}, {}
@@ -185,27 +183,20 @@ def strip_html(text: str) -> str:
 
 
 def held_out(hashes: np.ndarray, percentage: float) -> np.ndarray:
-    """Which documents are held out: those whose content hash is in the lowest `percentage` of its range.
+    """Which documents are held out, bool[n]: those whose hash, uint64[n], is in the lowest `percentage` of its range.
 
     A document's side depends on its text alone, so it stays when others are added or reordered, and equal texts share
-    a side. Where that leaves a side empty, the texts of the lowest (or highest) hash cross over.
-
-    hashes: uint64[n], n > 0. Returns bool[n]. Raises UserError for a percentage outside (0, 100), and where all n are
-    equal: one text has no two sides.
+    a side. Where that leaves a side empty, the texts of the lowest (or highest) hash cross over. Raises UserError for
+    a percentage outside (0, 100), and where all hashes are equal: one text has no two sides.
     """
     _check_percentage(percentage)
     if hashes.min() == hashes.max():
         raise UserError("a corpus of one distinct document has nothing to hold out: give --validation_file")
-    out = hashes < np.uint64(percentage / 100 * 2**64)
-    if not out.any():
-        return hashes == hashes.min()
-    if out.all():
-        return hashes != hashes.max()
-    return out
+    return hashes < min(max(int(percentage / 100 * 2**64), int(hashes.min()) + 1), int(hashes.max()))
 
 
 def _check(config: CorpusConfig) -> None:
-    """What can be wrong with a corpus before it is read."""
+    """Raises UserError for what can be wrong with a corpus before it is read."""
     name = config.dataset_name
     if not (name or config.files):
         raise UserError("no text: give --dataset_name, or --train_file")
@@ -242,14 +233,14 @@ def origin(config: CorpusConfig, split: str) -> str:
 def _read_dataset(name: str, config: CorpusConfig) -> dict[str, "datasets.Dataset"]:
     import datasets
 
-    if _on_hub(name):
+    if not os.path.isdir(name):
         _hub_revision(name)  # with no network this fails at once, load_dataset after 23 s of trying
     with _explained(name):
         if _is_saved(name):
             saved = datasets.load_from_disk(name)
             splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         else:
-            path = name if _on_hub(name) else os.path.abspath(name)
+            path = os.path.abspath(name) if os.path.isdir(name) else name
             splits = _convert(path, config, name=config.dataset_config_name)
     used = [split for split in ("train", "validation") if split in splits]
     if not used:
@@ -293,20 +284,14 @@ def _text_only(dataset: "datasets.Dataset", origin: str, column: str) -> "datase
 
 
 def _scan(dataset: "datasets.Dataset", without_html: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Positions, int64[n], and content hashes, uint64[n], of the n documents with more than whitespace.
-
-    The hash is of the text as it was read, so that a document's side does not depend on `without_html`.
-    """
+    """Positions, int64[n], and hashes, uint64[n], of the n documents with more than whitespace. The hash is of the
+    text as it was read, so that a document's side does not depend on `without_html`."""
     positions, hashes = array("q"), array("Q")
     for position, text in enumerate(texts(dataset)):
         if text and (strip_html(text) if without_html else text).strip():
             positions.append(position)
             hashes.append(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little"))
     return np.array(positions, dtype=np.int64), np.array(hashes, dtype=np.uint64)
-
-
-def _on_hub(name: str | None) -> bool:
-    return bool(name) and not os.path.isdir(name)
 
 
 def _hub_revision(name: str) -> str:
@@ -343,19 +328,19 @@ def _stamp(file: str) -> list[str | int]:
 
 
 @contextmanager
-def _quiet_datasets(from_hub: bool) -> Iterator[None]:
-    """Inside, the datasets library logs nothing and shows no bars. For local files it does not count a download on the
-    Hub either, which takes seconds where there is no network."""
+def _quiet_datasets() -> Iterator[ModuleType]:
+    """The datasets library, which inside logs nothing and shows no bars. Nor does it count a use of its readers on the
+    Hub, which takes seconds where there is no network."""
     import datasets
     from datasets import utils
 
     counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     verbosity, had_bars = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts and from_hub
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     utils.logging.set_verbosity(utils.logging.CRITICAL)  # what it logs as an error it raises as well
     utils.disable_progress_bars()
     try:
-        yield
+        yield datasets
     finally:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         utils.logging.set_verbosity(verbosity)
@@ -374,9 +359,7 @@ def _explained(origin: str) -> Iterator[None]:
         for file in _files_under(origin) if os.path.isdir(origin) else [origin]:
             if os.path.isfile(file) and (fault := _fault(file)):
                 raise UserError(f"{file}: {fault}") from error
-        cause: BaseException = error
-        while cause.__cause__:
-            cause = cause.__cause__
+        cause = error.__cause__ or error  # the library's own error says less than what it was raised from
         raise UserError(f"cannot read {origin}: {one_line(f'{type(cause).__name__}: {cause}')}") from error
 
 

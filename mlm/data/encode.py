@@ -11,7 +11,7 @@ document is text: a vocabulary that holds its special tokens as pieces gets `<s>
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -39,12 +39,9 @@ def encode_batches(
         return
     backend = text_encoder(tokenizer)
     with ThreadPoolExecutor(1) as ahead:
-        waiting: tuple[list[str], Future] | None = None
-        for batch in itertools.chain(batches, [None]):
-            following = batch and (batch, ahead.submit(backend.encode_batch, batch, add_special_tokens=False))
-            if waiting:
-                yield _unpack(waiting[0], waiting[1].result(), backend, info)
-            waiting = following
+        tasks = ((batch, ahead.submit(backend.encode_batch, batch, add_special_tokens=False)) for batch in batches)
+        for (batch, task), _ in itertools.pairwise(itertools.chain(tasks, [None])):
+            yield _unpack(batch, task.result(), backend, info)
 
 
 def encode_texts(
@@ -98,15 +95,10 @@ def _encode_slow(batch: list[str], tokenizer: PreTrainedTokenizerBase, info: Tok
 def _close_documents(ids: np.ndarray, word_starts: np.ndarray, lengths: np.ndarray, info: TokenizerInfo) -> Encoded:
     """Puts the special tokens around each document that has tokens, and a word start at its first token."""
     lengths = lengths[lengths > 0]
-    before, after = len(info.prefix), len(info.suffix)
-    offsets = np.concatenate([[0], np.cumsum(lengths + before + after)])
-    document = np.repeat(np.arange(len(lengths)), lengths)  # [n] each token's document
-    place = np.arange(len(ids)) + before * (document + 1) + after * document
-    out, starts = np.empty(offsets[-1], np.int64), np.ones(offsets[-1], bool)
-    out[place], starts[place] = ids, word_starts
-    for i, token_id in enumerate(info.prefix):
-        out[offsets[:-1] + i] = token_id
-    for i, token_id in enumerate(info.suffix):
-        out[offsets[1:] - after + i] = token_id
-    starts[offsets[:-1] + before] = True
-    return Encoded(out, starts, np.diff(offsets))
+    ends = np.cumsum(lengths)
+    word_starts[ends - lengths] = True
+    # Where one document ends and the next begins, the suffix of the one comes before the prefix of the other.
+    place = np.concatenate([np.repeat(ends, len(info.suffix)), np.repeat(ends - lengths, len(info.prefix))])
+    added = np.array((*info.suffix * len(lengths), *info.prefix * len(lengths)), np.int64)
+    lengths = lengths + len(info.prefix) + len(info.suffix)
+    return Encoded(np.insert(ids, place, added), np.insert(word_starts, place, True), lengths)

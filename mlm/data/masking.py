@@ -14,9 +14,8 @@
     select_fold 1 of 2       .      .       .     x       .
     corrupt(select_tokens)   [CLS]  [MASK]  film  [MASK]  [SEP]     positions 1 3, targets the ##s
 
-No generator carries state: a mask depends on (seed, epoch, chunk id, position), the rate and the recipe
-alone, not on batch size, worker, process, device or restart. NumPy and torch compute the same bits: the
-integer arithmetic of both wraps at 64 bits.
+No generator carries state: a mask depends on (seed, epoch, chunk id, position), the rate and the recipe alone, not on
+batch size, worker, process, device or restart. NumPy and torch compute the same bits, as both wrap at 64 bits.
 
 The mixing is SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014):
 number t of the sequence with a key is mix(key + (t + 1) * GOLDEN), and mix is Stafford's variant 13.
@@ -86,15 +85,13 @@ class Corrupted(NamedTuple):
 def make_recipe(info: TokenizerInfo, mask: float = 0.8, randomise: float = 0.1) -> Recipe:
     """A recipe of the shares that become the mask token and a random token. The defaults are BERT's (Devlin et al.
     2019, section 3.1): 80% masked, 10% random, 10% unchanged."""
-    either = min(_threshold(mask + randomise), SCALE)
-    return Recipe(_threshold(mask), either, info.mask_id, np.flatnonzero(info.maskable))
+    either = min(round((mask + randomise) * SCALE), SCALE)
+    return Recipe(round(mask * SCALE), either, info.mask_id, np.flatnonzero(info.maskable))
 
 
 def mix(x: int) -> int:
-    """SplitMix64's finalizer on a Python integer, modulo 2**64; `_mix` and `_mix_torch` follow it."""
-    x = (x ^ (x >> SHIFTS[0])) * MULTIPLIERS[0] & ALL_BITS
-    x = (x ^ (x >> SHIFTS[1])) * MULTIPLIERS[1] & ALL_BITS
-    return x ^ (x >> SHIFTS[2])
+    """SplitMix64's finalizer of an integer in [0, 2**64)."""
+    return int(_mix(np.array([x], np.uint64))[0])
 
 
 def stream_key(seed: int, epoch: int, purpose: int) -> int:
@@ -125,36 +122,29 @@ def draw_torch(seed: int, epoch: int, chunk_ids: torch.Tensor, length: int) -> t
 def select_tokens(maskable: np.ndarray, draws: np.ndarray, rate: float) -> np.ndarray:
     """Selects each maskable token with probability `rate`, independently: [B, T] bool, 1: predicted.
 
-    maskable: [B, T] bool, 1: no special or unused token
-    draws:    [B, T] uint64
-    rate:     in [0, 1]; the tokens selected at a lower rate are a subset of those at a higher one
+    maskable [B, T] bool, draws [B, T] uint64, rate in [0, 1]. A lower rate selects a subset of what a higher one does.
     """
-    return (draws >> np.uint64(32) < _threshold(rate)) & maskable
+    return (draws >> np.uint64(32) < round(rate * SCALE)) & maskable
 
 
 def select_words(maskable: np.ndarray, draws: np.ndarray, rate: float, word_starts: np.ndarray) -> np.ndarray:
     """Selects each word with probability `rate`, its maskable tokens together: [B, T] bool, 1: predicted.
 
-    A word has the draw of its first token in the chunk.
-
-    word_starts: [B, T] bool, 1: a word begins here; the other arguments as in `select_tokens`
+    A word has the draw of its first token in the chunk. Arguments as in `select_tokens`, and word_starts [B, T] bool.
     """
-    hit = draws >> np.uint64(32) < _threshold(rate)
     starts = word_starts.copy()
     starts[:, :1] = True  # a chunk may begin inside a word
+    hit = select_tokens(starts, draws, rate)
     return _through_words(hit.reshape(-1), starts.reshape(-1)).reshape(hit.shape) & maskable
 
 
 def select_fold(
     maskable: np.ndarray, draws: np.ndarray, word_starts: np.ndarray | None, fold: int, folds: int
 ) -> np.ndarray:
-    """Selects one fold of several, which partition the maskable tokens: [B, T] bool, 1: predicted.
+    """Selects one fold, in [0, folds), of several, which partition the maskable tokens: [B, T] bool, 1: predicted.
 
-    The chunk's tokens are ranked by their draws and dealt out to the folds in turn, beginning at a fold that
-    depends on the chunk's first draw. So the folds of a chunk differ by at most one token, or one word.
-
-    word_starts: [B, T] bool to keep words together, None to deal out single tokens
-    fold, folds: which fold, in [0, folds), of how many; the other arguments as in `select_tokens`
+    The chunk's tokens (with word_starts [B, T], its words) are ranked by their draws and dealt out to the folds in
+    turn, beginning at a fold that depends on the chunk's first draw. So the folds of a chunk differ by one at most.
     """
     column = np.broadcast_to(np.arange(draws.shape[1]), draws.shape)  # [B, T]
     # [B, T] the column at which each token's word begins in its chunk
@@ -170,12 +160,7 @@ def select_fold(
 
 
 def corrupt(ids: np.ndarray, selected: np.ndarray, draws: np.ndarray, recipe: Recipe) -> Corrupted:
-    """Replaces the selected tokens by the recipe.
-
-    ids:      [B, T] int64, left unchanged
-    selected: [B, T] bool, 1: predicted
-    draws:    [B, T] uint64
-    """
+    """Replaces the selected tokens, [B, T] bool, of ids, [B, T] int64, by the recipe and the draws, [B, T] uint64."""
     positions = np.flatnonzero(selected)  # [M]
     targets = ids.reshape(-1)[positions]
     second = _mix(draws.reshape(-1)[positions])  # fresh bits: the first draw was used up on the selection
@@ -193,7 +178,7 @@ def corrupt(ids: np.ndarray, selected: np.ndarray, draws: np.ndarray, recipe: Re
 
 def select_tokens_torch(maskable: torch.Tensor, draws: torch.Tensor, rate: float) -> torch.Tensor:
     """`select_tokens` on tensors; draws [B, T] int64."""
-    return (_shift(draws, 32) < _threshold(rate)) & maskable
+    return (_shift(draws, 32) < round(rate * SCALE)) & maskable
 
 
 def select_words_torch(
@@ -219,17 +204,13 @@ def corrupt_torch(ids: torch.Tensor, selected: torch.Tensor, draws: torch.Tensor
     return Corrupted(corrupted, positions, targets)
 
 
-def _threshold(share: float) -> int:
-    return round(share * SCALE)
-
-
 def _through_words(hit: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Copies the value of each word's first token to all its tokens; [n] bool each, starts[0] is 1.
+    """Sets all tokens of a word whose first token is set in `hit`; [n] bool each, starts[0] is 1.
 
     A segmented scan by doubling (Hillis & Steele, "Data parallel algorithms", CACM 1986): its number of steps
     is the logarithm of the longest selected word, and a step over a bool array costs next to nothing.
     """
-    hit, inside, reach = hit & starts, ~starts, 1  # inside: the last `reach` tokens start no word
+    inside, reach = ~starts, 1  # inside: the last `reach` tokens start no word
     while (further := hit[:-reach] & inside[reach:]).any():
         hit[reach:] |= further
         inside[reach:] &= inside[:-reach]
@@ -238,7 +219,7 @@ def _through_words(hit: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """`mix` on uint64, in place: memory traffic is what it costs."""
+    """`mix` of each element of a uint64 array, in place: memory traffic is what it costs."""
     x ^= x >> SHIFTS[0]
     x *= MULTIPLIERS[0]
     x ^= x >> SHIFTS[1]

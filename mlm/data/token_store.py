@@ -67,14 +67,23 @@ class TokenStore:
     document_offsets: np.ndarray  # [D + 1] int64
 
     @property
-    def sees_words(self) -> bool:
-        """Whether the tokenizer finds words here, and not whole sentences of an unsegmented script."""
-        return self.header["words"] is not None and self.mean_word <= MAX_MEAN_WORD
-
-    @property
     def mean_word(self) -> float:
         """Maskable tokens per word; infinite where there is no word."""
         return self.header["maskable_tokens"] / self.header["words"] if self.header["words"] else float("inf")
+
+    @property
+    def sees_words(self) -> bool:
+        return self.why_no_words is None
+
+    @property
+    def why_no_words(self) -> str | None:
+        """Why whole words cannot be masked here; None where they can."""
+        if self.header["words"] is None:
+            return "this tokenizer is a slow one, which does not know the words that it splits"
+        if self.mean_word <= MAX_MEAN_WORD:
+            return None
+        average = f"words of {self.mean_word:.0f} tokens on average here (at most {MAX_MEAN_WORD} make sense)"
+        return f"this tokenizer sees {average}, as in text without spaces"
 
 
 def prepare(
@@ -87,43 +96,39 @@ def prepare(
 ) -> dict[str, TokenStore]:
     """Opens the token stores of the corpus's splits, {"train": …, "validation": …}, and builds missing ones.
 
-    whole_words: a tokenizer that finds no words to mask is a UserError, not a warning
-    only:        the one split to build; the others are not tokenised
+    only: the one split to build; the others are not tokenised
 
-    Raises UserError where the corpus cannot be read, or the store cannot be written.
+    Raises UserError where the corpus cannot be read, the store cannot be written, and, if whole words are to be
+    masked, where the tokenizer finds none, which is a warning otherwise.
     """
     identity = corpus.identify(source) | ({} if only is None else {"only": only})
     folder = store_folder(config) / key([identity, info.fingerprint])
     find = partial(_open_splits, folder, identity, info)
     stores = {} if config.overwrite_cache else find()
     if not stores:
-        limit_threads(config)
         # Before the lock: a mistake in the corpus leaves nothing on disk, and reading takes less than tokenising.
         read = corpus.load(source)
         splits = [split for split in read.splits if only in (None, split)]
 
         def build_splits(path: Path) -> None:
+            shared = {"splits": splits, "identity": identity}
             for split in splits:
                 progress = tqdm(read.documents(split), f"tokenising {split}", unit=" documents", disable=None)
-                origin = {"split": split, "splits": splits, "identity": identity}
-                origin["empty_documents"] = read.dropped[split]
+                origin = {"split": split, "empty_documents": read.dropped[split], **shared}
                 build(progress, tokenizer, info, path / split, origin)
 
         stores = build_once(folder, find, build_splits, config.overwrite_cache)
-    longest = max((store.mean_word for store in stores.values() if store.header["words"]), default=0)
     if whole_words:
         for store in stores.values():
             check_words(store)
-    elif longest > MAX_MEAN_WORD:
-        log.warning("%s; tokens can be masked, whole words cannot", _no_words(longest))
+    elif unsegmented := [s for s in stores.values() if s.header["words"] and not s.sees_words]:
+        longest = max(unsegmented, key=lambda store: store.mean_word)
+        log.warning("%s; tokens can be masked, whole words cannot", longest.why_no_words)
     return stores
 
 
 def limit_threads(config: TokenStoreConfig) -> None:
-    """Limits the threads of the tokenizers library to the number in `config`.
-
-    Call it before the process's first use of a tokenizer, when the library starts its thread pool.
-    """
+    """Limits the threads of the tokenizers library. Call it before the process's first use of a tokenizer."""
     if config.preprocessing_num_workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(config.preprocessing_num_workers)
 
@@ -168,10 +173,9 @@ def build(
     """
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = next(kind for kind in (np.uint8, np.uint16, np.uint32) if info.size - 1 <= np.iinfo(kind).max)
     digest, counts, longest = hashlib.sha256(), Counter(dict.fromkeys(COUNTS, 0)), 0
     with (
-        _growing(folder / "ids.npy", dtype) as append_ids,
+        _growing(folder / "ids.npy", np.min_scalar_type(info.size - 1)) as append_ids,
         _growing(folder / "word_starts.npy", np.bool_) as append_starts,
         _growing(folder / "document_offsets.npy", np.int64) as append_offsets,
     ):
@@ -211,20 +215,8 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def check_words(store: TokenStore, flag: str = "--whole_word_mask") -> None:
     """Raises UserError where the tokenizer finds no words, so that whole words cannot be masked."""
-    if store.header["words"] is None:
-        raise UserError(
-            f"{flag}: this tokenizer is a slow one, which does not know the words that it splits; "
-            "choose a fast one with --tokenizer_name, or mask tokens"
-        )
-    if store.mean_word > MAX_MEAN_WORD:
-        raise UserError(f"{flag}: {_no_words(store.mean_word)}; mask tokens instead")
-
-
-def _no_words(mean_word: float) -> str:
-    return (
-        f"this tokenizer sees words of {mean_word:.0f} tokens on average here "
-        f"(at most {MAX_MEAN_WORD} make sense), as in text without spaces"
-    )
+    if store.why_no_words:
+        raise UserError(f"{flag}: {store.why_no_words}; choose another with --tokenizer_name, or mask tokens")
 
 
 def _batches(texts: Iterable[str], digest: "hashlib._Hash", counts: Counter) -> Iterator[list[str]]:
@@ -237,9 +229,9 @@ def _batches(texts: Iterable[str], digest: "hashlib._Hash", counts: Counter) -> 
     for text in texts:
         data = text.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
+        counts.update(characters=len(text), spaced_words=len(text.split()))
         batch.append(text)
         characters += len(text)
-        counts.update(characters=len(text), spaced_words=len(text.split()))
         if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -250,21 +242,13 @@ def _batches(texts: Iterable[str], digest: "hashlib._Hash", counts: Counter) -> 
 @contextmanager
 def _growing(path: Path, dtype: type) -> Iterator[Callable[[np.ndarray], None]]:
     """Appends to a new one-dimensional .npy file: NumPy pads the header so that the final length fits."""
+    described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (0,)}
     with path.open("wb") as file:
-        length = 0
-
-        def write_header() -> None:
-            file.seek(0)
-            described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (length,)}
-            np.lib.format.write_array_header_1_0(file, described)
-
-        def append(values: np.ndarray) -> None:
-            nonlocal length
-            file.write(np.ascontiguousarray(values, dtype).data)
-            length += len(values)
-
-        write_header()
-        yield append
-        write_header()
+        np.lib.format.write_array_header_1_0(file, described)
+        start = file.tell()
+        yield lambda values: file.write(np.ascontiguousarray(values, dtype).data)
+        described["shape"] = ((file.tell() - start) // np.dtype(dtype).itemsize,)
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, described)
         file.flush()
         os.fsync(file.fileno())

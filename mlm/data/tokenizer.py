@@ -29,9 +29,7 @@ class TokenizerInfo:
 
     size: int  # the largest id + 1
     special: np.ndarray  # [size] bool, 1: a special token, padding and unknown included
-    maskable: (
-        np.ndarray
-    )  # [size] bool, 1: may be masked, predicted, drawn as a replacement: no special or unused token
+    maskable: np.ndarray  # [size] bool, 1: may be masked, predicted and drawn: no special or unused token
     mask_id: int
     pad_id: int
     unknown_id: int | None  # None: every text can be written in the vocabulary (byte-level)
@@ -96,10 +94,7 @@ def spell(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of a fast tokenizer's engine that does not truncate, and takes literal special tokens as text.
-
-    A literal `[MASK]` or `</s>` in a document is what its author wrote, not an instruction to the model.
-    """
+    """A copy of a fast tokenizer's engine that does not truncate, and takes a literal `[MASK]` as text."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -111,10 +106,8 @@ def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
     """Raises UserError where the tokenizer has no mask token, or no token that may be masked."""
     name, mask_id, pad_id = tokenizer.name_or_path, tokenizer.mask_token_id, tokenizer.pad_token_id
     if mask_id is None:
-        raise UserError(
-            f"the tokenizer {name or type(tokenizer).__name__} has no mask token; "
-            "masked language models need one, choose another with --tokenizer_name"
-        )
+        it = name or type(tokenizer).__name__
+        raise UserError(f"the tokenizer {it} has no mask token: choose one that has with --tokenizer_name")
     vocabulary = tokenizer.get_vocab()
     size = max(vocabulary.values()) + 1
     special, maskable = np.zeros(size, bool), np.zeros(size, bool)
@@ -126,6 +119,9 @@ def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
         raise UserError(f"the tokenizer {name} knows no token besides its special ones")
 
     prefix, suffix = template(tokenizer)
+    slow = [type(tokenizer).__name__, sorted(vocabulary.items())]
+    engine = text_encoder(tokenizer).to_str() if tokenizer.is_fast else slow
+    roles = [np.flatnonzero(special).tolist(), mask_id, pad_id]
     return TokenizerInfo(
         size=size,
         special=special,
@@ -136,7 +132,7 @@ def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
         prefix=prefix,
         suffix=suffix,
         has_words=tokenizer.is_fast,
-        fingerprint=_fingerprint(tokenizer, vocabulary, special),
+        fingerprint=hashlib.sha256(json.dumps([engine, roles]).encode()).hexdigest(),
     )
 
 
@@ -147,10 +143,3 @@ def template(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple
     extra = len(full) - len(bare)
     start = next((i for i in range(extra + 1) if full[i : i + len(bare)] == bare), 0)
     return tuple(full[:start]), tuple(full[start + len(bare) :])
-
-
-def _fingerprint(tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int], special: np.ndarray) -> str:
-    slow = [type(tokenizer).__name__, sorted(vocabulary.items())]
-    engine = text_encoder(tokenizer).to_str() if tokenizer.is_fast else slow
-    roles = [np.flatnonzero(special).tolist(), tokenizer.mask_token_id, tokenizer.pad_token_id]
-    return hashlib.sha256(json.dumps([engine, roles]).encode()).hexdigest()

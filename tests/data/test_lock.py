@@ -19,8 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from mlm import files
-from mlm.data import token_store, tokenizer
+from mlm.data import cache, token_store, tokenizer
 from mlm.data.corpus import CorpusConfig
 from mlm.data.token_store import TokenStoreConfig, prepare
 from mlm.data.tokenizer import corpus_tokenizer, load_tokenizer, tokenizer_info
@@ -42,7 +41,7 @@ class Job:
     kind: str  # what it needs: the "store", or the "tokenizer"
     name: str = "run"
     overwrite: bool = False
-    timeout: float = files.LOCK_TIMEOUT  # seconds
+    timeout: float = cache.LOCK_TIMEOUT  # seconds
     gate: bool = False  # stays in the middle of the text until the file `go` is there
     pause: float = 0.0  # seconds before each document
 
@@ -86,7 +85,7 @@ def work(job: Job) -> None:
     """What the process of a run does."""
     logging.basicConfig(filename=job.folder / f"{job.name}.log", level=logging.ERROR, format="%(message)s")
     logging.getLogger("mlm").setLevel(logging.INFO)
-    files.LOCK_TIMEOUT = job.timeout
+    cache.LOCK_TIMEOUT = job.timeout
     token_store.BATCH_DOCUMENTS = 10  # so that files grow as the text comes
 
     def counted(build: Callable) -> Callable:
