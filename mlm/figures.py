@@ -5,6 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 
+def mean(total: float, count: int) -> float:
+    """NaN of nothing."""
+    return total / count if count else math.nan
+
+
 def exp_or_inf(nats: float) -> float:
     """exp(nats), infinite from 700 on: at 709.8 float64 ends, and math.exp raises."""
     return math.inf if nats >= 700 else math.exp(nats)

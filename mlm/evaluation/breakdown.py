@@ -1,7 +1,6 @@
 """Where a model has gained and lost: nats before and after, by kinds of tokens, by token, and by word.
 
-Every prediction is in exactly one row of a breakdown, and sums of nats are exact (evaluate.py): the counts and nats of
-its rows add up to the totals to the bit.
+The counts and nats of a breakdown's rows add up to the totals, to the bit: sums of nats are exact (evaluate.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +22,8 @@ def grouped(group: np.ndarray, n: int, before: np.ndarray, after: np.ndarray) ->
 
 
 def breakdowns(eval_set: EvalSet, before: Evaluation, after: Evaluation, counts: np.ndarray | None) -> dict[str, Rows]:
-    """By frequency, by whole words and word pieces, and by position.
-
-    counts: [V] int64, how often each token stands in the training corpus; None: not known, and no breakdown by
-        frequency. There is none by words where the tokenizer sees no words.
-    """
+    """By frequency, if `counts` as in `frequency_tenths` are known, by position, and, where the tokenizer sees words,
+    by whole words and word pieces."""
     groups: dict[str, tuple[Sequence[str], np.ndarray]] = {}  # the name of each group, the group [M] of each token
     if counts is not None:
         tenth = frequency_tenths(counts, eval_set.info.maskable)
@@ -49,9 +45,8 @@ def breakdowns(eval_set: EvalSet, before: Evaluation, after: Evaluation, counts:
 def frequency_tenths(counts: np.ndarray, maskable: np.ndarray) -> np.ndarray:
     """The tenth [V] int64, in 0 … 9, of each token: tenths of the corpus, not of the vocabulary.
 
-    Tokens, the most frequent first (then by id), are cut so that each tenth holds about a tenth of the training
-    corpus: a token is in tenth ⌊10 · occurrences of those before it / all occurrences⌋. Tokens that never occur are
-    in the last.
+    A token is in tenth ⌊10 · occurrences of those before it / all occurrences⌋, the most frequent first, then by id.
+    Tokens that never occur are in the last.
 
     counts: [V] int64, how often each token stands in the training corpus; maskable: [V] bool
     """
@@ -73,10 +68,8 @@ def by_token(tokenizer: PreTrainedTokenizerBase, before: Evaluation, after: Eval
 def by_word(
     eval_set: EvalSet, tokenizer: PreTrainedTokenizerBase, before: Evaluation, after: Evaluation
 ) -> dict[str, Rows] | None:
-    """As `by_token` for words, equal where all their ids are; None where the tokenizer sees no words.
-
-    `count` is of places in the text under a mask seed, whether one or all of the word's tokens were masked.
-    """
+    """As `by_token` for words, equal where all their ids are; None where the tokenizer sees no words. `count` is of
+    places in the text under a mask seed, whether one or all of the word's tokens were masked."""
     if not eval_set.store.sees_words:
         return None
     ids = np.asarray(eval_set.store.ids)  # a slice of a memory map would be ten times as slow
@@ -86,8 +79,8 @@ def by_word(
     words, word = np.unique(np.searchsorted(starts, place, side="right") - 1, return_inverse=True)
     spans = zip(starts[words].tolist(), np.append(starts, len(ids))[words + 1].tolist(), strict=True)
     spellings: dict[bytes, int] = {}
-    group = [spellings.setdefault(ids[begin:end].tobytes(), len(spellings)) for begin, end in spans]
-    group = np.array(group, np.int64)  # [W] equal where the ids are
+    # [W] equal where the ids are
+    group = np.array([spellings.setdefault(ids[b:e].tobytes(), len(spellings)) for b, e in spans], np.int64)
 
     seed = before.mask_round // (eval_set.config.eval_mask_folds or 1)
     occurrences = np.unique(seed.astype(np.int64) * len(words) + word) % max(len(words), 1)
@@ -98,10 +91,8 @@ def by_word(
 
 def _rows(label: str, names: Sequence[str], *sums: np.ndarray) -> Rows:
     """One row for each name; sums: the three [n] of `grouped`."""
-    return [
-        {label: name, "count": count, "nats_before": before, "nats_after": after}
-        for name, count, before, after in zip(names, *(values.tolist() for values in sums), strict=True)
-    ]
+    keys, columns = (label, "count", "nats_before", "nats_after"), (names, *(values.tolist() for values in sums))
+    return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _largest(count: np.ndarray, before: np.ndarray, after: np.ndarray, text: Callable[[int], str]) -> dict[str, Rows]:

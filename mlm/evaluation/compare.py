@@ -28,10 +28,8 @@ EVAL_SETS = {"held_out": ("", "held-out"), "general": ("general_", "out-of-domai
 
 
 class Conclusion(NamedTuple):
-    """The final figures of a run, for its directory and for people."""
-
     results: dict[str, Any]  # for all_results.json
-    lines: str
+    lines: str  # for people
     comparison: dict[str, Any] | None  # comparison.json; None where there was no evaluation before
     documents: pa.Table | None  # documents.parquet
 
@@ -43,11 +41,7 @@ def conclude(
     tokenizer: PreTrainedTokenizerBase,
     counts: np.ndarray,
 ) -> Conclusion:
-    """The final figures, from the evaluations of `eval_sets` ("held_out" and perhaps "general").
-
-    before: the evaluations before the first step; empty where there were none
-    counts: [V] int64, how often each token stands in the training corpus
-    """
+    """The final figures. before: empty where nothing was measured before the first step; counts: as in `compare`"""
     results, lines, compared, tables = {}, [], {}, []
     for name, eval_set in eval_sets.items():
         prefix, title = EVAL_SETS[name]
@@ -80,8 +74,7 @@ def compare(
     concentration  see `concentration`; None also where the gain may be chance
     counts         [V] int64, how often each token stands in the training corpus; None: no breakdown by frequency
 
-    An interval is [None, None] where there is one document and one chunk, or loss is infinite. Raises ValueError for
-    evaluations of other tokens, or under other masks.
+    An interval is [None, None] where one chunk is all, or loss is infinite. Raises ValueError for other masked tokens.
     """
     if not before.same_masks(after):
         raise ValueError(f"{eval_set.name}: the two evaluations are not of the same masked tokens")
@@ -103,7 +96,7 @@ def compare(
             "unit": kind, "units": len(np.unique(units)),
         },
         "masks": {
-            "seeds": [config.eval_mask_seed + i for i in range(config.eval_mask_seeds)],
+            "seeds": config.seeds,
             "folds": config.eval_mask_folds, "masked_tokens": before.masked,
             "chunks": len(eval_set.chunk_ids), "documents": num_documents,
         },
@@ -118,13 +111,12 @@ def concentration(
 ) -> dict[str, Any] | None:
     """Whether a handful of token types carries most of the gain, such as the markup of web pages.
 
-    types                  at most HANDFUL tokens, the one that gains most first, each with LEAST of the nats gained or
-                           more, together with more than MOST_OF
-    share                  their part of the nats gained, more than 1 where the other tokens have lost
-    gain_without           the gain over all other masked tokens
-    gain_without_interval  its ends, [None, None] as in `compare`
+    types         at most HANDFUL tokens, the one that gains most first, each with LEAST of the nats gained or more,
+                  together with more than MOST_OF; None instead of all this where no few types carry so much
+    share         their part of the nats gained, more than 1 where the other tokens have lost
+    gain_without  the gain over all other masked tokens, with its interval as in `compare`
 
-    units: [M] int, what is resampled, for each masked token. None: no few types carry most of the gain.
+    units: [M] int, what is resampled, for each masked token
     """
     tokens, group = np.unique(before.target, return_inverse=True)
     gained = np.bincount(group, before.nats - after.nats, len(tokens))
@@ -134,15 +126,18 @@ def concentration(
     if not gained[few].sum() > MOST_OF * total > 0:
         return None
     gain, _ = _gain_over(before, after, units, ~np.isin(before.target, tokens[few]))
-    types, share = [spell(tokenizer, [token]) for token in tokens[few].tolist()], float(gained[few].sum() / total)
-    rest = {"gain_without": gain["value"], "gain_without_interval": gain["interval"]}
-    return {"types": types, "share": share, **rest}
+    return {
+        "types": [spell(tokenizer, [token]) for token in tokens[few].tolist()],
+        "share": float(gained[few].sum() / total),
+        "gain_without": gain["value"],
+        "gain_without_interval": gain["interval"],
+    }
 
 
 def _gain_over(
     before: Evaluation, after: Evaluation, units: np.ndarray, part: np.ndarray
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The gain and the difference in loss over part [M] bool of the tokens, each as {"value", "interval"}."""
+    """The gain and the difference in loss, as in `compare`, over part [M] bool of the tokens."""
     numbers, unit = np.unique(units[part], return_inverse=True)
     count, nats_before, nats_after = grouped(unit, len(numbers), before.nats[part], after.nats[part])
     low, high = bootstrap(nats_after - nats_before, count)
@@ -154,12 +149,10 @@ def _gain_over(
 def bootstrap(
     difference: np.ndarray, count: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED
 ) -> tuple[float, float]:
-    """The interval of the difference in loss, Σ difference / Σ count over the units drawn.
+    """The ends of the central CONFIDENCE of Σ difference / Σ count over resamples of units; NaN for fewer than two.
 
     difference: [U] float64, nats after less nats before of each unit
     count:      [U] int64, its masked tokens, at least 1
-
-    Returns the ends of the central CONFIDENCE of `resamples` resamples; NaN for fewer than two units.
     """
     U = len(count)
     if U < 2:
@@ -185,13 +178,12 @@ def documents_of(eval_set: EvalSet, evaluation: Evaluation) -> np.ndarray:
 def documents(
     name: str, eval_set: EvalSet, before: Evaluation, after: Evaluation, tokenizer: PreTrainedTokenizerBase
 ) -> pa.Table:
-    """One row for each document with a masked token: which, how it opens, masked tokens, nats."""
+    """One row for each document with a masked token."""
     store = eval_set.store
     numbers, group = np.unique(documents_of(eval_set, before), return_inverse=True)
     count, nats_before, nats_after = grouped(group, len(numbers), before.nats, after.nats)
-    begin = store.document_offsets[numbers]
-    end = np.minimum(store.document_offsets[numbers + 1], begin + OPENING)
-    opening = [store.ids[first:stop].tolist() for first, stop in zip(begin, end, strict=True)]
+    begins, ends = store.document_offsets[numbers], store.document_offsets[numbers + 1]
+    opening = [store.ids[b : min(e, b + OPENING)].tolist() for b, e in zip(begins, ends, strict=True)]
     return pa.table({
         "text": pa.array([name] * len(numbers), pa.string()),
         "document": numbers,
@@ -223,16 +215,16 @@ def in_words(compared: dict[str, Any]) -> str:
 
 
 def gain_figures(compared: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The gain of a comparison for all_results.json, its names after `prefix`."""
+    """The gain of a comparison for all_results.json."""
     low, high = compared["gain"]["interval"]
-    gain = {f"{prefix}gain": compared["gain"]["value"], f"{prefix}gain_low": low, f"{prefix}gain_high": high}
+    figures = {"gain": compared["gain"]["value"], "gain_low": low, "gain_high": high}
     if few := compared["concentration"]:
-        gain[f"{prefix}gain_without_concentrated"] = few["gain_without"]
-    return gain
+        figures["gain_without_concentrated"] = few["gain_without"]
+    return {f"{prefix}{name}": value for name, value in figures.items()}
 
 
 def _named(measured: dict[str, Any], prefix: str, suffix: str = "") -> dict[str, Any]:
-    """The figures of a text for all_results.json, with the spread over mask seeds where there are several."""
+    """The figures of a text for all_results.json."""
     by_seed = measured.pop("perplexity_by_seed")
     if len(by_seed) > 1:
         measured["perplexity_spread"] = max(by_seed) - min(by_seed)

@@ -1,7 +1,4 @@
-"""Eval sets: held-out chunks under fixed masks, which do not follow the masks of training.
-
-Two runs that mask differently, at a higher rate or in whole words, are still measured on the same tokens.
-"""
+"""Eval sets: held-out chunks under fixed masks, the same for two runs whatever the masks of their training."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from mlm.data import corpus
 from mlm.data.batches import Batch, mask_chunks
 from mlm.data.chunks import ChunkConfig, Chunks, cut_into_chunks
-from mlm.data.masking import Recipe, make_recipe, select_fold, select_tokens, select_words
+from mlm.data.masking import Recipe, make_recipe, select_fold, select_words
 from mlm.data.order import subset
 from mlm.data.token_store import TokenStore, check_words, prepare
 from mlm.data.tokenizer import TokenizerInfo
@@ -43,11 +40,13 @@ class EvaluateConfig:
         return {name: n for name, n in asdict(self).items() if name != "per_device_eval_batch_size"}
 
     @property
-    def rounds(self) -> list[tuple[int, tuple[int, int] | None]]:
-        """Each mask round of a complete evaluation: its mask seed, and its fold (k, K) or None."""
-        seeds = range(self.eval_mask_seed, self.eval_mask_seed + self.eval_mask_seeds)
-        K = self.eval_mask_folds
-        return [(seed, fold) for seed in seeds for fold in ([(k, K) for k in range(K)] if K else [None])]
+    def seeds(self) -> list[int]:
+        return [self.eval_mask_seed + i for i in range(self.eval_mask_seeds)]
+
+    @property
+    def rounds(self) -> list[tuple[int, int]]:
+        """Each mask round of a complete evaluation: its mask seed, and its fold, 0 without --eval_mask_folds."""
+        return [(seed, fold) for seed in self.seeds for fold in range(self.eval_mask_folds or 1)]
 
 
 @dataclass(frozen=True)
@@ -66,15 +65,13 @@ class EvalSet:
         """The chunks [B] as mask round `mask_round` masks them."""
         seed, fold = self.config.rounds[mask_round]
         epochs = np.zeros(len(chunk_ids), np.int64)  # fixed masks: those of epoch 0 of the mask seed
-        rate, whole_words = self.config.eval_mlm_probability, self.config.eval_whole_word_mask
+        rate, folds = self.config.eval_mlm_probability, self.config.eval_mask_folds
 
         def select(maskable: np.ndarray, draws: np.ndarray, word_starts: np.ndarray) -> np.ndarray:
-            """Which tokens are predicted, [B, T] bool: a sample, or the k-th of K folds (k, K)."""
-            if fold is not None:
-                return select_fold(maskable, draws, word_starts if whole_words else None, *fold)
-            if whole_words:
-                return select_words(maskable, draws, rate, word_starts)
-            return select_tokens(maskable, draws, rate)
+            words = word_starts if self.config.eval_whole_word_mask else np.ones_like(word_starts)  # each its own
+            if folds:
+                return select_fold(maskable, draws, words, fold, folds)
+            return select_words(maskable, draws, rate, words)
 
         return mask_chunks(self.chunks, chunk_ids, epochs, seed, self.info.maskable, self.recipe, select)
 
@@ -82,10 +79,8 @@ class EvalSet:
 def make_eval_set(
     name: str, store: TokenStore, chunking: ChunkConfig, length: int, info: TokenizerInfo, config: EvaluateConfig
 ) -> EvalSet:
-    """The chunks of `length` tokens that `config` chooses, with their masks.
-
-    Raises UserError where there is not even one chunk, or where a chunk has fewer tokens than folds.
-    """
+    """The chunks of `length` tokens that `config` chooses. Raises UserError where there is not even one, or it has
+    fewer tokens than there are folds."""
     try:
         chunks = cut_into_chunks(store, chunking, length, info)
     except UserError as error:
@@ -101,9 +96,7 @@ def open_eval_sets(
 ) -> dict[str, EvalSet]:
     """ "held_out" and, where there is out-of-domain text, "general", both in chunks of `length` tokens.
 
-    config: a mlm.config.Config; its parts corpus, out_of_domain, token_store, chunks and evaluate are read
-
-    Raises UserError where the out-of-domain text cannot be read, or has not even one chunk.
+    config: a mlm.config.Config. Raises UserError where the out-of-domain text cannot be read, or has no chunk.
     """
     whole_words = config.evaluate.eval_whole_word_mask
     if whole_words:
@@ -116,6 +109,5 @@ def open_eval_sets(
             words = str(error).replace("--validation_file", "--out_of_domain_file")
             raise UserError(words.replace("--dataset_", "--out_of_domain_dataset_")) from None
         sources["general"], stores["general"] = out_of_domain, prepared["validation"]
-    names = {key: corpus.origin(source, "validation") for key, source in sources.items()}
     cut = (config.chunks, length, info, config.evaluate)
-    return {key: make_eval_set(names[key], store, *cut) for key, store in stores.items()}
+    return {key: make_eval_set(corpus.origin(sources[key], "validation"), stores[key], *cut) for key in stores}

@@ -2,11 +2,10 @@
 
     perplexity = exp(total nats / total masked tokens)
 
-A mean of batch means is another number, as batches differ in their count of masked tokens. An evaluation keeps every
-prediction, so that all sums and comparisons come from the same numbers. Nats are rounded to multiples of 2**-24
-(float32's own spacing from 0.5 to 1): sums of them in float64 are exact in any order, up to 2**29 nats in all. Memory
-on each process is some 60 bytes a prediction at the end of `evaluate`, and 100 in compare.py; --max_eval_samples
-bounds it.
+An evaluation keeps every prediction, so that all sums and comparisons come from the same numbers. Nats are rounded to
+multiples of 2**-24 (float32's own spacing from 0.5 to 1): sums of them in float64 are exact in any order, up to 2**29
+nats in all. Memory on each process is some 60 bytes a prediction at the end of `evaluate`, and 100 in compare.py;
+--max_eval_samples bounds it.
 """
 
 import logging
@@ -24,7 +23,7 @@ from mlm.data.token_store import TokenStore
 from mlm.engine.memory import out_of_memory
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import EvalSet, EvaluateConfig
-from mlm.figures import exp_or_inf
+from mlm.figures import exp_or_inf, mean
 from mlm.model.predict import without_dropout
 from mlm.model.sparse_head import SparseMaskedLM
 
@@ -50,8 +49,8 @@ class Evaluation(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """Nats a masked token; NaN where nothing was masked."""
-        return float(self.nats.sum() / self.masked) if self.masked else math.nan
+        """Nats a masked token; NaN where nothing was masked, as are the figures below."""
+        return mean(float(self.nats.sum()), self.masked)
 
     @property
     def perplexity(self) -> float:
@@ -59,7 +58,7 @@ class Evaluation(NamedTuple):
 
     @property
     def accuracy(self) -> float:
-        return float(self.hit.mean()) if self.masked else math.nan
+        return mean(int(self.hit.sum()), self.masked)
 
     @property
     def first_round(self) -> "Evaluation":
@@ -113,17 +112,14 @@ def evaluate(
     """Measures `model` on an eval set, its chunks cut into contiguous shares over the processes.
 
     Where a batch does not fit into memory, this process continues with batches of half the size. No figure depends on
-    the size, and the processes meet only at the end, so that each does so on its own.
+    the size, and the processes meet only at the end. Raises UserError, on all of them, where one chunk does not fit.
 
     complete: all mask rounds, else the first one alone
-    stopped: asked before each batch; where it is true on any process, all return None.
-
-    Raises UserError, on all processes, where a single chunk does not fit into memory on one of them.
+    stopped: asked before each batch; where it is true on any process, all return None
     """
-    rounds = len(eval_set.config.rounds) if complete else 1
     try:
         with without_dropout(model):
-            share = _evaluate_share(model, eval_set, accelerator, rounds, stopped)
+            share = _evaluate_share(model, eval_set, accelerator, complete, stopped)
     except UserError as error:
         share = error
     shares = gather_object([share])
@@ -137,39 +133,37 @@ def evaluate(
 
 
 def _evaluate_share(
-    model: SparseMaskedLM, eval_set: EvalSet, accelerator: Accelerator, rounds: int, stopped: Callable[[], int]
+    model: SparseMaskedLM, eval_set: EvalSet, accelerator: Accelerator, complete: bool, stopped: Callable[[], int]
 ) -> Evaluation | None:
-    """This process's share of the chunks in each mask round; None and UserError as in `evaluate`."""
+    """As `evaluate`, this process's share of the chunks."""
     n, rank, world = len(eval_set.chunk_ids), accelerator.process_index, accelerator.num_processes
     chunk_ids = eval_set.chunk_ids[n * rank // world : n * (rank + 1) // world]
     size = eval_set.config.per_device_eval_batch_size
     none = torch.zeros(0, device=accelerator.device)
     predictions = [(np.zeros((4, 0), np.int32), none, none.bool())]  # for a process with an empty share
-    mask_round = first = 0
-    while mask_round < rounds and first < len(chunk_ids):
-        if stopped():
-            return None
-        part = chunk_ids[first : first + size]
-        try:
-            predicted = _predict(model, eval_set, accelerator, part, mask_round)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            predicted = None
-        if predicted is None:  # outside of `except`, whose traceback holds the activations
-            if len(part) == 1:
-                raise UserError(
-                    f"out of memory evaluating one chunk of {eval_set.chunks.chunk_size} tokens "
-                    "(--per_device_eval_batch_size 1): use a shorter --max_seq_length"
-                )
-            size = len(part) // 2
-            release_memory()
-            log.info("out of memory in evaluation: from here on %d chunks at a time", size)
-            continue
-        predictions.append(predicted)
-        first += len(part)
-        if first == len(chunk_ids):
-            mask_round, first = mask_round + 1, 0
+    for mask_round in range(len(eval_set.config.rounds) if complete else 1):
+        left = chunk_ids
+        while len(left):
+            if stopped():
+                return None
+            try:
+                predicted = _predict(model, eval_set, accelerator, left[:size], mask_round)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                predicted = None
+            if predicted is None:  # outside of `except`, whose traceback holds the activations
+                size = min(size, len(left)) // 2
+                if size == 0:
+                    raise UserError(
+                        f"out of memory evaluating one chunk of {eval_set.chunks.chunk_size} tokens "
+                        "(--per_device_eval_batch_size 1): use a shorter --max_seq_length"
+                    )
+                release_memory()
+                log.info("out of memory in evaluation: from here on %d chunks at a time", size)
+            else:
+                predictions.append(predicted)
+                left = left[size:]
     places, nats, hits = zip(*predictions, strict=True)
     # The device synchronises here and nowhere else.
     exact = np.round(torch.cat(nats).cpu().double().numpy() * GRID) / GRID
@@ -180,8 +174,7 @@ def _evaluate_share(
 def _predict(
     model: SparseMaskedLM, eval_set: EvalSet, accelerator: Accelerator, chunk_ids: np.ndarray, mask_round: int
 ) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-    """One mask round of the chunks [B]: the first four columns of an Evaluation, [4, M] int32, and on the device nats
-    [M] and hits [M] bool."""
+    """Of the chunks [B]: an Evaluation's first four columns [4, M] int32, and on the device nats [M] and hits [M]."""
     batch = eval_set.batch(chunk_ids, mask_round)
     row, column = np.divmod(batch.positions.numpy(), batch.input_ids.shape[1])
     places = [np.full(len(row), mask_round), chunk_ids[row], column, batch.targets.numpy()]
@@ -203,9 +196,9 @@ def evaluate_all(
     """`evaluate` on each of `eval_sets`; None as soon as one is given up."""
     evaluations = Evaluations()
     for name, eval_set in eval_sets.items():
-        evaluations[name] = evaluate(model, eval_set, accelerator, complete, stopped)
-        if evaluations[name] is None:
+        if (evaluation := evaluate(model, eval_set, accelerator, complete, stopped)) is None:
             return None
+        evaluations[name] = evaluation
     return evaluations
 
 
@@ -242,7 +235,7 @@ def token_counts(store: TokenStore, size: int) -> np.ndarray:
 def unigram_perplexity(counts: np.ndarray, maskable: np.ndarray, targets: np.ndarray) -> float:
     """The perplexity of a model that knows token frequencies alone, with add-one smoothing (Laplace).
 
-    p(token) = (count + 1) / (maskable tokens of the training corpus + size of the maskable vocabulary)
+    p(token) = (count + 1) / Σ (count + 1) over the maskable vocabulary
 
     counts: [V] int64, of the training corpus; maskable: [V] bool; targets: [M] int, the masked tokens
     """

@@ -4,13 +4,12 @@ Salazar et al. 2020, "Masked Language Model Scoring" (arXiv:1910.14659), their P
 
     PLL(W) = Σ_t log P(w_t | W without w_t)        PPPL = exp(−Σ_W PLL(W) / N), N tokens in all
 
-Special tokens are neither predicted nor counted in N. Nor are unknown ones, which say nothing about the word that
-stood there; their number is reported. A literal `[MASK]` in a sentence is text.
+Special tokens are neither predicted nor counted in N. Nor are unknown ones; their number is reported. A literal
+`[MASK]` in a sentence is text.
 
-It is not a perplexity of the text, because the product of these conditionals is not a probability of it. PPPL is per
-token, so it compares models of one tokenizer only. Bits per character and per word (separated by blanks),
-−Σ PLL / (ln 2 · their number), come nearer to a comparison across tokenizers, but a word in several pieces is guessed
-from its own pieces, the more easily the more there are (Kauf and Ivanova 2023, arXiv:2305.10588).
+The product of these conditionals is no probability of the text. PPPL compares models of one tokenizer only. Bits per
+character and per word (separated by blanks), −Σ PLL / (ln 2 · their number), come nearer to a comparison across
+tokenizers, but a word in several pieces is guessed from its own pieces (Kauf and Ivanova 2023, arXiv:2305.10588).
 """
 
 import math
@@ -27,7 +26,7 @@ from mlm.columns import PAGE, fit
 from mlm.data.encode import encode_texts
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
 from mlm.errors import one_line
-from mlm.figures import exp_or_inf, finite
+from mlm.figures import exp_or_inf, finite, mean
 from mlm.files import read_sentences
 from mlm.model.load import ModelConfig, load_trained
 from mlm.model.predict import check_length, same_length, without_dropout
@@ -52,22 +51,17 @@ class Scores:
     words: np.ndarray  # [n] int64, separated by blanks
 
     def summary(self) -> dict[str, float]:
-        """The totals; NaN where there is nothing to divide by."""
+        """The totals; NaN without tokens."""
         total, tokens = float(self.log_likelihoods.sum()), int(self.tokens.sum())
         bits = -total / math.log(2) if tokens else math.nan
         return {
-            "pseudo_perplexity": perplexity(total, tokens),
+            "pseudo_perplexity": exp_or_inf(mean(-total, tokens)),
             "pseudo_log_likelihood": total,
             "tokens": tokens,
             "unknown_tokens": int(self.unknown.sum()),
             "bits_per_character": bits / int(self.characters.sum()),
             "bits_per_word": bits / int(self.words.sum()),
         }
-
-
-def perplexity(log_likelihood: float, tokens: int) -> float:
-    """exp(−nats a token), NaN without tokens."""
-    return exp_or_inf(-log_likelihood / tokens) if tokens else math.nan
 
 
 @torch.inference_mode()
@@ -78,9 +72,9 @@ def score(
     batch_size: int,
     accelerator: Accelerator,
 ) -> Scores:
-    """Scores the sentences, {line: sentence}, in their order.
+    """Scores the sentences, {line: sentence}, in their order. Several processes share the batches.
 
-    batch_size: masked copies of sentences at a time; no figure depends on it. Several processes share the batches.
+    batch_size: masked copies of sentences at a time; no figure depends on it
 
     Raises UserError, naming the line, where a sentence is longer than the model's position table.
     """
@@ -103,40 +97,33 @@ def score(
             nats[part] = F.cross_entropy(logits, targets, reduction="none")
     nats = accelerator.reduce(nats).cpu().double().numpy()  # the device synchronises here
     texts = [sentence.strip() for sentence in sentences.values()]
-    return Scores(
-        log_likelihoods=-np.bincount(whose, nats, len(rows)),
-        tokens=tokens,
-        unknown=np.array([(row == info.unknown_id).sum() for row in rows]),
-        characters=np.array([len(text) for text in texts]),
-        words=np.array([len(text.split()) for text in texts]),
-    )
+    unknown = [(row == info.unknown_id).sum() for row in rows]
+    sizes = ([len(text) for text in texts], [len(text.split()) for text in texts])
+    return Scores(-np.bincount(whose, nats, len(rows)), tokens, *map(np.array, (unknown, *sizes)))
 
 
 def measure(path: str, config: ModelConfig, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:
     """Scores the sentences of a file with the checkpoint that `config` names, and prints a line for each.
 
-    Returns the totals of `Scores.summary`, and `sentences`: for each its line, text, PLL, tokens and PPPL.
-    Raises UserError as `read_sentences` and `score` do, and where the checkpoint cannot be loaded.
+    Returns `Scores.summary`, and `sentences`. Raises UserError where either cannot be read, and as `score` does.
     """
     sentences = read_sentences(path)
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, config.trust_remote_code)
     model = load_trained(config, tokenizer, accelerator.device)
-    scores = score(model, tokenizer, sentences, batch_size, accelerator)
-
-    records = []
+    scores, records = score(model, tokenizer, sentences, batch_size, accelerator), []
     accelerator.print(f"{'line':>6} {'tokens':>6} {'PLL, nats':>10} {'PPPL':>9}  sentence")
-    totals = zip(scores.log_likelihoods.tolist(), scores.tokens.tolist(), strict=True)
-    for (line, text), (nats, tokens) in zip(sentences.items(), totals, strict=True):
-        figures = {"pseudo_log_likelihood": nats, "tokens": tokens, "pseudo_perplexity": perplexity(nats, tokens)}
+    totals = (scores.log_likelihoods.tolist(), scores.tokens.tolist())
+    for (line, text), nats, tokens in zip(sentences.items(), *totals, strict=True):
+        perplexity = exp_or_inf(mean(-nats, tokens))
+        figures = {"pseudo_log_likelihood": nats, "tokens": tokens, "pseudo_perplexity": perplexity}
         records.append({"line": line, "text": text, **finite(figures)})
-        head = f"{line:>6} {tokens:>6} {nats:>10.2f} {figures['pseudo_perplexity']:>9.4g}  "
+        head = f"{line:>6} {tokens:>6} {nats:>10.2f} {perplexity:>9.4g}  "
         accelerator.print(head + fit(text.strip(), PAGE - len(head)).rstrip())
     summary = scores.summary()
-    unknown = summary["unknown_tokens"]
     accelerator.print(
         f"pseudo-perplexity {summary['pseudo_perplexity']:.4g} over {summary['tokens']:,} tokens in "
         f"{len(sentences):,} sentences; {summary['bits_per_character']:.4g} bits a character, "
         f"{summary['bits_per_word']:.4g} a word"
-        + (f"; {unknown:,} unknown tokens are in none of these" if unknown else "")
+        + (f"; {summary['unknown_tokens']:,} unknown tokens are in none of these" if scores.unknown.any() else "")
     )
     return {**finite(summary), "sentences": records}

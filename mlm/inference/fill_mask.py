@@ -51,10 +51,8 @@ class Filler(NamedTuple):
 
 
 def load(name: str, trust_remote_code: bool = False) -> tuple[SparseMaskedLM, PreTrainedTokenizerBase]:
-    """A checkpoint and its tokenizer, by Hub name or folder, the model on the GPU where there is one.
-
-    Raises UserError where either cannot be loaded, they do not fit each other, or the model takes one length only.
-    """
+    """A checkpoint and its tokenizer, by Hub name or folder, the model on the GPU where there is one. Raises UserError
+    where either cannot be loaded, they do not fit each other, or the model takes one length only."""
     tokenizer = load_tokenizer(name, trust_remote_code)
     config = ModelConfig(model_name_or_path=name, trust_remote_code=trust_remote_code)
     return load_trained(config, tokenizer, "cuda" if torch.cuda.is_available() else "cpu"), tokenizer
@@ -63,10 +61,8 @@ def load(name: str, trust_remote_code: bool = False) -> tuple[SparseMaskedLM, Pr
 def fill(
     model: SparseMaskedLM, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], top_k: int
 ) -> list[list[list[Filler]]]:
-    """The `top_k` likeliest fillers of every mask: `[sentence][mask][rank]`, likeliest first.
-
-    Raises UserError as `encode` does, and where `top_k` is above the size of the vocabulary.
-    """
+    """The `top_k` likeliest fillers of every mask: `[sentence][mask][rank]`. Raises UserError as `encode` does, and
+    where `top_k` is above the size of the vocabulary."""
     vocabulary = model.model.config.get_text_config().vocab_size
     if top_k > vocabulary:
         raise UserError(f"--top_k {top_k}: the model's vocabulary has {vocabulary} tokens")
@@ -84,10 +80,9 @@ def cell_width(models: int) -> int:
 
 
 def table(sentence: str, names: Sequence[str], answers: Sequence[Sequence[Sequence[Any]]]) -> str:
-    """The answers of one or two models to a sentence, side by side in 100 columns, below the sentence.
+    """The answers of one or two models, `[model][mask][rank]`, side by side below the sentence, as `str` gives them.
 
     names: `[model]`, the heads of the columns where there are two
-    answers: `[model][mask][rank]`, as many masks and ranks for each model; a cell is `str` of one
     """
     width = cell_width(len(names))
 

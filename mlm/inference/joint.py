@@ -6,10 +6,9 @@ The masks are filled one at a time, and the log-probability of the filled senten
 
 The order decides which mask is filled next: `left_to_right` takes the first of the remaining masks, `confidence` the
 one whose likeliest token has the highest probability, the first of equals. These are the order-based and the
-confidence-based decoding of X-FACTR (Jiang et al. 2020, arXiv:2010.06189); its independent decoding is
-`mlm.inference.fill_mask.fill`. Under either order the probabilities of all ways to fill the masks sum to 1, because
-the fillers so far determine which mask is next. But a masked language model defines no joint distribution: the two
-orders give the same sentence different probabilities.
+confidence-based decoding of X-FACTR (Jiang et al. 2020, arXiv:2010.06189). Under either order the probabilities of all
+ways to fill the masks sum to 1, because the fillers so far determine which mask is next. But a masked language model
+defines no joint distribution: the two orders give the same sentence different probabilities.
 """
 
 from collections.abc import Sequence
@@ -40,14 +39,13 @@ def cells(answers: Sequence[Sequence[Filled]], width: int) -> list[list[str]]:
 
 
 class _Hypothesis(NamedTuple):
-    row: tuple[int, ...]
-    left: tuple[int, ...]  # positions of the masks that are not filled in
+    row: list[int]
+    left: list[int]  # positions of the masks that are not filled in
     log_probability: float
 
     def with_filler(self, position: int, token: int, log_probability: float) -> "_Hypothesis":
-        row = (*self.row[:position], token, *self.row[position + 1 :])
-        left = tuple(p for p in self.left if p != position)
-        return _Hypothesis(row, left, self.log_probability + log_probability)
+        row = [*self.row[:position], token, *self.row[position + 1 :]]
+        return _Hypothesis(row, [p for p in self.left if p != position], self.log_probability + log_probability)
 
 
 def fill_jointly(
@@ -59,17 +57,15 @@ def fill_jointly(
 ) -> list[list[Filled]]:
     """The likeliest ways to fill all masks, by beam search: `[sentence][rank]`, likeliest first.
 
-    There are at most `num_beams`, which is how many are kept after each mask. Equally likely ones are ordered by the
-    ids of their fillers, compared in the order in which the masks were filled.
-
-    Raises UserError as `encode` does.
+    At most `num_beams` are kept after each mask. Equally likely ones are ordered by the ids of their fillers, compared
+    in the order in which the masks were filled. Raises UserError as `encode` does.
     """
 
     def surest(logits: Tensor) -> tuple[Tensor, Tensor]:
         return likeliest(logits.log_softmax(dim=-1), min(num_beams, logits.shape[1]))
 
     rows, masks = encode(model, tokenizer, sentences)
-    beams = [[_Hypothesis(tuple(row), tuple(left), 0.0)] for row, left in zip(rows, masks, strict=True)]
+    beams = [[_Hypothesis(row, left, 0.0)] for row, left in zip(rows, masks, strict=True)]
     while growing := [(i, hypothesis) for i, beam in enumerate(beams) for hypothesis in beam if hypothesis.left]:
         places = [h.left[:1] if order == "left_to_right" else h.left for _, h in growing]
         best = predict(model, [h.row for _, h in growing], places, surest)
@@ -93,10 +89,8 @@ def fill_jointly(
 
 
 def likeliest(log_probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest values of each row of `[M, V]` float32 ≤ 0, and their ids, both `[M, k]`.
-
-    Of equal values the one with the lower id comes first, on any device; `topk` does not promise an order.
-    """
+    """The `k` largest values of each row of `[M, V]` float32 ≤ 0, and their ids, both `[M, k]`. Of equal values
+    the one with the lower id comes first, on any device; `topk` does not promise an order."""
     ids = torch.arange(log_probabilities.shape[1], device=log_probabilities.device)
     # Floats of one sign have the order of their bits; the id in the lower half makes each key unique.
     keys = (log_probabilities.abs().view(torch.int32).long() << 32) | ids

@@ -18,11 +18,9 @@ AT_A_TIME = 32  # sentences in a batch; does not change the results
 def encode(
     model: SparseMaskedLM, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """The ids of each sentence, with the special tokens around it, and the positions of its masks.
-
-    A mask is `[MASK]` or the tokenizer's own mask token. Raises UserError where a sentence has no mask or is longer
-    than the model's position table, and where the tokenizer has no mask token.
-    """
+    """The ids of each sentence, with the special tokens around it, and the positions of its masks: of `[MASK]` and of
+    the tokenizer's own mask token. Raises UserError where a sentence has none or is longer than the model's position
+    table, and where the tokenizer has no mask token."""
     if tokenizer.mask_token_id is None:
         name = tokenizer.name_or_path or type(tokenizer).__name__
         raise UserError(f"the tokenizer {name} has no mask token; give the checkpoint of a masked language model")
@@ -51,9 +49,7 @@ def predict(
 ) -> list[list[tuple[Any, ...]]]:
     """What `reduce` makes of the logits at some positions of each row, without dropout: `[row][position]`.
 
-    rows:      `[row][T of the row]`, the ids of sentences, special tokens included
-    positions: `[row][M of the row]`, where to predict
-    reduce:    float32 `[M, V]` -> tensors `[M, …]`, the entries of which come back as lists or numbers
+    reduce: float32 `[M, V]` -> tensors `[M, …]`, the entries of which come back as lists or numbers
     """
     device, results = model.model.device, [[] for _ in rows]
     with without_dropout(model):

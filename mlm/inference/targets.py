@@ -5,10 +5,9 @@ A word of n pieces takes n masks. Its pieces are filled in from left to right, b
     log p(word) = Σ_j log p(piece_j | the sentence, the pieces before j in their places, masks for the rest)
 
 For one piece this is the probability of `mlm.inference.fill_mask.fill`. For several it is PLL-word-l2r of Kauf and
-Ivanova (2023, "A Better Way to Do Masked Language Model Scoring", arXiv:2305.10588). transformers'
-`pipeline("fill-mask", targets=…)` takes the first piece for the word (its issues 4306, 9678, 17374). The number of
-masks reveals the word's length: the probabilities of words of one length sum to at most 1, those of words of several
-lengths form no distribution.
+Ivanova (2023, arXiv:2305.10588). transformers' `pipeline("fill-mask", targets=…)` takes the first piece for the word
+(its issues 4306, 9678, 17374). The number of masks reveals the word's length: the probabilities of words of one length
+sum to at most 1, those of words of several lengths form no distribution.
 """
 
 import csv
@@ -24,7 +23,7 @@ from mlm.inference.sentences import encode, own_mask, predict
 from mlm.model.predict import check_length
 from mlm.model.sparse_head import SparseMaskedLM
 
-Step = tuple[tuple[int, ...], int, int]  # a row with masks, a position in it, the token to score there
+Place = tuple[tuple[int, ...], int]  # a row with masks, a position in it
 
 
 class Target(NamedTuple):
@@ -38,9 +37,9 @@ class Target(NamedTuple):
 
 
 def parse_targets(text: str) -> list[str]:
-    """The words of `good,so so,"1,000"`: separated by commas, quoted where they contain one (as in CSV).
+    """The words of `good,so so,"1,000"`: separated by commas, quoted where they contain one (as in CSV), each once.
 
-    Blanks around a word and repetitions are dropped. Raises UserError where a word is missing.
+    Raises UserError where a word is missing.
     """
     [cells] = csv.reader([" ".join(text.split()) or " "], skipinitialspace=True)
     words = list(dict.fromkeys(cell.strip() for cell in cells))
@@ -52,40 +51,37 @@ def parse_targets(text: str) -> list[str]:
 def score_targets(
     model: SparseMaskedLM, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], targets: Sequence[str]
 ) -> list[list[list[Target]]]:
-    """The log-probability of each target at every mask: `[sentence][mask][target]`, in the order given.
+    """The log-probability of each target at every mask, the others in place: `[sentence][mask][target]`.
 
-    The sentence's other masks stay masks. Raises UserError as `encode` does, where the tokenizer does not know a
-    target or makes no token of it, and where its pieces make a sentence longer than the model's position table.
+    Raises UserError as `encode` does, where the tokenizer does not know a target or makes no token of it, and where
+    its pieces make a sentence longer than the model's position table.
     """
 
-    def chain(word: str, sentence: str, row: list[int], mask: int, place: int) -> list[Step]:
-        pieces = _pieces(tokenizer, sentence, row[:place], mask, word)
+    def chain(word: str, sentence: str, row: list[int], mask: int, at: int) -> list[tuple[Place, int]]:
+        pieces = _pieces(tokenizer, sentence, row[:at], mask, word)
         masks = [tokenizer.mask_token_id] * len(pieces)
-        return [
-            ((*row[:place], *pieces[:j], *masks[j:], *row[place + 1 :]), place + j, piece)
-            for j, piece in enumerate(pieces)
-        ]
+        rows = ((*row[:at], *pieces[:j], *masks[j:], *row[at + 1 :]) for j in range(len(pieces)))
+        return [((row, at + j), piece) for j, (row, piece) in enumerate(zip(rows, pieces, strict=True))]
 
     rows, masks = encode(model, tokenizer, sentences)
     chains = [
-        [[chain(word, sentence, row, mask, place) for word in targets] for mask, place in enumerate(places)]
-        for sentence, row, places in zip(sentences, rows, masks, strict=True)
+        [[chain(word, sentence, row, mask, at) for word in targets] for mask, at in enumerate(positions)]
+        for sentence, row, positions in zip(sentences, rows, masks, strict=True)
     ]
     steps = [step for sentence in chains for words in sentence for chain in words for step in chain]
-    check_length(model, "with the targets in it a sentence", max((row for row, _, _ in steps), key=len))
-    places = list(dict.fromkeys((row, position) for row, position, _ in steps))  # targets share predictions
-    tokens = sorted({piece for _, _, piece in steps})
-    found = predict(
-        model,
-        [row for row, _ in places],
-        [[at] for _, at in places],
-        lambda logits: [logits.log_softmax(-1)[:, tokens]],
-    )
-    scores = {place: dict(zip(tokens, values, strict=True)) for place, [(values,)] in zip(places, found, strict=True)}
+    check_length(model, "with the targets in it a sentence", max((row for (row, _), _ in steps), key=len))
+    tokens = sorted({piece for _, piece in steps})
+    rows, positions = zip(*dict.fromkeys(place for place, _ in steps), strict=True)  # targets share predictions
+    found = predict(model, rows, [[at] for at in positions], lambda logits: [logits.log_softmax(-1)[:, tokens]])
+    scores = {
+        (row, at, token): score
+        for row, at, [(values,)] in zip(rows, positions, found, strict=True)
+        for token, score in zip(tokens, values, strict=True)
+    }
 
-    def target(word: str, chain: list[Step]) -> Target:
-        pieces = tokenizer.convert_ids_to_tokens([piece for _, _, piece in chain])
-        return Target(word, tuple(pieces), sum(scores[row, position][piece] for row, position, piece in chain))
+    def target(word: str, chain: list[tuple[Place, int]]) -> Target:
+        pieces = tokenizer.convert_ids_to_tokens([piece for _, piece in chain])
+        return Target(word, tuple(pieces), sum(scores[*place, piece] for place, piece in chain))
 
     return [[[*map(target, targets, words)] for words in sentence] for sentence in chains]
 
@@ -93,9 +89,9 @@ def score_targets(
 def _pieces(tokenizer: PreTrainedTokenizerBase, sentence: str, before: list[int], mask: int, word: str) -> list[int]:
     """The ids of `word` in the place of a mask, encoded together with the text before the mask.
 
-    So a blank before the word belongs to its first piece where the vocabulary has such pieces ("a [MASK]": RoBERTa's
-    `Ġfilm`), and a word that has begun is continued ("un[MASK]": BERT's `##able`). Where the text would not keep its
-    own ids `before` (the mask token does not absorb the blank, or letters merge), the word is encoded on its own.
+    So a blank before it belongs to its first piece ("a [MASK]": RoBERTa's `Ġfilm`), and a word that has begun goes on
+    ("un[MASK]": BERT's `##able`). Where the text would not keep its own ids `before` (the mask token does not absorb
+    the blank, or letters merge), the word is encoded on its own.
     """
 
     def ids(text: str) -> list[int]:

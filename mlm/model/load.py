@@ -3,6 +3,7 @@
 import copy
 import difflib
 import hashlib
+import itertools
 import json
 import logging
 import pickle
@@ -19,8 +20,7 @@ from mlm.data.token_store import TokenStore, limit_threads, prepare, store_folde
 from mlm.data.tokenizer import TokenizerInfo, corpus_tokenizer, load_tokenizer, tokenizer_info
 from mlm.errors import UserError, explain_load_failure, listed, one_line
 from mlm.hub import local_files_only, no_bars
-from mlm.model.seeded import seeded_cpu_generator
-from mlm.model.sparse_head import SparseMaskedLM
+from mlm.model.sparse_head import SparseMaskedLM, seeded_cpu_generator
 from mlm.model.vocabulary import enlarge, max_positions, only_length, vocab_size
 
 log = logging.getLogger(__name__)
@@ -58,18 +58,14 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     """Loads the checkpoint that `config` names, or initialises a model from scratch, in float32 on the CPU.
 
     New weights (of a model from scratch, missing in the checkpoint, of tokens that it does not know) are drawn from
-    `seed`; the global generators keep their state. The embeddings grow where the tokenizer is larger, and never
-    shrink. `config.dropout` is a setting of this run: the modules use it, while `model.config`, which
-    `save_pretrained` writes, keeps the model's own probabilities.
+    `seed`; the global generators keep their state. The embeddings grow where the tokenizer is larger. The modules use
+    `config.dropout`, while `model.config`, which `save_pretrained` writes, keeps the model's own probabilities.
 
-    Raises UserError where the checkpoint or configuration cannot be found, reached or read, is not of a masked
-    language model over tokens, needs `trust_remote_code`, or lacks the gradient checkpointing that `config` asks for.
+    Raises UserError where the checkpoint or configuration cannot be read, is not of a masked language model over
+    tokens, needs `trust_remote_code`, or lacks the gradient checkpointing that `config` asks for.
     """
     arch = _architecture(config, tokenizer)
-    own_dropout = [] if config.dropout is None else list(_dropout_fields(arch))
-    for owner, field, _ in own_dropout:
-        setattr(owner, field, float(config.dropout))
-
+    own_dropout = [] if config.dropout is None else _set_dropout(arch, itertools.repeat(float(config.dropout)))
     with seeded_cpu_generator(seed):
         model = _build(config, arch)
         table = getattr(model.get_input_embeddings(), "weight", None)
@@ -89,41 +85,32 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
             raise UserError(f"--gradient_checkpointing: {one_line(error)}") from error
     if own_dropout:
         # Modules share the configuration that they were built from, and some read it in every forward pass.
-        # A copy with the model's own probabilities is the one to save.
         model.config = copy.deepcopy(model.config)
-        for (owner, field, _), (_, _, value) in zip(_dropout_fields(model.config), own_dropout, strict=True):
-            setattr(owner, field, value)
+        _set_dropout(model.config, iter(own_dropout))
     return model
 
 
 def load_trained(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device | str, length: int | None = None
 ) -> SparseMaskedLM:
-    """The checkpoint that `config` names, on `device`, for sequences of `length` tokens, or of any (None).
-
-    Raises UserError as `load_model` and `check_embeddings` do, and where the model takes no such sequences.
-    """
+    """The checkpoint that `config` names, on `device`, for sequences of `length` tokens, or of any (None). Raises
+    UserError as `load_model` and `check_embeddings` do, and where the model takes no such sequences."""
     check_embeddings(config, tokenizer)
     model = load_model(config, tokenizer, seed=0)
     only = only_length(model.config)
     if only not in (None, length):
-        raise UserError(
-            f"{config.model_name_or_path}: {type(model).__name__} takes sequences of {only} tokens only; "
-            f"evaluate it on a text with --max_seq_length {only} and --pad_to_max_length true"
-        )
+        takes = f"{config.model_name_or_path}: {type(model).__name__} takes sequences of {only} tokens only"
+        raise UserError(f"{takes}; evaluate it on a text with --max_seq_length {only} and --pad_to_max_length true")
     return SparseMaskedLM(model, only).to(device)
 
 
 def model_config(config: ModelConfig) -> PreTrainedConfig:
-    """The unchanged configuration of the name or type in `config`, which must have one of them.
-
-    Raises UserError where it cannot be loaded, or is not of a masked language model.
-    """
+    """The unchanged configuration of the name or type in `config`. Raises UserError where that is none of a masked
+    language model."""
     if source := config.config_name or config.model_name_or_path:
+        code = {"trust_remote_code": config.trust_remote_code, "local_files_only": local_files_only(source)}
         try:
-            arch = AutoConfig.from_pretrained(
-                source, trust_remote_code=config.trust_remote_code, local_files_only=local_files_only(source)
-            )
+            arch = AutoConfig.from_pretrained(source, **code)
         except UNUSABLE as error:
             raise explain_load_failure("model", source, error) from error
         if arch.model_type not in KNOWN and "AutoModelForMaskedLM" not in (getattr(arch, "auto_map", None) or ()):
@@ -137,10 +124,8 @@ def model_config(config: ModelConfig) -> PreTrainedConfig:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Identifies a model by its configuration and the mean size of its weights, to six digits.
-
-    Not by the bits of the weights: fresh ones may depend on the kind of processor that drew them.
-    """
+    """Identifies a model by its configuration and the mean size of its weights, to six digits. Not by their bits:
+    those of fresh weights may depend on the kind of processor that drew them."""
     described = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
     size = sum(p.detach().abs().sum(dtype=torch.float64).item() for p in model.parameters())
@@ -149,13 +134,11 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def check_embeddings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError where the tokenizer gives ids beyond the checkpoint's embedding table, which `load_model` would
-    enlarge by rows that mean nothing before training."""
-    rows = getattr(model_config(config).get_text_config(), "vocab_size", None)
-    largest = vocab_size(tokenizer) - 1
-    if rows is not None and largest >= rows:
+    """Raises UserError for ids beyond the checkpoint's embeddings: rows added to them mean nothing before training."""
+    rows, needed = getattr(model_config(config).get_text_config(), "vocab_size", None), vocab_size(tokenizer)
+    if rows is not None and needed > rows:
         raise UserError(
-            f"{config.model_name_or_path}: the tokenizer's ids go up to {largest}, the model's embedding "
+            f"{config.model_name_or_path}: the tokenizer's ids go up to {needed - 1}, the model's embedding "
             f"table has {rows} rows; use the tokenizer that the model was trained with"
         )
 
@@ -166,38 +149,31 @@ def position_limit(config: ModelConfig) -> int | None:
 
 
 def open_corpus(config: Any) -> tuple[PreTrainedTokenizerBase, TokenizerInfo, dict[str, TokenStore]]:
-    """The tokenizer, what the other modules need to know of it, and the token store of each split.
-
-    The tokenizer is the named one; for a model from scratch without a name, it is trained on the corpus. Call this
-    before the process's first use of a tokenizer, as it sets the number of threads.
-
-    config: a mlm.config.Config; its parts model, corpus, token_store and masking are used
-    """
+    """The tokenizer, named or else trained on the corpus, its info, and the token store of each split. Call this
+    before the process's first use of a tokenizer, as it sets the number of threads. config: a mlm.config.Config"""
     limit_threads(config.token_store)
     if name := config.model.tokenizer_name or config.model.model_name_or_path:
         tokenizer = load_tokenizer(name, config.model.trust_remote_code)
     else:
         tokenizer = corpus_tokenizer(config.corpus, vocabulary_size(config.model), store_folder(config.token_store))
     info = tokenizer_info(tokenizer)
-    stores = prepare(config.corpus, tokenizer, info, config.token_store, config.masking.whole_word_mask)
-    return tokenizer, info, stores
+    return tokenizer, info, prepare(config.corpus, tokenizer, info, config.token_store, config.masking.whole_word_mask)
 
 
 def vocabulary_size(config: ModelConfig) -> int:
-    """The size of the vocabulary to train for a model from scratch: its default, or the demo's."""
+    """The size of the vocabulary to train for a model from scratch."""
     return DEMO_VOCABULARY if config.is_demo else model_config(config).get_text_config().vocab_size
 
 
 def demo_config(tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """A BERT that learns more than token frequencies within minutes on two CPU cores.
-
-    The usual standard deviation of fresh weights, 0.02, suits wider models; with 0.05 this one learns sooner.
-    """
-    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
-    sizes |= {"vocab_size": vocab_size(tokenizer), "max_position_embeddings": DEMO_POSITIONS}
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    others = {"initializer_range": 0.05, "pad_token_id": tokenizer.pad_token_id}
-    return AutoConfig.for_model("bert", **sizes, **no_dropout, **others)
+    """A BERT that learns more than token frequencies within minutes on two CPU cores: sooner with fresh weights of
+    standard deviation 0.05 than with the usual 0.02, which suits wider models."""
+    return AutoConfig.for_model(
+        "bert",
+        **{"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512},
+        **{"vocab_size": vocab_size(tokenizer), "max_position_embeddings": DEMO_POSITIONS, "initializer_range": 0.05},
+        **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": tokenizer.pad_token_id},
+    )
 
 
 def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -219,14 +195,8 @@ def _build(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedModel:
     try:
         if not name:
             return AutoModelForMaskedLM.from_config(arch, **settings)
-        model, loading = AutoModelForMaskedLM.from_pretrained(
-            name,
-            config=arch,
-            weights_only=True,  # a pickle may hold tensors, no code
-            local_files_only=local_files_only(name),
-            output_loading_info=True,
-            **settings,
-        )
+        settings |= {"weights_only": True, "local_files_only": local_files_only(name)}  # a pickle may hold no code
+        model, loading = AutoModelForMaskedLM.from_pretrained(name, config=arch, output_loading_info=True, **settings)
     except UNUSABLE as error:
         if source := name or config.config_name:
             raise explain_load_failure("model", source, error) from error
@@ -236,13 +206,16 @@ def _build(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _dropout_fields(config: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, str, float]]:
-    """(configuration, field, value) of every dropout probability, nested configurations included.
+def _set_dropout(config: PreTrainedConfig, values: Iterator[float]) -> list[float]:
+    """Takes each dropout probability, nested configurations included, from `values`, and returns what they were.
 
     A field that is None (BERT's classifier_dropout) follows another one. A boolean one (ESM's token_dropout) is none.
     """
+    replaced = []
     for field, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            yield from _dropout_fields(value)
+            replaced += _set_dropout(value, values)
         elif "dropout" in field and isinstance(value, int | float) and not isinstance(value, bool):
-            yield config, field, value
+            setattr(config, field, next(values))
+            replaced.append(value)
+    return replaced

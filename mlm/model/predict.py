@@ -1,4 +1,4 @@
-"""What all predictions without training share: no dropout, no padding, no sentence that is too long."""
+"""What predictions without training share: no dropout, no padding, no sentence that is too long."""
 
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from mlm.model.vocabulary import max_positions
 
 @contextmanager
 def without_dropout(model: SparseMaskedLM) -> Iterator[None]:
-    """Puts the model into evaluation mode, and at the end back into the mode that it was in."""
+    """The model is in evaluation mode here, and at the end again in the mode that it was in."""
     was_training = model.training
     model.eval()
     try:
@@ -32,7 +32,7 @@ def same_length(rows: Sequence[Sized], size: int) -> Iterator[list[int]]:
 
 
 def check_length(model: SparseMaskedLM, what: str, row: Sized) -> None:
-    """Raises UserError, beginning with `what`, where the model's position table has no place for all of the row."""
+    """Raises UserError, beginning with `what`, where the row is longer than the model's position table."""
     longest = max_positions(model.model.config)
     if longest is not None and len(row) > longest:
         raise UserError(f"{what} is {len(row)} tokens long, the model's position table takes {longest}: shorten it")

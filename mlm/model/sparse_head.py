@@ -1,23 +1,29 @@
-"""A masked language model whose head runs on the masked positions alone.
-
-About 15% of the positions carry loss, and the projection to the vocabulary is a large part of a small model's work.
-"""
+"""A masked language model whose head, a large part of a small model's work, runs on the masked positions alone."""
 
 import copy
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mlm.errors import UserError, listed, one_line
-from mlm.model.seeded import seeded_cpu_generator
 from mlm.model.vocabulary import only_length
 
 log = logging.getLogger(__name__)
 
 TRIAL = 8  # tokens in a sequence of the trial
+
+
+@contextmanager
+def seeded_cpu_generator(seed: int) -> Iterator[None]:
+    """Seeds the CPU's global generator and restores its state at the end; `torch.manual_seed` would seed GPUs too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed % 2**64)  # any integer, as for the masks
+        yield
 
 
 class SparseMaskedLM(nn.Module):
@@ -30,19 +36,18 @@ class SparseMaskedLM(nn.Module):
     At construction, a copy of the model runs three short sequences with the sparse head and the dense one. Where the
     logits differ, the dense head is used, `sparse` is False, and a warning gives the reason. Parameters that get no
     gradient from the loss (poolers, heads for other tasks) are frozen: every other one then has a gradient in every
-    step, all zeros where no position is masked, as DistributedDataParallel requires and processes with an empty share
-    rely on. The trial uses a copy because a forward pass may change a model: its buffers, and switches such as
-    BigBird's, which stays at full attention after one short sequence.
+    step, all zeros where no position is masked: processes with an empty share need it. A copy, because a forward pass
+    may change a model: its buffers, and switches such as BigBird's, which stays at full attention after one short
+    sequence.
 
     model:  the model itself, which is what to save
-    sparse: whether the head runs on the masked rows alone
     """
 
     def __init__(self, model: PreTrainedModel, length: int | None = None) -> None:
         """length: of the chunks that the model will be trained on; None where it will not be trained.
 
-        A model may fail on short sequences alone (Reformer and Nystromformer train at one length). The trial is then
-        repeated at `length`. Raises UserError where it fails again; without a length, nothing is frozen.
+        Where the trial fails (Reformer and Nystromformer train at one length), it is repeated at `length`. Raises
+        UserError where that fails too; without a length, nothing is frozen.
         """
         super().__init__()
         self.model = model
@@ -76,14 +81,13 @@ class SparseMaskedLM(nn.Module):
             log.info("frozen, as the masked-LM loss does not reach them: %s", listed(unreached))
 
     def forward(self, input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The logits at the given positions.
+        """The logits at the given positions, `[M, V]`, in the dtype of the model's head.
 
         input_ids:      int64 `[B, T]`, the corrupted chunks, B ≥ 1
-        positions:      int64 `[M]`, positions in the flattened batch, in [0, B·T); M may be 0
+        positions:      int64 `[M]`, in the flattened batch, in [0, B·T); M may be 0: the sum can be differentiated
         attention_mask: int64 or bool `[B, T]`, zero at padding; None where there is no padding
 
-        Returns `[M, V]`, in the dtype of the model's head. Under bf16 autocast that is bfloat16, in which a cross
-        entropy loses whole nats, so widen it first. For M = 0 the sum is a zero that can be differentiated.
+        Under bf16 autocast they are bfloat16, in which a cross entropy loses whole nats: widen them first.
         """
         padding = {} if attention_mask is None else {"attention_mask": attention_mask}
         self._positions = positions if self.sparse else None
@@ -97,7 +101,7 @@ class SparseMaskedLM(nn.Module):
         """The hook: the encoder's output with the last hidden state cut to the rows of the positions."""
         if self._positions is None:
             return None
-        rows = _rows(output[0], self._positions).unsqueeze(0)  # [B, T, H] -> [1, M, H]
+        rows = _rows(output[0], self._positions)[None]  # [B, T, H] -> [1, M, H]
         if isinstance(output, tuple):
             return (rows, *output[1:])
         output["last_hidden_state"] = rows
@@ -121,7 +125,7 @@ def _trial_batch(model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _misfit(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor) -> str | None:
-    """Why the sparse head does not give the dense head's logits; None where it does."""
+    """Why the sparse head's logits are not the dense head's; None where they are."""
     if twin.model.base_model is twin.model:
         return "it has no encoder apart from its head"
     try:
@@ -135,10 +139,8 @@ def _misfit(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor) -> str |
     if sparse.shape != dense.shape:
         return f"the sparse logits have the shape {tuple(sparse.shape)} instead of {tuple(dense.shape)}"
     # The two differ by the order of summation; a wrong row differs by as much as the logits themselves.
-    tolerance = torch.finfo(dense.dtype).eps ** 0.5 * dense.abs().max()
-    if not (sparse - dense).abs().max() <= tolerance:
-        return "the sparse logits differ from the dense ones"
-    return None
+    close = (sparse - dense).abs().max() <= torch.finfo(dense.dtype).eps ** 0.5 * dense.abs().max()
+    return None if close else "the sparse logits differ from the dense ones"
 
 
 def _without_gradient(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor) -> tuple[list[str], str]:
@@ -148,8 +150,7 @@ def _without_gradient(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor
         try:
             with torch.enable_grad():
                 twin(input_ids, positions).float().sum().backward()
-            unreached = [n for n, p in twin.model.named_parameters() if p.requires_grad and p.grad is None]
-            return unreached, ""
+            return [n for n, p in twin.model.named_parameters() if p.requires_grad and p.grad is None], ""
         except Exception as error:  # whatever a model raises on a sequence of a length that it does not take
             failure = one_line(f"{type(error).__name__}: {error}")
     return [], failure

@@ -16,17 +16,13 @@ POSITIONS_AFTER_PADDING = (
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """The longest sequence, in tokens, that the model's position table takes; None without such a table.
-
-    Rotary and relative positions have none.
-    """
+    """The longest sequence, in tokens, that the model's position table takes; None: it has none, as rotary and
+    relative positions need none."""
     config = config.get_text_config()
     rotary = getattr(config, "rope_parameters", None) is not None
     rotary |= getattr(config, "position_embedding_type", None) == "rotary"  # ESM-2
     relative = not getattr(config, "position_biased_input", True)  # DeBERTa without absolute positions
-    if rotary or relative:
-        return None
-    rows = getattr(config, "max_position_embeddings", None)
+    rows = None if rotary or relative else getattr(config, "max_position_embeddings", None)
     if rows is None or config.model_type not in POSITIONS_AFTER_PADDING:
         return rows
     padding = 1 if config.model_type == "mpnet" else config.pad_token_id  # a constant in MPNet's code
@@ -34,10 +30,8 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 
 def only_length(config: PreTrainedConfig) -> int | None:
-    """The one length of sequences, in tokens, that a Nystromformer takes; None for other architectures.
-
-    Its landmarks are the means of equal segments of a sequence of that length (Xiong et al. 2021, arXiv:2102.03902).
-    """
+    """The one length of sequences, in tokens, that a Nystromformer takes, whose landmarks are the means of equal
+    segments of a sequence of that length (Xiong et al. 2021, arXiv:2102.03902); None for other architectures."""
     if config.model_type != "nystromformer" or config.num_landmarks == config.segment_means_seq_len:
         return None
     return config.segment_means_seq_len
