@@ -3,11 +3,11 @@
     mlm/data/masking.py:  mlm_probability: float = 0.15  # Predict this share of the tokens.
     command line:         --mlm_probability 0.2
 
-`--config FILE.yaml` sets any flag. Its values pass as text through argparse, as the flags do, so that `5e-5` is a
-number and `no` is what the flag makes of it (YAML reads a string and a boolean); flags come after, and so win.
+`--config FILE.yaml` sets flags, and the command line wins. Its values pass as text through argparse, so that `5e-5` is
+a number and `no` is what the flag makes of it (YAML reads a string and a boolean).
 
-Other libraries would need as much code around them: tyro 1.0 has no configuration file,
-jsonargparse 4.53 takes no comment as help, HfArgumentParser knows no `int | Literal["auto"]`.
+Others need as much code around them: tyro 1.0 has no configuration file, jsonargparse 4.53 takes no comment as help,
+HfArgumentParser knows no `int | Literal["auto"]`.
 """
 
 import argparse
@@ -34,8 +34,8 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 from mlm.engine.distributed import lost_a_process
+from mlm.engine.memory import out_of_memory
 from mlm.engine.signals import Stopped
-from mlm.engine.update import out_of_memory
 from mlm.errors import UserError, one_line
 
 # The words for a boolean, and for None, in any case.
@@ -51,10 +51,6 @@ GONE = {
 GENERAL = ("file", "dataset_name", "dataset_config_name", "text_column")
 RENAMED = {f"general_{rest}": f"out_of_domain_{rest}" for rest in GENERAL}
 RENAMED |= {name: f"eval_{name}" for name in ("mlm_probability", "whole_word_mask")}
-LOST = (
-    "error: process {} ends because another process of the run has ended; the reason, if it printed one, is in its "
-    "output; --resume_from_checkpoint latest resumes from the last checkpoint"
-)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,19 +61,18 @@ class _Parser(argparse.ArgumentParser):
 def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.ArgumentParser) -> list[Any]:
     """Reads `argv` into an instance of each dataclass, in their order; last, the namespace of all values.
 
-    Positional arguments may stand between flags. Raises UserError on an unknown flag, naming the nearest known one,
-    and on a value that does not convert.
+    Positional arguments may stand between flags. Raises UserError on an unknown flag or a value that does not convert.
     """
     words = [action.metavar or action.dest for action in parser._actions if not action.option_strings]
     parser.usage = " ".join(["%(prog)s", *words, "[--flag value …]"])
     parser.add_argument("-h", "--help", action="help", help="Show this help and exit.")
-    parser.add_argument("--config", metavar="FILE.yaml", help="Set any of these flags in a file; flags win over it.")
+    in_a_file = "Set any of these flags in a file; flags win over it."
+    parser.add_argument("--config", metavar="FILE.yaml", action="append", default=[], help=in_a_file)
     parser.add_argument("--json", action="store_true", help="End with one line of JSON on a terminal too.")
     for config in configs:
         _add_flags(parser.add_argument_group(config.__doc__.partition("\n")[0].rstrip(".")), config)
-    finder = command(None)
-    finder.add_argument("--config", action="append", default=[])
-    in_files = [flag for path in finder.parse_known_args(argv)[0].config for flag in _flags_of(path, parser)]
+    files = parser.parse_known_intermixed_args(argv)[0].config
+    in_files = [flag for path in files for flag in _flags_of(path, parser)]
     values, unknown = parser.parse_known_intermixed_args([*in_files, *argv])
     for word in unknown:
         if word.startswith("-"):
@@ -102,9 +97,8 @@ def command(description: str | None) -> argparse.ArgumentParser:
 def run(body: Callable[[Sequence[str]], dict[str, Any]], words: Callable[[dict[str, Any]], str] | None = None) -> None:
     """A script's outermost call: runs `body(argv)` and, on the main process, prints its result.
 
-    The last line of standard output is the result as one JSON object, unless that is a terminal and --json is not
-    given: there a person reads `words(result)`, or what `body` has printed. A UserError becomes one line on standard
-    error, once a machine, and exit status 2; `accelerate launch` adds a traceback (not with --quiet) and exits with 1.
+    The last line of standard output is the result as JSON, or on a terminal without --json `words(result)`. UserError
+    becomes one line on standard error and exit status 2; `accelerate launch` adds a traceback and exits with 1.
     """
     is_main = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stderr)
@@ -127,23 +121,27 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]], words: Callable[[dict[s
         if is_main:
             print(str(stop) or "interrupted", file=sys.stderr)
         sys.exit(128 + getattr(stop, "number", signal.SIGINT))
-    except (RuntimeError, MemoryError) as error:
-        if out_of_memory(error):
-            advice = "use smaller batches (--per_device_eval_batch_size, --per_device_train_batch_size)"
-            reason = f"out of memory ({one_line(error, 200)})"
-            print(f"error: {reason}; {advice} or a shorter --max_seq_length", file=sys.stderr)
-            sys.exit(2)
-        if not lost_a_process(error):
+    except Exception as error:
+        if (mistake := _mistake(error)) is None:
             raise
-        if not is_main:  # a launcher names the first that fails: let that be one with more to print
-            time.sleep(2)
-        print(LOST.format(os.environ.get("RANK", "0")), file=sys.stderr, flush=True)
-        os._exit(1)  # at once: an orderly end would wait for the process that is gone
-    except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-            time.sleep(2)  # of a mistake of all, the first one prints it, and a launcher ends the others
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(2)  # a launcher names the first that fails, and ends the others: let that be the main process
+        print(f"error: {mistake}", file=sys.stderr, flush=True)
+        if lost_a_process(error):
+            os._exit(1)  # at once: an orderly end would wait for the process that is gone
         sys.exit(2)
+
+
+def _mistake(error: Exception) -> str | None:
+    """The line for an error that the user can mend; None for another one."""
+    if out_of_memory(error):
+        advice = "use smaller batches (--per_device_eval_batch_size, --per_device_train_batch_size)"
+        return f"out of memory ({one_line(error, 200)}); {advice} or a shorter --max_seq_length"
+    if lost_a_process(error):
+        reason = "another process of the run has ended; the reason, if it printed one, is in its output"
+        resumes = "--resume_from_checkpoint latest resumes from the last checkpoint"
+        return f"process {os.environ.get('RANK', '0')} ends because {reason}; {resumes}"
+    return str(error) if isinstance(error, UserError) else None
 
 
 def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:
@@ -164,10 +162,7 @@ def _comments(config: type) -> dict[str, str]:
 
 
 def _conversion(hint: Any) -> dict[str, Any]:
-    """How argparse turns a flag's word into a value of a field's type, and shows such a word.
-
-    int | Literal["auto"] | None reads "3", "auto" and "none", and is shown as INT|auto.
-    """
+    """How argparse reads and shows a field's type: int | Literal["auto"] | None reads 3, auto, none; as INT|auto."""
     readers: list[Callable[[str], Any]] = []
     shown: list[str] = []
     for kind in typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else [hint]:

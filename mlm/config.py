@@ -61,20 +61,15 @@ class Config:
     @property
     def added(self) -> dict[str, Any]:
         """The settings that a fork's subclass has added, which its results depend on too."""
-        own = [module.name for module in fields(self) if module.name not in Config.__dataclass_fields__]
-        return {name: asdict(getattr(self, name)) for name in own}
+        return {name: value for name, value in asdict(self).items() if name not in Config.__dataclass_fields__}
 
     @classmethod
     def of(cls, **settings: Any) -> Self:
-        """A configuration from settings under the names of their flags, as of(learning_rate=1e-4).
-
-        Raises UserError for a name that no module has.
-        """
-        modules = {module.name: module.type for module in fields(cls)}
-        owners = {setting.name: name for name, kind in modules.items() for setting in fields(kind)}
-        if unknown := settings.keys() - owners.keys():
-            raise UserError(f"no setting is called {', '.join(sorted(unknown))}")
-        chosen: dict[str, dict[str, Any]] = {name: {} for name in modules}
-        for setting, value in settings.items():
-            chosen[owners[setting]][setting] = value
-        return cls(**{name: kind(**chosen[name]) for name, kind in modules.items()})
+        """of(learning_rate=1e-4): settings under the names of their flags. Raises UserError for another name."""
+        parts = {}
+        for module in fields(cls):
+            own = [setting.name for setting in fields(module.type) if setting.name in settings]
+            parts[module.name] = module.type(**{name: settings.pop(name) for name in own})
+        if settings:
+            raise UserError(f"no setting is called {', '.join(sorted(settings))}")
+        return cls(**parts)

@@ -23,10 +23,8 @@ def printable(text: str) -> str:
 
 
 def one_line(error: object, width: int = 300) -> str:
-    """The text of an error, or of anything else, on one line of at most `width` characters.
-
-    `textwrap.shorten` cuts at a blank: of a long path, or of a script without blanks, that leaves nothing.
-    """
+    """The text of an error, or of anything else, on one line of at most `width` characters."""
+    # textwrap.shorten cuts at a blank: of a long path, or of a script without blanks, that leaves nothing.
     text = " ".join(str(error).split())
     return text if len(text) <= width else f"{text[: width - 1]}…"
 

@@ -1,7 +1,7 @@
 """What a script does before torch is there. Nothing heavy is imported here.
 
-Importing torch and transformers makes some million objects, nearly all of which stay; the garbage collector would go
-through them again and again, for a fifth of the time. To print --help, nothing of them is needed at all.
+Importing torch and transformers makes some million objects that stay: collecting garbage would take a fifth of the
+time. To print --help, nothing of them is needed at all.
 """
 
 import gc
@@ -20,11 +20,15 @@ HEAVY |= {"safetensors", "tokenizers", "torch", "transformers"}
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """A context to import the libraries in: with OpenMP set up, without collecting garbage, then or later.
+    """A context to import the libraries in, without collecting garbage, and with OpenMP set up.
 
     Where the command line asks for help, stand-ins take the libraries' place; the process must end after printing it.
     """
-    set_up_openmp()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # four times as fast where others use the cores
+    # For one process `accelerate launch` sets one thread if nobody asked for another number.
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone and os.environ.get("OMP_NUM_THREADS") == "1" and set_by_accelerate_launch("OMP_NUM_THREADS"):
+        del os.environ["OMP_NUM_THREADS"]
     words = sys.argv[1 : sys.argv.index("--") if "--" in sys.argv else None]
     if {"--help", "-h"} & set(words):
         sys.meta_path.insert(0, _StandIns())
@@ -34,15 +38,6 @@ def quick_imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def set_up_openmp() -> None:
-    """Has waiting threads sleep, four times as fast where others use the cores, and gives one process all cores."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # For one process `accelerate launch` sets one thread if nobody asked for another number.
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if alone and os.environ.get("OMP_NUM_THREADS") == "1" and set_by_accelerate_launch("OMP_NUM_THREADS"):
-        del os.environ["OMP_NUM_THREADS"]
 
 
 def set_by_accelerate_launch(variable: str) -> bool:

@@ -8,9 +8,8 @@
                               best_N/                  weights of the lowest evaluation loss, if asked for
 
 No file can execute code. No generator's state is saved: order, masks and dropout are functions of (seed, step).
-The loop waits for a copy to host memory only (and, where two are still being written, for the first of them). A
-thread writes it beside its place, syncs and renames it, so that a folder named step_N is whole; the manifest shows
-later damage.
+The loop waits for a copy to host memory only. A thread writes it beside its place, syncs and renames it, so that a
+folder named step_N is whole; the manifest shows later damage.
 """
 
 import contextlib
@@ -40,8 +39,7 @@ from mlm.files import sync, write_json
 
 Files = dict[str, Any]  # name of a file: its tensors by name for .safetensors, a JSON value for .json
 PARTIAL = ".partial"  # ends the name of a folder that is being written, or removed
-# What reading a damaged checkpoint raises; another OSError says nothing about it.
-DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError)
+GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # another OSError says nothing about a checkpoint
 COPIES = 2  # in host memory at most: a checkpoint, and the best weights of the same step
 
 
@@ -74,11 +72,7 @@ def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def snapshot(model: torch.nn.Module, states: dict[str, Stateful], experiment: dict[str, Any]) -> Files:
-    """A copy in host memory of all that a checkpoint holds. The device synchronises here.
-
-    experiment: every setting that the result depends on, a JSON value. Raises UserError for a state that is neither
-    tensors nor JSON.
-    """
+    """A copy in host memory of all that a checkpoint holds. The device synchronises here. Raises what `pack` does."""
     stored: dict[str, torch.Tensor] = {}
     packed = {name: pack(state.state_dict(), name, stored) for name, state in states.items()}
     on_host = {"model.safetensors": _on_host(tensors(model)), "state.safetensors": _on_host(stored)}
@@ -86,31 +80,32 @@ def snapshot(model: torch.nn.Module, states: dict[str, Stateful], experiment: di
 
 
 def load(folder: Path, model: torch.nn.Module, states: dict[str, Stateful], experiment: dict[str, Any]) -> None:
-    """Puts everything back as `snapshot` took it. Raises UserError, with the differences, for another experiment's."""
+    """Puts everything back as `snapshot` took it. Raises UserError for another experiment's, with the differences."""
     try:
         saved = json.loads((folder / "experiment.json").read_bytes())
         if changed := differences(saved, json.loads(json.dumps(experiment))):
-            advice = "give it its settings back, or another --output_dir"
             reason = f"another experiment, with {', '.join(changed)}"
+            advice = "give it its settings back, or another --output_dir"
             raise UserError(f"--resume_from_checkpoint {folder}: {reason}; {advice}")
         load_weights(folder, model)
         packed = json.loads((folder / "state.json").read_bytes())
         stored = load_file(folder / "state.safetensors")
         for name, state in states.items():
             state.load_state_dict(_unpack(packed[name], stored))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:  # of another version
+    except UserError:
+        raise
+    except Exception as error:  # of another version, or altered
         reason = one_line(f"{type(error).__name__}: {error}", 120)
         raise UserError(f"the checkpoint {folder} cannot be resumed ({reason})") from error
 
 
 def pack(value: Any, name: str, stored: dict[str, torch.Tensor]) -> Any:
-    """`value` as JSON, its tensors moved to `stored` under dotted names; `_unpack` is the way back.
+    """`value` as JSON, its tensors moved to `stored` under dotted names. Raises UserError for what is neither.
 
     {"step": 3, 0: (tensor, 0.9)} -> {"dict": [["step", 3], [0, {"tuple": [{"tensor": "name.0.0"}, 0.9]}]]}
     """
     if isinstance(value, torch.Tensor):
-        if name in stored:
-            raise UserError(f"{name} cannot be in a checkpoint: two of its tensors have this name")
+        name += f" {len(stored)}" * (name in stored)  # keys 0 and "0"
         stored[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
@@ -135,39 +130,31 @@ def _unpack(packed: Any, stored: dict[str, torch.Tensor]) -> Any:
 
 
 def find(wanted: str | None, checkpoints: Path, accelerator: Accelerator) -> tuple[Path | None, list[str]]:
-    """The checkpoint to resume from, and a line for each newer one that is passed over because it is damaged.
+    """The checkpoint to resume from, as the main process finds it, and a line for each damaged newer one.
 
-    wanted: None: no checkpoint; `latest`: the newest in `checkpoints`, or none where there is not one yet, so that one
-        command serves a job's first start and all others; a run directory: its newest; a checkpoint: that one, or,
-        where it is damaged, the intact one before it
+    wanted: None: none; `latest`: the newest in `checkpoints`, or none where there is not one yet, so that one command
+        serves a job's first start and all others; a run: its newest; a checkpoint: that one, or the intact one before
 
-    The main process looks for all. Raises UserError where all are damaged, or a path holds none.
+    Raises UserError where all are damaged, or a path holds none.
     """
-    found: Any = (None, [])
-    if wanted is not None and accelerator.is_main_process:
-        try:
-            found = _find(wanted, checkpoints)
-        except UserError as error:
-            found = error
-    found = from_main(found, accelerator)
-    if isinstance(found, UserError):
-        raise UserError(f"--resume_from_checkpoint {wanted}: {found}")
-    return found
+    try:
+        found = _find(wanted, checkpoints) if accelerator.is_main_process and wanted is not None else (None, [])
+    except UserError as error:
+        found = UserError(f"--resume_from_checkpoint {wanted}: {error}")
+    return from_main(found, accelerator)
 
 
 def _find(wanted: str, checkpoints: Path) -> tuple[Path | None, list[str]]:
-    last = None
+    last = math.inf
     if wanted != "latest":
         folder = Path(wanted).resolve()
         if not folder.is_dir():
             raise UserError("no such folder")
-        last = {path: step for step, path in steps(folder.parent).items()}.get(folder)
-        within = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-        checkpoints = within if last is None else folder.parent
+        checkpoints = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+        if folder in steps(folder.parent).values():
+            checkpoints, last = folder.parent, int(folder.name[5:])
     passed_over = []
-    for step, path in sorted(steps(checkpoints).items(), reverse=True):
-        if last is not None and step > last:
-            continue
+    for _, path in sorted((step, path) for step, path in steps(checkpoints).items() if step <= last)[::-1]:
         if not (damage := damaged(path)):
             return path, [f"{line}, so it is passed over" for line in passed_over]
         passed_over.append(f"the checkpoint {path} is damaged ({damage})")
@@ -192,10 +179,10 @@ def damaged(folder: Path) -> str | None:
                 return f"{name} has another size"
             if _digest(folder / name) != written["sha256"]:
                 return f"{name} is altered"
-    except DAMAGE as error:
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, GONE):
+            raise UserError(f"the checkpoint {folder} cannot be read ({error.strerror})") from error
         return one_line(f"{type(error).__name__}: {error}", 120)
-    except OSError as error:
-        raise UserError(f"the checkpoint {folder} cannot be read ({error.strerror})") from error
     return None
 
 
@@ -210,10 +197,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
 
 
 class Writer:
-    """Writes checkpoints to `folder`, one at a time, in a thread of the process that has them to write.
-
-    keep: checkpoints of steps that are kept, the newest ones; None: all
-    """
+    """Writes checkpoints to `folder`, one at a time, in a thread, and keeps the newest `keep` of them (None: all)."""
 
     def __init__(self, folder: Path, keep: int | None = None) -> None:
         self.folder, self.keep = folder, keep
@@ -236,10 +220,9 @@ class Writer:
     def remember_best(self, checkpoints: Path) -> None:
         """Takes over the best weights of the run that is resumed, to another directory too."""
         if best := find_best(checkpoints):
-            folder, evaluation = best
-            self.best_loss = evaluation["eval_loss"]
-            weights = load_file(folder / "model.safetensors")
-            self._submit(folder.name, lambda: {"model.safetensors": weights, "evaluation.json": evaluation})
+            self.best_loss = best[1]["eval_loss"]
+            files = {"model.safetensors": load_file(best[0] / "model.safetensors"), "evaluation.json": best[1]}
+            self._submit(best[0].name, lambda: files)
 
     def wait(self) -> str | None:
         """What `take_failure` returns, when nothing is being written any more."""
@@ -278,11 +261,8 @@ def not_written(failure: str | None) -> UserError:
 
 
 def write(place: Path, files: Files) -> None:
-    """Writes a folder and its manifest, whole or not at all. Raises OSError, or SafetensorError for one.
-
-    An intact one of that name stays: a run that is stopped right after it was resumed has the same to write, and a
-    kill between removing and renaming would leave none.
-    """
+    """Writes a folder and its manifest, whole or not at all. Raises OSError, or SafetensorError for one."""
+    # A run that is stopped right after it was resumed has the same to write: a kill while replacing would leave none.
     if place.is_dir() and not damaged(place):
         return
     partial = place.with_name(f"{place.name}{PARTIAL}")
@@ -324,7 +304,7 @@ def clear(checkpoints: Path, after: int = -1) -> None:
 
 def bests(checkpoints: Path) -> list[Path]:
     """Where weights of the lowest evaluation loss are kept: one folder, or two where a kill came between."""
-    return [path for path in checkpoints.glob("best_*") if not path.name.endswith(PARTIAL)]
+    return [*checkpoints.glob("best_*[0-9]")]
 
 
 def find_best(checkpoints: Path) -> tuple[Path, dict[str, float]] | None:
@@ -335,13 +315,9 @@ def find_best(checkpoints: Path) -> tuple[Path, dict[str, float]] | None:
 
 
 def load_best(checkpoints: Path, model: torch.nn.Module, accelerator: Accelerator) -> None:
-    """Gives every process the weights of the lowest evaluation loss, if there are any; the main one reads them."""
-    best = find_best(checkpoints) if accelerator.is_main_process else None
-    if best:
+    """Gives every process the weights of the lowest evaluation loss, if there are any."""
+    if best := from_main(find_best(checkpoints) if accelerator.is_main_process else None, accelerator):
         load_weights(best[0], model)
-    if from_main(bool(best), accelerator) and accelerator.num_processes > 1:
-        for tensor in tensors(model).values():
-            torch.distributed.broadcast(tensor, 0)
 
 
 def _on_host(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -351,12 +327,11 @@ def _on_host(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _remove(*folders: Path) -> None:
     """Removes folders so that none is ever half-removed under its name."""
     for folder in folders:
-        doomed = folder
-        if not folder.name.endswith(PARTIAL) and folder.is_dir():
-            doomed = folder.with_name(f"{folder.name}.old{PARTIAL}")
-            shutil.rmtree(doomed, ignore_errors=True)
-            folder.rename(doomed)
+        doomed = folder.with_name(f"{folder.name}.old{PARTIAL}")
         shutil.rmtree(doomed, ignore_errors=True)
+        if folder.is_dir():
+            folder.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _digest(path: Path) -> str:

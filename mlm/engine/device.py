@@ -33,18 +33,16 @@ def make_accelerator(
 ) -> Accelerator:
     """Sets up the device, the processes, the precision and the trackers.
 
-    mixed_precision: no, fp16 or bf16; None: what accelerate was configured or launched with
-    report_to: the trackers to send metrics to, `all` for every one that is installed; None: none
+    mixed_precision: None: what accelerate was configured or launched with
+    report_to: trackers, `all` for every one that is installed; None: none
 
-    A process group that is made here is destroyed at exit. Raises UserError where the device lacks the precision, a
-    tracker is not installed, accelerate is configured for something else than data parallelism, or its launcher has
-    started one of several CPU processes.
+    A process group that is made here is destroyed at exit. Raises UserError for what the device, the installed
+    trackers or this loop cannot do.
     """
     # On the CPU, `accelerate launch --num_processes 2` sets an address to meet at and starts one process.
     if "RANK" not in os.environ and set_by_accelerate_launch("MASTER_PORT") and not MPI & os.environ.keys():
-        advice = "use torchrun --nproc_per_node N, or --num_processes 1"
-        whatever = "whatever --num_processes or its configuration say"
-        raise UserError(f"accelerate launch starts one process on a CPU, {whatever}; {advice}")
+        reason = "accelerate launch starts one process on a CPU, whatever --num_processes or its configuration say"
+        raise UserError(f"{reason}; use torchrun --nproc_per_node N, or --num_processes 1")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate would not connect the processes otherwise
     if deterministic:
@@ -81,11 +79,10 @@ def make_accelerator(
 
 
 def keep_freed_memory(mallopt: Callable[[int, int], int] | None = None) -> None:
-    """Has glibc keep the memory of freed tensors for the next ones; with another C library, nothing happens.
+    """Has glibc keep the memory of freed tensors for the next ones: a quarter of a small BERT's step on a CPU.
 
-    By default a large tensor is a mapping of its own, and the kernel zeroes every page of the next one: on a CPU, a
-    quarter of the time of a small BERT's step. Both thresholds are set by mallopt(3), or none: an older glibc refuses
-    an M_MMAP_THRESHOLD above 32 MiB (0 is returned), and M_TRIM_THRESHOLD alone would fix it at 128 KiB.
+    By default a large tensor is a mapping of its own, and the kernel zeroes every page of the next one. mallopt(3): an
+    older glibc refuses an M_MMAP_THRESHOLD above 32 MiB (0), and M_TRIM_THRESHOLD alone would fix it at 128 KiB.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
     mallopt = mallopt or getattr(ctypes.CDLL(None), "mallopt", None)

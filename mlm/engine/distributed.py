@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-# The others wait so long, in the host's group alone, while one process tokenises the corpus; what takes longer is for
-# scripts/prepare.py. A device's reduction that waits so long has lost a process.
+from mlm.errors import UserError
+
+# So long the others wait, in the host's group alone, while one process tokenises; what takes longer is for prepare.py.
 PATIENCE = timedelta(hours=2)
 # What gloo and NCCL say when a process is gone and its machine has closed its sockets.
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
@@ -58,19 +59,20 @@ def agree(values: Sequence[int], group: dist.ProcessGroup | None) -> list[int]:
 
 
 def from_main(value: Any, accelerator: Accelerator) -> Any:
-    """The main process's `value`, on every process; it has to be one that can be pickled."""
+    """The main process's `value`, which pickle has to take, on every process; a UserError is raised on every one."""
     box = [value]
     if accelerator.num_processes > 1:  # in host memory, where the others may wait for long
         dist.broadcast_object_list(box, src=0, group=host_group(accelerator))
+    if isinstance(box[0], UserError):
+        raise box[0]
     return box[0]
 
 
 class GradientSum:
     """Adds up gradients over all processes, in place, in flat pieces of about `piece` elements.
 
-    One explicit reduction a step, in place of DistributedDataParallel's during backward, as a process may have had
-    several micro-batches, or none. It costs the overlap of the two. The buffer is made once: no process can run out of
-    memory for it while the others are in the reduction.
+    DistributedDataParallel does so during backward, but a process may have several micro-batches, or none. The buffer
+    is made once: no process can run out of memory for it while the others are in the reduction.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], processes: int, piece: int = 2**24) -> None:

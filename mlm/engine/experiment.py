@@ -19,11 +19,10 @@ SIMPLE = (int, float, str, bool, tuple, list, dict, set, type(None))
 def identity(function: Callable[..., Any]) -> str:
     """A function by its name and a fingerprint of its code, without comments and docstrings.
 
-    The functions of the same module that it calls count, and the module's constants that it names; of a
-    functools.partial, the named arguments that are plain values.
+    Functions and constants of its module that it names count; of a functools.partial, arguments that are plain values.
     """
     if isinstance(function, functools.partial):
-        arguments = {name: value for name, value in function.keywords.items() if isinstance(value, SIMPLE)}
+        arguments = _simple(function.keywords)
         return f"{identity(function.func)} {arguments}" if arguments else identity(function.func)
     digest = hashlib.sha256("\n".join(_parts(function, set())).encode()).hexdigest()[:12]
     return f"{getattr(function, '__name__', type(function).__name__)} {digest}"
@@ -47,8 +46,7 @@ def _code(function: FunctionType) -> str:
     try:
         [definition] = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     except (OSError, SyntaxError, ValueError):  # typed at a prompt, or a lambda amid a line
-        code = function.__code__
-        return f"{code.co_code!r} {code.co_consts!r}"
+        return f"{function.__code__.co_code!r} {function.__code__.co_consts!r}"
     for node in ast.walk(definition):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
@@ -59,15 +57,14 @@ def optimizer_identity(optimizer: Optimizer, scheduler: LRScheduler, model: torc
     """An optimizer by its kind, its settings and the names of its parameters in their order; and its schedule."""
     names = {id(p): name for name, p in model.named_parameters()}
     held = [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
-    settings = [
-        {key: value for key, value in group.items() if key != "params" and isinstance(value, SIMPLE)}
-        for group in optimizer.param_groups
-    ]
-    schedule = [identity(rule) for rule in getattr(scheduler, "lr_lambdas", ())] or [
-        f"{key} {value}" for key, value in vars(scheduler).items() if isinstance(value, SIMPLE)
-    ]
+    settings = [_simple(group, without="params") for group in optimizer.param_groups]
+    schedule = [identity(rule) for rule in getattr(scheduler, "lr_lambdas", ())] or _simple(vars(scheduler))
     digest = hashlib.sha256(repr([settings, held, schedule]).encode()).hexdigest()[:12]
     return [type(optimizer).__name__, type(scheduler).__name__, digest]
+
+
+def _simple(values: dict[str, Any], without: str | None = None) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != without and isinstance(value, SIMPLE)}
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -29,15 +29,13 @@ class OptimizerConfig:
 
 
 def make_optimizer(parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that want a gradient, without decay on biases and on what has one dimension.
-
-    Fused: one kernel for all parameters, which update.py can tell to leave the weights alone from the device.
-    """
+    """AdamW over the parameters that want a gradient, without decay on biases and on what has one dimension."""
     decayed, plain = [], []
     for name, p in parameters:
         if p.requires_grad:
             (plain if p.ndim < 2 or name.endswith("bias") else decayed).append(p)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    # One kernel for all parameters, which update.py can tell to leave the weights alone from the device.
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 

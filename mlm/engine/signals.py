@@ -14,9 +14,7 @@ import threading
 import time
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what Slurm users have sent
-# Seconds from the first signal in which others are the same request: Ctrl-C reaches a worker twice, from the terminal
-# and from its launcher.
-SAME_REQUEST = 1.0
+SAME_REQUEST = 1.0  # seconds: Ctrl-C reaches a worker twice, from the terminal and from its launcher
 # Variables that torchrun and `accelerate launch` set for their workers. Without a launcher a parent that is gone means
 # nothing: a run started with nohup outlives its shell.
 LAUNCHERS = {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND"}
@@ -31,10 +29,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """A context in which signals ask for a stop instead of ending the process.
-
-    Outside the main thread, where Python lets nobody handle signals, it changes nothing.
-    """
+    """A context in which signals ask for a stop. Python lets only the main thread handle them; others get none."""
 
     def __init__(self) -> None:
         self.received, self._since = 0, 0.0  # since when, by time.monotonic

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from mlm.data.batches import Batch, Batches
 from mlm.data.masking import DROPOUT, stream_key
 from mlm.engine.distributed import GradientSum, agree, host_group
-from mlm.engine.memory import first_micro_batch, out_of_memory, smaller
+from mlm.engine.memory import first_micro_batch, out_of_memory
 from mlm.errors import UserError, at_least
 from mlm.model.sparse_head import SparseMaskedLM
 
@@ -70,10 +70,7 @@ class Step(NamedTuple):
 
 
 class Update:
-    """`update(step)` takes an optimizer step, `state_dict()` is what a checkpoint has to hold.
-
-    optimizers: any, which between them hold each parameter at most once; schedulers: one for each
-    """
+    """`update(step)` takes a step with any optimizers that hold each parameter at most once; each has a scheduler."""
 
     def __init__(
         self,
@@ -100,20 +97,13 @@ class Update:
         self.fused = all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
         self.nonfinite = torch.zeros((), device=accelerator.device)
         self.scalars: tuple[str, ...] | None = None  # names of what the objective returns beside its loss
-        self.micro_batch = first_micro_batch(
-            config.per_device_train_batch_size,
-            -(-batches.global_batch // batches.world),
-            batches.chunks.chunk_size,
-            accelerator.device,
-        )
+        per_device, share = config.per_device_train_batch_size, -(-batches.global_batch // batches.world)
+        self.micro_batch = first_micro_batch(per_device, share, batches.chunks.chunk_size, accelerator.device)
 
     def __call__(self, step: int, requests: Sequence[int] = ()) -> Step:
-        """Applies optimizer step `step`, counted from 0.
+        """Applies optimizer step `step`, counted from 0. All processes learn of the `requests` of each, as a signal.
 
-        requests: numbers of this process that all processes are to know, as a signal that has arrived
-
-        Raises UserError where not even one chunk fits into memory, or the optimizer's own state does not, and
-        where the loss overflows at any fp16 scale.
+        Raises UserError where one chunk or the optimizer's state is too much memory, or any fp16 scale overflows.
         """
         overflows = 0
         while True:
@@ -127,7 +117,7 @@ class Update:
             # No process enters the reduction unless all have their gradients.
             ran_out, S, *agreed = agree([ran_out, len(self.scalars or ()), *requests], self.group)
             if ran_out:
-                self._take_smaller_micro_batches(step)
+                self._halve_micro_batches(step)
                 continue
             sums = torch.nn.functional.pad(sums, (0, 1 + S - len(sums)))  # of an empty share, zeros
             self.reduce(sums)
@@ -138,7 +128,10 @@ class Update:
                     scheduler.step()
                 return Step(sums, self.nonfinite, masked, overflows, agreed)
             overflows += 1
-            _check_scale(self.scaler.get_scale(), step)
+            scale = self.scaler.get_scale()
+            if scale < torch.finfo(torch.float16).tiny:  # where ordinary gradients vanish in fp16
+                reason = f"the loss or its gradients overflow at any fp16 loss scale (now {scale:.1e})"
+                raise UserError(f"step {step + 1}: {reason}; use --mixed_precision bf16, or a lower --learning_rate")
 
     def _forward_backward(self, step: int) -> tuple[torch.Tensor, int]:
         """Adds this process's part to each .grad. Gives its sums [1 + S], and the masked tokens of all."""
@@ -146,11 +139,7 @@ class Update:
         torch.manual_seed(stream_key(self.batches.seed, step, DROPOUT + self.batches.rank))
         sums = torch.zeros(1, device=self.accelerator.device)
         for batch in share:
-            with self.accelerator.autocast():
-                returned = self.objective(self.model, batch.to(self.accelerator.device))
-            loss, scalars = returned if isinstance(returned, tuple) else (returned, {})
-            if not (isinstance(loss, torch.Tensor) and loss.ndim == 0 and loss.requires_grad):
-                raise TypeError("the objective has to return its loss as a tensor [] that has a gradient")
+            loss, scalars = self.loss(batch)
             if taken := RESERVED & scalars.keys():
                 raise ValueError(f"the objective returned {taken.pop()!r} beside its loss, a name that the log has")
             if self.scalars not in (None, tuple(scalars)):
@@ -166,14 +155,29 @@ class Update:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         return sums, masked
 
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What the objective returns for a micro-batch."""
+        with self.accelerator.autocast():
+            returned = self.objective(self.model, batch.to(self.accelerator.device))
+        loss, scalars = returned if isinstance(returned, tuple) else (returned, {})
+        if not (isinstance(loss, torch.Tensor) and loss.ndim == 0 and loss.requires_grad):
+            raise TypeError("the objective has to return its loss as a tensor [] that has a gradient")
+        return loss, scalars
+
     def _zero_grad(self) -> None:
-        self.model.zero_grad()
-        for p in self.parameters:  # those that are not the model's too
+        for p in (*self.model.parameters(), *self.parameters):  # these may lie beside the model
             p.grad = None
 
-    def _take_smaller_micro_batches(self, step: int) -> None:
-        per_device, length = self.config.per_device_train_batch_size, self.batches.chunks.chunk_size
-        self.micro_batch = smaller(self.micro_batch, per_device, length)
+    def _halve_micro_batches(self, step: int) -> None:
+        """Raises UserError where they cannot be smaller, or are not to be."""
+        per_device = self.config.per_device_train_batch_size
+        if self.micro_batch == 1:
+            advice = "use --gradient_checkpointing true or a shorter --max_seq_length"
+            raise UserError(f"out of memory with one chunk of {self.batches.chunks.chunk_size} tokens; {advice}")
+        if per_device != "auto":
+            advice = "`auto` finds what fits and, with --train_batch_size, the result stays the same"
+            raise UserError(f"out of memory with --per_device_train_batch_size {per_device}; {advice}")
+        self.micro_batch //= 2
         self._zero_grad()
         release_memory()
         log.warning("step %d: out of memory; from here on micro-batches of %d chunks", step, self.micro_batch)
@@ -207,13 +211,10 @@ class Update:
             if not out_of_memory(error):
                 raise
             kinds = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
-            raise UserError(
-                f"out of memory for the state of {kinds}, which smaller micro-batches do not shrink; "
-                "use a smaller model, or a device with more memory"
-            ) from error
+            reason = f"out of memory for the state of {kinds}, which smaller micro-batches do not shrink"
+            raise UserError(f"{reason}; use a smaller model, or a device with more memory") from error
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes from step to step, besides the weights."""
         return {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
@@ -222,20 +223,12 @@ class Update:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what `state_dict` gave."""
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
-        if self.scaler is not None and state["scaler"] is not None:
+        if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         world, micro_batch = state["micro_batch"]
         if self.config.per_device_train_batch_size == "auto" and world == self.batches.world:
             self.micro_batch = micro_batch
-
-
-def _check_scale(scale: float, step: int) -> None:
-    """Raises UserError where fp16's loss scale has fallen so far that ordinary gradients vanish in fp16."""
-    if scale < torch.finfo(torch.float16).tiny:
-        reason = f"the loss or its gradients overflow at any fp16 loss scale (now {scale:.1e})"
-        raise UserError(f"step {step + 1}: {reason}; use --mixed_precision bf16, or a lower --learning_rate")

@@ -1,7 +1,4 @@
-"""The charts of the report, as plotly's JSON; report.html draws them, in the page's fonts and colours.
-
-All text of a run goes through `_label`, as plotly would read tags in it.
-"""
+"""The charts of the report, as plotly's JSON; report.html draws them, in the page's fonts and colours."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +13,7 @@ SERIES = 6  # colours of the page; of more runs than that, the next ones are das
 HEIGHT = 320  # of a chart, in pixels
 TRAINING = "training (with dropout, under training masks)"  # the loss; a fork's may be no cross entropy
 Compared = Sequence[tuple[RunRecord, dict[str, Any]]]  # runs, and "held_out" or "general" of comparison.json
-_label = partial(escape, quote=False)
+_label = partial(escape, quote=False)  # for all text of a run: plotly would read tags in it
 
 
 def loss_chart(runs: Sequence[RunRecord]) -> go.Figure:
@@ -50,9 +47,8 @@ def gain_chart(compared: Compared) -> go.Figure:
         gain, colour = comparison["gain"], _colour(run)
         value, (low, high) = gain["value"], gain["interval"]
         error = {} if None in (value, low, high) else {"array": [high - value], "arrayminus": [value - low]}
-        chart.add_scatter(
-            x=[value], y=[_label(run.name)], marker={"color": colour}, error_x={"color": colour, **error}
-        )
+        error["color"] = colour
+        chart.add_scatter(x=[value], y=[_label(run.name)], marker={"color": colour}, error_x=error)
     chart.update_traces(mode="markers", showlegend=False, marker_size=9, error_x_thickness=2)
     chart.add_vline(x=1, line={"color": "var(--muted)", "width": 1})
     chart.update_layout(height=110 + 36 * len(compared), yaxis={"autorange": "reversed", "type": "category"})

@@ -17,7 +17,6 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "nu
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """Versions, hardware and commit, for run.json."""
     device = accelerator.device
     return {
         "python": platform.python_version(),
@@ -46,21 +45,15 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", path.read_text()) if path.exists() else None
+    return found[1] if found else platform.processor()
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file is part of, with a + where files differ from it."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", Path(__file__).parent, *words]
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
-
+    """The commit of the checkout that this file is part of, with a + where its files differ from it."""
+    command = ("git", "-C", Path(__file__).parent, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*")
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None

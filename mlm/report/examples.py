@@ -20,7 +20,7 @@ from mlm.inference.sentences import MASK, own_mask
 from mlm.model.load import ModelConfig, load_model
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.report import unspaced
-from mlm.report.run_record import Rows, RunRecord, results_digest
+from mlm.report.run_record import Rows, RunRecord
 
 EXAMPLES = 6
 TOP_K = 5
@@ -29,11 +29,8 @@ EDGE = 2  # words that have to stand on either side of a mask
 LETTERS = 3  # of a word, at least, in a script that has capitals; elsewhere one can be a word
 
 # Blanks that a decoder leaves where it does not know how a text was spaced.
-BLANKS = (
-    (re.compile(r" +(?=[.,!?;:)}])"), ""),
-    (re.compile(r"(?<=[({]) +"), ""),
-    (re.compile(r"(?<=[\w\]]) ' (?=(?:s|t|m|d|re|ve|ll)\b)", re.IGNORECASE), "'"),
-)
+BLANKS = re.compile(r" +(?=[.,!?;:)}])|(?<=[({]) +")
+APOSTROPHE = re.compile(r"(?<=[\w\]]) ' (?=(?:s|t|m|d|re|ve|ll)\b)", re.IGNORECASE)
 
 
 def with_examples(
@@ -41,12 +38,10 @@ def with_examples(
 ) -> tuple[RunRecord, str]:
     """A run with what its model, and the one that it began from, write at the masks of sentences.
 
-    sentences: with masks in them; None: openings of held-out documents (`from_held_out`) of a run that has
-        ended, which are kept in <run>/fill_mask.json, {"results": results_digest, "sentences": the examples},
-        and made anew where the results are others
+    sentences: with masks in them; None: openings of held-out documents of a run that has ended, kept in fill_mask.json
 
-    Returns the run, and why there are no such examples, in one line, or nothing. Raises UserError where a
-    given sentence has no mask, or is too long.
+    Returns the run, and why there are no examples, in one line, or nothing. Raises UserError where a given sentence
+    has no mask, or is too long.
     """
     if sentences is None and (run.examples is not None or not run.comparison):
         return run, ""
@@ -54,13 +49,13 @@ def with_examples(
         *models, tokenizer = _load(run, trust_remote_code)
         if sentences is None:
             examples = _fill(models, tokenizer, from_held_out(run.folder, tokenizer))
+            with suppress(OSError):  # a run that may only be read
+                write_json(run.folder / "fill_mask.json", {"results": run.results, "sentences": examples})
     except UserError as error:  # the base may be gone, and a report is good without
         return run, f"{run.folder}: no examples of filled masks, as {error}\n"
     if sentences is not None:
         given = [(text.replace(tokenizer.mask_token or MASK, MASK), None) for text in sentences]
-        return replace(run, examples=_fill(models, tokenizer, given)), ""
-    with suppress(OSError):  # a run that may only be read
-        write_json(run.folder / "fill_mask.json", {"results": results_digest(run.folder), "sentences": examples})
+        examples = _fill(models, tokenizer, given)
     return replace(run, examples=examples), ""
 
 
@@ -73,7 +68,7 @@ def _load(run: RunRecord, trust_remote_code: bool) -> tuple[SparseMaskedLM, Spar
         seed = int(about["train"]["seed"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"run.json has the flags of another version ({one_line(error)})") from None
-    # For a model from scratch the seed draws the very weights from which training began.
+    # The seed draws the very weights from which the training of a model from scratch began.
     base = SparseMaskedLM(load_model(config, tokenizer, seed).to(adapted.model.device))
     return base, adapted, tokenizer
 
@@ -86,31 +81,33 @@ def _fill(
     Returns [sentence] of {"text", "truth": word or None, "before", "after"}, the last two [mask][rank] of
     {"token", "probability"}. Raises UserError where a sentence has no mask, or is too long.
     """
-    filled = [fill(model, tokenizer, [text for text, _ in chosen], TOP_K) for model in models]
-    before, after = ([[[f._asdict() for f in rank] for rank in masks] for masks in each] for each in filled)
-    rows = zip(chosen, before, after, strict=True)
-    return [{"text": text, "truth": truth, "before": was, "after": now} for (text, truth), was, now in rows]
+    rows = [{"text": text, "truth": truth} for text, truth in chosen]
+    for when, model in zip(("before", "after"), models, strict=True):
+        for row, masks in zip(rows, fill(model, tokenizer, [text for text, _ in chosen], TOP_K), strict=True):
+            row[when] = [[filler._asdict() for filler in ranked] for ranked in masks]
+    return rows
 
 
 def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> list[tuple[str, str]]:
     """Openings of held-out documents, in an order drawn by `seed`, each with a word of one token masked.
 
-    Returns sentences and their words, each word and each document once: of the words whose summed gain is the
-    largest, first those that gained most at an occurrence, so that "movie" comes before "the". Raises
-    UserError where documents.parquet cannot be read.
+    Returns sentences and their words, each word and each document once: of the words whose summed gain is the largest,
+    first those that gained most at an occurrence, so "movie" before "the". Raises UserError for an unreadable file.
     """
     try:
         compared = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["held_out"]
         table = pq.read_table(folder / "documents.parquet", columns=["text", "opening"])
-    except FileNotFoundError:
-        return []
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise UserError(f"{folder / 'documents.parquet'} cannot be read: {one_line(error)}") from None
     openings = [row["opening"].split() for row in table.to_pylist() if row["text"] == "held_out"]
-    openings = [openings[i] for i in np.random.default_rng(seed).permutation(len(openings))]
+    np.random.default_rng(seed).shuffle(openings)
     drawn: list[tuple[str, str]] = []
     gained = (compared["words"] or compared["tokens"])["gained"]
-    for word in (row["text"] for row in sorted(gained, key=_gain, reverse=True)):
+
+    def mean_gain(row: dict[str, Any]) -> float:  # nats at an occurrence, a word of few being held back
+        return ((row["nats_before"] or 0) - (row["nats_after"] or 0)) / (row["count"] + FEW)
+
+    for word in (row["text"] for row in sorted(gained, key=mean_gain, reverse=True)):
         ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
         opening = next((words for words in openings if word in words[EDGE:-EDGE]), None)
         is_word = word.isalpha() and (len(word) >= LETTERS or word.upper() == word.lower())
@@ -125,13 +122,6 @@ def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 
 
 def readable(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """A decoded text without the blanks that no one writes, where a model sees the same tokens."""
-    closed = unspaced(text)
-    for blanks, instead in BLANKS:
-        closed = blanks.sub(instead, closed)
+    closed = APOSTROPHE.sub("'", BLANKS.sub("", unspaced(text)))
     one, other = (tokenizer(own_mask(tokenizer, t), verbose=False)["input_ids"] for t in (text, closed))
     return closed if one == other else text
-
-
-def _gain(row: dict[str, Any]) -> float:
-    """Nats at an occurrence, a word of few being held back."""
-    return ((row["nats_before"] or 0) - (row["nats_after"] or 0)) / (row["count"] + FEW)

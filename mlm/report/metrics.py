@@ -7,7 +7,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,17 +16,8 @@ from tqdm import tqdm
 from mlm.engine.update import Step
 from mlm.figures import finite
 
+RATES = ("mask_rate", "tokens_per_second")
 BAR = "{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}"
-
-
-class Window(NamedTuple):
-    """The training between two lines of the log, over all processes."""
-
-    means: dict[str, float]  # a masked token: the loss, then the objective's named scalars
-    mask_rate: float  # masked tokens a token
-    tokens: int  # that went through the model, padding not counted
-    seconds: float
-    nonfinite: int  # steps, the last ones, that moved no weight
 
 
 class Progress:
@@ -44,7 +35,7 @@ class Progress:
         self.restart()
 
     def restart(self) -> None:
-        """Begins a window: the clock starts."""
+        """Begins a window, the training between two lines of the log."""
         self._measured: list[torch.Tensor] = []
         self._masked, self._tokens, self._started = 0, 0, time.perf_counter()
 
@@ -57,8 +48,12 @@ class Progress:
         self.step += 1
         self.evaluated = False
 
-    def read(self, scalars: tuple[str, ...]) -> Window:
-        """Ends the window and adds it to the sums. The host waits for the device here."""
+    def read(self, scalars: tuple[str, ...]) -> tuple[dict[str, float], int]:
+        """Ends the window and adds it to the sums. The host waits for the device here.
+
+        Returns the figures of a line of the log, over all processes: the means a masked token of the loss and the
+        named scalars, then RATES; and how many steps, the last ones, moved no weight, as a gradient was not finite.
+        """
         *sums, nonfinite = torch.stack(self._measured).cpu().double().sum(dim=0).tolist()
         seconds = time.perf_counter() - self._started
         window = dict(zip(("loss", *scalars), sums, strict=False))  # a process without a share knows no names
@@ -68,7 +63,8 @@ class Progress:
         self.tokens += self._tokens
         self.seconds += seconds
         means = {name: value / max(self._masked, 1) for name, value in window.items()}
-        return Window(means, self._masked / self._tokens, self._tokens, seconds, int(nonfinite))
+        rates = (self._masked / self._tokens, self._tokens / seconds)
+        return means | dict(zip(RATES, rates, strict=True)), int(nonfinite)
 
     def results(self) -> dict[str, Any]:
         """The figures of training, under the names that all_results.json gives them."""
@@ -98,7 +94,7 @@ class Log:
         self.started = time.perf_counter()
         self.bar: tqdm | None = None
 
-    def print(self, text: str) -> None:
+    def print(self, text: str | None) -> None:
         """A line on standard output, above the bar where there is one."""
         if self.is_main and text:
             with tqdm.external_write_mode():
@@ -125,18 +121,14 @@ class Log:
             self._first = (step - 1, time.perf_counter())
         self.bar.update()
 
-    def training(self, step: int, window: Window, learning_rates: list[float], tokens: int) -> None:
-        """A line of training metrics, shown on the bar, and printed where standard output is no terminal.
-
-        tokens: seen in training so far, padding not counted
-        """
-        speed = window.tokens / window.seconds
-        names = ("learning_rate", *(f"learning_rate_{i}" for i in range(2, len(learning_rates) + 1)))
-        rates = dict(zip(names, learning_rates, strict=True))
-        line = {**window.means, **rates, "mask_rate": window.mask_rate, "tokens_per_second": speed}
-        self.event("train", step, tokens=tokens, **line)
-        shown = [f"{name} {value:.3f}" for name, value in window.means.items()]
-        text = ", ".join([*shown, *(f"lr {rate:.1e}" for rate in learning_rates), f"{speed:,.0f} tokens/s"])
+    def training(self, progress: Progress, window: dict[str, float], learning_rates: list[float]) -> None:
+        """A line of training metrics, shown on the bar, and printed where standard output is no terminal."""
+        step = progress.step
+        rates = {f"learning_rate_{i}" if i > 1 else "learning_rate": r for i, r in enumerate(learning_rates, 1)}
+        self.event("train", step, tokens=progress.tokens, **window, **rates)
+        shown = [f"{name} {value:.3f}" for name, value in window.items() if name not in RATES]
+        shown += [f"lr {rate:.1e}" for rate in learning_rates]
+        text = ", ".join([*shown, f"{window['tokens_per_second']:,.0f} tokens/s"])
         self.bar.set_postfix_str(text)
         if self.bar.disable or not sys.stdout.isatty():
             first, since = self._first

@@ -21,23 +21,21 @@ def short(source: str, parts: int = 1) -> str:
 def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
     """The text of README.md, with the figures in its metadata as the Hub's model-index takes them.
 
-    config: the run's config.Config, or a fork's
-    results: as in all_results.json
+    config: the run's config.Config, or a fork's; results: as in all_results.json
     """
     base, text = config.model.model_name_or_path, config.corpus
     out_of_domain = corpus.out_of_domain(config.out_of_domain, text)
-    local = base is not None and Path(base).exists()
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="fill-mask",
-        base_model=None if local else base,
+        base_model=None if base is None or Path(base).exists() else base,
         datasets=None if text.dataset_name is None or Path(text.dataset_name).exists() else text.dataset_name,
         tags=["masked-language-modeling", "domain-adaptation"],
         model_name=name,
         eval_results=[*_eval_results(results, "", text), *_eval_results(results, "general_", out_of_domain)],
     )
     domain = short(text.dataset_name or text.train_file)
-    model = Path(base).name if local else base or f"A {config.model.model_type or 'small BERT'} from scratch"
+    model = short(base) if base else f"A {config.model.model_type or 'small BERT'} from scratch"
     rate, unigram = config.optimizer.learning_rate, figure(results["perplexity_unigram"])
     forgotten = ""
     if out_of_domain is not None:
@@ -73,20 +71,14 @@ def _eval_results(results: dict[str, Any], prefix: str, text: CorpusConfig | Non
     if text is None:
         return []
     name, kind = short(corpus.origin(text, "validation")), "out-of-domain text" if prefix else None
+    task = {"task_type": "fill-mask", "task_name": "Masked language modelling", "dataset_split": "validation"}
+    task |= {"dataset_type": name, "dataset_name": f"{name} ({kind})" if kind else name}
+    task |= {"dataset_config": text.dataset_config_name or kind}
+    values = {metric: results.get(f"{prefix}{metric}") for metric in METRICS}
     return [
-        EvalResult(
-            task_type="fill-mask",
-            task_name="Masked language modelling",
-            dataset_type=name,
-            dataset_name=f"{name} ({kind})" if kind else name,
-            dataset_config=text.dataset_config_name or kind,
-            dataset_split="validation",
-            metric_type=metric,
-            metric_name=title,
-            metric_value=results[f"{prefix}{metric}"],
-        )
-        for metric, title in METRICS.items()
-        if results.get(f"{prefix}{metric}") is not None
+        EvalResult(**task, metric_type=metric, metric_name=METRICS[metric], metric_value=value)
+        for metric, value in values.items()
+        if value is not None
     ]
 
 

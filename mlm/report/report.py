@@ -53,14 +53,13 @@ def write_report(runs: Sequence[RunRecord], output: Path) -> None:
 
 
 def render(runs: Sequence[RunRecord]) -> str:
-    """The page."""
     loader = FileSystemLoader(Path(__file__).parent)
     page = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    filters = (aligned, count, chance, short, counted, unspaced, grouped)
     charts = (breakdown_chart, event_chart, gain_chart, loss_chart)
-    functions = (*charts, aligned, count, share, same, mean, duration, unlike, largest_change, zip)
-    page.filters |= {f.__name__: f for f in filters} | {"shlex_join": shlex.join}
-    page.globals |= {f.__name__: f for f in functions}
+    forms = (aligned, count, chance, short, counted, unspaced, grouped, share, duration)
+    functions = {f.__name__: f for f in (*charts, *forms, same, mean, unlike, largest_change, zip)}
+    page.filters |= functions | {"shlex_join": shlex.join}
+    page.globals |= functions
     compared = {text: [(run, run.comparison[text]) for run in runs if run.comparison.get(text)] for text in COMPARED}
     logged = {key for run in runs for e in run.train for key in e if type(e[key]) in (int, float)}
     parts = {**compared, **_settings(runs), "scalars": sorted(logged - LOGGED), "examples": _examples(runs)}
@@ -76,12 +75,12 @@ def unlike(runs: Sequence[RunRecord], text: str) -> str:
     # own, of training's masks alone.
     if "tokenizer" in differ or all("eval_mlm_probability" in e for e in experiments):
         differ = [key for key in differ if key != "masks"]
-    what = [names[key] for key in differ]
-    if not what:
+    if not differ:
         return ""
-    listed = " and ".join(filter(None, (", ".join(what[:-1]), what[-1])))
+    *others, last = [names[key] for key in differ]
+    listed = f"{', '.join(others)} and {last}" if others else last
     advice = "a small difference between runs may come from that alone"
-    if "texts" in what:
+    if f"{text} corpus" in differ:
         advice = "compare before and after within a run"
     elif "tokenizer" in differ:
         advice = "compare bits per character"
@@ -112,15 +111,11 @@ def count(value: float | None) -> str:
 
 def counted(number: int, noun: str) -> str:
     """1 document, 2 documents; the noun in either."""
-    noun = noun.removesuffix("s")
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    return f"{number:,} {noun.removesuffix('s')}{'' if number == 1 else 's'}"
 
 
 def chance(row: dict[str, Any], when: str) -> str:
-    """exp(− nats / count): the geometric mean over the occurrences of the probability of what was masked.
-
-    For a token that is the probability of the right one, for a word in pieces the product over those masked.
-    """
+    """exp(− nats / count): the geometric mean over the occurrences of the probability of what was masked."""
     nats = mean(row, when)
     return share(0.0 if nats is None else math.exp(-nats))
 
@@ -160,9 +155,7 @@ def _settings(runs: Sequence[RunRecord]) -> dict[str, dict[str, Any]]:
     for section in ABOUT:
         settings = [dict(flat(run.about[section])) for run in runs]
         values = {name: [of_run.get(name) for of_run in settings] for name in chain.from_iterable(settings)}
-        alike[section] = {
-            name: first for name, (first, *others) in values.items() if others.count(first) == len(others)
-        }
+        alike[section] = {name: each[0] for name, each in values.items() if each.count(each[0]) == len(each)}
         differences |= {name: each for name, each in values.items() if name not in alike[section]}
     # The experiment repeats flags, and each run has a folder of its own.
     for name in {*(name.rpartition(".")[2] for name in differences if "." in name), "run.output_dir"}:

@@ -33,9 +33,7 @@ from mlm.report.upload import create_repository, upload
 class Run:
     """All of a run that is no arithmetic, on each process; only the main one writes and prints.
 
-    config: a mlm.config.Config, or a fork's subclass of it
-
-    Raises UserError where --output_dir cannot be this run's.
+    config: a mlm.config.Config, or a fork's subclass. Raises UserError where --output_dir cannot be this run's.
     """
 
     def __init__(self, config: Any, accelerator: Accelerator) -> None:
@@ -78,10 +76,8 @@ class Run:
         if results:
             if self.is_main and self.config.run.push_to_hub:  # an upload that has failed is made up for
                 upload(self.folder, create_repository(self.config.run.hub_model_id or self.folder.name))
-            self.log.print(
-                f"{self.folder} is finished: {results['steps']} steps, held-out perplexity "
-                f"{figure(results['perplexity'])}; give --overwrite_output_dir to train anew"
-            )
+            done = f"{results['steps']} steps, held-out perplexity {figure(results['perplexity'])}"
+            self.log.print(f"{self.folder} is finished: {done}; give --overwrite_output_dir to train anew")
         return results
 
     def __enter__(self) -> "Run":
@@ -99,9 +95,7 @@ class Run:
     def resume(self, data: dict[str, Any]) -> None:
         """Puts everything back as --resume_from_checkpoint names it, if it does, and begins the directory.
 
-        data: what run.json has to say of the corpus
-
-        Raises UserError where there is no such checkpoint, or it is another experiment's.
+        data: what run.json has to say of the corpus. Raises UserError for a checkpoint of another experiment, or none.
         """
         wanted = self.config.checkpoint.resume_from_checkpoint
         found, notes = checkpoint.find(wanted, self.directory.checkpoints, self.accelerator)
@@ -113,21 +107,15 @@ class Run:
             self.log.print(f"--resume_from_checkpoint {wanted}: no checkpoint yet; training from the start")
         if self.is_main and self.config.run.push_to_hub:
             self.hub_id = create_repository(self.config.run.hub_model_id or self.folder.name)
-        configuration = asdict(self.config)
-        about = {
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": sys.argv,
-            "data": data,
-            "configuration": configuration,
-            "experiment": self.experiment,
-            "environment": environment(self.accelerator),
-        }
+        about = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "data": data}
+        about |= {"configuration": asdict(self.config), "experiment": self.experiment}
+        about |= {"environment": environment(self.accelerator)}
         self.directory.begin(about, self.progress.step if found else None)
         if self.config.run.with_tracking:
             project = self.accelerator.project_configuration
             project.project_dir = project.logging_dir = str(self.folder)
-            every_tracker_takes = int | float | str
-            settings = {n: v if isinstance(v, every_tracker_takes) else str(v) for n, v in flat(configuration)}
+            settings = dict(flat(about["configuration"]))
+            settings = {n: v if isinstance(v, int | float) else str(v) for n, v in settings.items()}  # as all take it
             self.accelerator.init_trackers("mlm", config=settings)
         if found and self.is_main and self.config.train.load_best_model_at_end:
             self.writer.remember_best(found.parent)
@@ -163,7 +151,7 @@ class Run:
         failure, self._failure = self._failure, None
         if failed and self.config.checkpoint.on_save_error == "stop":
             raise not_written(failure)
-        self.log.print(failure or "")
+        self.log.print(failure)
         if asked:
             self.save_and_stop()
 
@@ -173,14 +161,13 @@ class Run:
         Raises UserError where a loss or gradient since the last line was not finite, and names its documents.
         """
         update, progress = self.update, self.progress
-        window = progress.read(update.scalars or ())
-        if window.nonfinite:
-            step = progress.step - window.nonfinite
+        window, nonfinite = progress.read(update.scalars or ())
+        if nonfinite:
+            step = progress.step - nonfinite
             found = find_nonfinite(update, step, store)
             self.log.event("end", step, **found._asdict())
             raise UserError(found.message(step, store, tokenizer))
-        rates = [scheduler.get_last_lr()[0] for scheduler in update.schedulers]
-        self.log.training(progress.step, window, rates, progress.tokens)
+        self.log.training(progress, window, [scheduler.get_last_lr()[0] for scheduler in update.schedulers])
 
     def measure(self, model: SparseMaskedLM, eval_sets: dict[str, EvalSet], complete: bool) -> Evaluations:
         """Evaluates the current weights: on all eval sets under all masks, or held-out text in one round.
@@ -198,10 +185,8 @@ class Run:
         self.log.event("eval", progress.step, tokens=progress.tokens, **figures)
         rounds = len(self.config.evaluate.rounds)
         part = "" if rounds == 1 else f" (mask round 1 of {rounds})"
-        self.log.print(
-            f"step {progress.step}: held-out loss {figures['eval_loss']:.4f}, "
-            f"perplexity {figures['perplexity']:.4g}{part}"
-        )
+        shown = f"held-out loss {figures['eval_loss']:.4f}, perplexity {figures['perplexity']:.4g}"
+        self.log.print(f"step {progress.step}: {shown}{part}")
         if self.config.train.load_best_model_at_end and self.is_main:
             self.writer.save_best(progress.step, self.model, figures)
         progress.evaluated = True
@@ -223,27 +208,23 @@ class Run:
         number, failed = agree([self.stop.asked(), failure is not None], self.group)
         if failed:
             raise not_written(failure)
-        raise Stopped(
-            number,
-            f"stopped by {signal.Signals(number).name} after step {self.progress.step}; to resume, give the "
-            f"same command with --output_dir {self.folder} --resume_from_checkpoint latest",
-        )
+        when = f"stopped by {signal.Signals(number).name} after step {self.progress.step}"
+        flags = f"--output_dir {self.folder} --resume_from_checkpoint latest"
+        raise Stopped(number, f"{when}; to resume, give the same command with {flags}")
 
     def save_model(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """The trained model, the best or the last, as an ordinary checkpoint. Raises UserError."""
         self.log.close()
-        self.log.print(self.writer.wait() or "")
+        self.log.print(self.writer.wait())
         if self.config.train.load_best_model_at_end:
             checkpoint.load_best(self.directory.checkpoints, self.model, self.accelerator)
         try:
             self.directory.save_model(self.model, tokenizer, self.progress.step)
         except (OSError, SafetensorError) as error:
             reason = one_line(getattr(error, "strerror", None) or error)
-            resumes = "--resume_from_checkpoint latest resumes from the last checkpoint"
-            then = f", then {resumes}" if checkpoint.steps(self.directory.checkpoints) else ""
-            raise UserError(
-                f"--output_dir {self.folder}: the model could not be saved ({reason}); make room{then}"
-            ) from error
+            resumes = ", then --resume_from_checkpoint latest resumes from the last checkpoint"
+            then = f"make room{resumes if checkpoint.steps(self.directory.checkpoints) else ''}"
+            raise UserError(f"--output_dir {self.folder}: the model could not be saved ({reason}); {then}") from error
 
     @contextmanager
     def analysis(self) -> Iterator[None]:
@@ -253,12 +234,11 @@ class Run:
         except Exception as error:
             if isinstance(error, Stopped | BrokenPipeError) or lost_a_process(error):
                 raise
-            base = self.config.model.model_name_or_path
+            base, reason = self.config.model.model_name_or_path, one_line(f"{type(error).__name__}: {error}", 200)
             again = f"scripts/evaluate.py --model_name_or_path {self.folder}{f' --compare {base}' if base else ''}"
             raise UserError(
-                f"the trained model is saved in {self.folder}, its analysis failed "
-                f"({one_line(f'{type(error).__name__}: {error}', 200)}); to repeat it: python {again}, with this "
-                "run's flags for text, chunks and evaluation"
+                f"the trained model is saved in {self.folder}, its analysis failed ({reason}); to repeat it: "
+                f"python {again}, with this run's flags for text, chunks and evaluation"
             ) from error
 
     def finish(self, results: dict[str, Any]) -> None:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
@@ -29,9 +28,10 @@ from mlm.engine import checkpoint
 from mlm.engine.distributed import from_main
 from mlm.engine.experiment import differences
 from mlm.errors import UserError, at_least
+from mlm.evaluation.compare import Conclusion
 from mlm.files import write_json, write_text
 from mlm.hub import no_bars
-from mlm.report.run_record import read_events
+from mlm.report.run_record import read_events, read_object
 
 ENDED = ("all_results.json", "comparison.json", "documents.parquet", "fill_mask.json", "report.html")
 MODEL_FILES = {"config.json", "model.safetensors", "pytorch_model.bin"}
@@ -61,9 +61,7 @@ class RunConfig:
 class RunDirectory:
     """The directory of a run, claimed and filled. Every process looks at it; only the main process writes.
 
-    resume: --resume_from_checkpoint
-
-    Raises UserError where the directory holds something else, or cannot be written.
+    resume: --resume_from_checkpoint. Raises UserError where the directory holds something else, or cannot be written.
     """
 
     def __init__(self, config: RunConfig, resume: str | None, accelerator: Accelerator) -> None:
@@ -72,23 +70,18 @@ class RunDirectory:
         self.folder, self.is_main = Path(name), accelerator.is_main_process
         self.checkpoints = self.folder / "checkpoints"
         # whether the run that is in the directory is resumed, or whatever is there is to be replaced
-        self.resumes = resume == "latest" or (
-            resume is not None and Path(resume).resolve().is_relative_to(self.folder.resolve())
-        )
+        source = self.folder if resume == "latest" else resume and Path(resume)
+        self.resumes = bool(source) and source.resolve().is_relative_to(self.folder.resolve())
         self._lock = FileLock(self.folder / ".lock", timeout=0)  # the kernel's: a killed run does not keep it
         # None writes yet: a mistake that is found later must not have cost what is here.
         here = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        replace = "give --overwrite_output_dir to replace"
         if here and not (config.overwrite_output_dir or self.resumes):
-            raise UserError(
-                f"--output_dir {self.folder} is not empty; give --overwrite_output_dir to replace "
-                "what is there, or --resume_from_checkpoint latest to resume it"
-            )
-        # a model that no run of ours has left
+            advice = f"{replace} what is there, or --resume_from_checkpoint latest to resume it"
+            raise UserError(f"--output_dir {self.folder} is not empty; {advice}")
         if resume == "latest" and "run.json" not in here and here & MODEL_FILES and not config.overwrite_output_dir:
-            raise UserError(
-                f"--resume_from_checkpoint latest: {self.folder} holds a model and no checkpoint to resume "
-                "from; give --overwrite_output_dir to replace it"
-            )
+            found = f"{self.folder} holds a model and no checkpoint to resume from"  # no run of ours has left it
+            raise UserError(f"--resume_from_checkpoint latest: {found}; {replace} it")
         nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             reason = "no permission" if nearest.is_dir() else "a file"
@@ -100,16 +93,15 @@ class RunDirectory:
         Raises UserError where the run that has finished here was another experiment, and left no checkpoint.
         """
         try:
-            results = json.loads((self.folder / "all_results.json").read_text(encoding="utf-8"))
-            ran = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["experiment"]
-        except (OSError, ValueError, KeyError, TypeError):
+            results, about = (read_object(self.folder / name) for name in ("all_results.json", "run.json"))
+        except UserError:
+            return None
+        if not results or not isinstance(ran := about.get("experiment"), dict):
             return None
         changed = differences(ran, json.loads(json.dumps(experiment)))
         if changed and not checkpoint.steps(self.checkpoints):
-            raise UserError(
-                f"--resume_from_checkpoint latest: {self.folder} holds a finished run of another experiment, "
-                f"with {', '.join(changed)}; --overwrite_output_dir replaces it"
-            )
+            found = f"{self.folder} holds a finished run of another experiment, with {', '.join(changed)}"
+            raise UserError(f"--resume_from_checkpoint latest: {found}; --overwrite_output_dir replaces it")
         return None if changed else results
 
     def claim(self) -> None:
@@ -181,13 +173,11 @@ class RunDirectory:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def save_results(
-        self, results: dict[str, Any], comparison: dict[str, Any] | None, documents: pa.Table | None, card: str
-    ) -> None:
-        """The figures, as compare.py has them, and the model card, of the main process. Raises OSError."""
-        if comparison is not None:
-            write_json(self.folder / "comparison.json", comparison)
-            pq.write_table(documents, self.folder / "documents.partial")
+    def save_results(self, results: dict[str, Any], conclusion: Conclusion, card: str) -> None:
+        """The figures and the model card, of the main process. Raises OSError."""
+        if conclusion.comparison is not None:
+            write_json(self.folder / "comparison.json", conclusion.comparison)
+            pq.write_table(conclusion.documents, self.folder / "documents.partial")
             (self.folder / "documents.partial").replace(self.folder / "documents.parquet")
         write_text(self.folder / "README.md", card)
         write_json(self.folder / "all_results.json", results)  # the last: with it the run is finished

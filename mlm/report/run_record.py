@@ -1,6 +1,5 @@
-"""What a run directory holds, read for the report without torch: a run that has ended, or is under way."""
+"""What a run directory holds, read without torch: a run that has ended, or is under way."""
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ class RunRecord:
     train: Rows  # events of metrics.jsonl
     evaluations: Rows
     seconds: float | None  # from the start to the last event, all training of a resumed run included
-    examples: Rows | None  # fill_mask.json; None: it has none, or those of other results
+    examples: Rows | None  # of fill_mask.json; None: it has none, or those of other results
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
@@ -46,30 +45,21 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     return [_read(folder, name, i) for i, (folder, name) in enumerate(zip(folders, _names(folders), strict=True))]
 
 
-def results_digest(folder: Path) -> str | None:
-    """A fingerprint of a run's results, times included; None where there are none."""
-    path = folder / "all_results.json"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
 def _read(folder: Path, name: str, number: int) -> RunRecord:
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} holds no run.json; name the --output_dir of a training run")
-    about, all_results, comparison, kept = (
-        _json(folder / f"{file}.json") for file in ("run", "all_results", "comparison", "fill_mask")
-    )
+    files = ("run", "all_results", "comparison", "fill_mask")
+    about, all_results, comparison, kept = (read_object(folder / f"{file}.json") for file in files)
     _needs(folder / "run.json", about, ABOUT)
     for compared in filter(None, map(comparison.get, COMPARED)):
         _needs(folder / "comparison.json", compared, COMPARISON)
     results = {n: v for n, v in all_results.items() if v is None or isinstance(v, int | float)}
     events = read_events(folder / "metrics.jsonl")
-    train, evaluations = (
-        [e for e in events if e["event"] == kind and e.keys() >= keys] for kind, keys in EVENTS.items()
-    )
+    train, evaluations = ([e for e in events if e["event"] == kind and e.keys() >= EVENTS[kind]] for kind in EVENTS)
     clocks = [e["seconds"] for e in events if isinstance(e.get("seconds"), int | float)][-1:]
     seconds = max([*clocks, *filter(None, [results.get("train_seconds")])], default=None)
     examples = None
-    if kept and kept.get("results") == results_digest(folder):
+    if kept and kept.get("results") == results:
         examples = [e for e in kept.get("sentences", []) if isinstance(e, dict) and e.keys() >= EXAMPLE]
     return RunRecord(folder, name, number, about, results, comparison, train, evaluations, seconds, examples)
 
@@ -104,7 +94,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [os.path.relpath(path, common) for path in paths]
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is no file. Raises UserError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -89,24 +89,18 @@ def conclude_run(
     tokenizer: PreTrainedTokenizerBase,
     train: TokenStore,
 ) -> dict[str, Any]:
-    """Compares before with after, writes what came of it, and returns the results on every process.
-
-    The main process alone compares; the others wait for it.
-    """
+    """Compares before with after and writes what came of it, on the main process; returns the results on each."""
     results = None
     if run.is_main:
-        progress, batches = run.progress, run.update.batches
+        batches = run.update.batches
         counts = token_counts(train, eval_sets["held_out"].info.size)
         conclusion = conclude(eval_sets, before, after, tokenizer, counts)
-        results = finite({
-            **conclusion.results,
-            **progress.results(),
-            "epochs": progress.step * batches.global_batch / batches.num_chunks,
-            "peak_memory_mib": peak_memory_mib(run.accelerator.device),
-        })  # fmt: skip
+        results = finite(conclusion.results | run.progress.results())
+        results["epochs"] = run.progress.step * batches.global_batch / batches.num_chunks
+        results["peak_memory_mib"] = peak_memory_mib(run.accelerator.device)
         run.log.print(conclusion.lines)
         card = model_card(run.hub_id or run.folder.name, run.config, results)
-        run.directory.save_results(results, conclusion.comparison, conclusion.documents, card)
+        run.directory.save_results(results, conclusion, card)
         run.log.print(
             f"held-out perplexity {figure(results['perplexity'])}, where token frequencies alone reach "
             f"{figure(results['perplexity_unigram'])}; saved to {run.folder}"
@@ -123,8 +117,7 @@ def outcome(results: dict[str, Any]) -> str:
     rows = [("", "before", "after", "gain") if "perplexity_before" in results else ("", "", "after", "")]
     for text, prefix in (("held-out", ""), ("out-of-domain", "general_")):
         gain, low, high = (shown.get(f"{prefix}{name}") for name in ("gain", "gain_low", "gain_high"))
-        has_interval = results.get(f"{prefix}gain_low") is not None
-        interval = f" ({CONFIDENCE:.0%} interval {low} to {high})" if has_interval else ""
+        interval = f" ({CONFIDENCE:.0%} interval {low} to {high})" if results.get(f"{prefix}gain_low") else ""
         for name, last in (("perplexity", f"{gain}×{interval}" if gain else ""), ("eval_loss", "")):
             if after := shown.get(f"{prefix}{name}"):
                 title = f"{text} {name.removeprefix('eval_')}"
