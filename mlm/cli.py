@@ -12,10 +12,10 @@ HfArgumentParser knows no `int | Literal["auto"]`.
 
 import argparse
 import ast
-import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
 import json
 import logging
 import os
@@ -26,6 +26,7 @@ import time
 import types
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -37,6 +38,7 @@ from mlm.engine.distributed import lost_a_process
 from mlm.engine.memory import out_of_memory
 from mlm.engine.signals import Stopped
 from mlm.errors import UserError, one_line
+from mlm.startup import find_home
 
 # The words for a boolean, and for None, in any case.
 BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
@@ -79,6 +81,9 @@ def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.Argumen
             raise UserError(_unknown(word.partition("=")[0], parser))
     if unknown:
         raise UserError(f"{unknown[0]!r} belongs to no flag; --help lists the flags")
+    for action in parser._actions:
+        if "\0" in str(getattr(values, action.dest, "")):
+            raise UserError(f"--{action.dest}: a NUL character")
     instances = [config(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config)}) for config in configs]
     return [*instances, values]
 
@@ -100,36 +105,75 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]], words: Callable[[dict[s
     The last line of standard output is the result as JSON, or on a terminal without --json `words(result)`. UserError
     becomes one line on standard error and exit status 2; `accelerate launch` adds a traceback and exits with 1.
     """
-    is_main = int(os.environ.get("RANK", "0")) == 0
+    is_main = os.environ.get("RANK", "0") == "0"
+    _mend_streams()
     logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stderr)
     logging.getLogger("mlm").setLevel(logging.INFO if is_main else logging.ERROR)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     try:
-        if sys.platform == "win32":
-            raise UserError("Windows is not supported; use Linux, macOS or the Windows Subsystem for Linux")
+        _check_surroundings()
+        find_home()
         result = body(sys.argv[1:])
-        if is_main and ("--json" in sys.argv or not sys.stdout.isatty()):
-            print(json.dumps(result, default=str), flush=True)
-        elif is_main and words is not None:
-            print(words(result), flush=True)
+        with suppress(OSError) if "output_dir" in result else nullcontext():  # where the figures are, too
+            if is_main and ("--json" in sys.argv or not sys.stdout.isatty()):
+                print(json.dumps(result, default=str), flush=True)
+            elif is_main and words is not None:
+                print(words(result), flush=True)
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be written at exit
         sys.exit(128 + signal.SIGPIPE)
     except (KeyboardInterrupt, Stopped) as stop:
         if is_main:
-            print(str(stop) or "interrupted", file=sys.stderr)
+            _complain(str(stop) or "interrupted")
         sys.exit(128 + getattr(stop, "number", signal.SIGINT))
     except Exception as error:
         if (mistake := _mistake(error)) is None:
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(2)  # a launcher names the first that fails, and ends the others: let that be the main process
-        print(f"error: {mistake}", file=sys.stderr, flush=True)
+        _complain(f"error: {mistake}")
         if lost_a_process(error):
             os._exit(1)  # at once: an orderly end would wait for the process that is gone
         sys.exit(2)
+    finally:
+        _give_up_unwritten()
+
+
+def _mend_streams() -> None:
+    """Standard output and error take any character, and are there: `>&-` closes them."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _give_up_unwritten() -> None:
+    """Drops what standard output cannot take, which would be an error at exit."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _complain(line: str) -> None:
+    with suppress(OSError):  # of a terminal that is closed
+        print(line, file=sys.stderr, flush=True)
+
+
+def _check_surroundings() -> None:
+    """Raises UserError for what no script can work with."""
+    if sys.platform == "win32":
+        raise UserError("Windows is not supported; use Linux, macOS or the Windows Subsystem for Linux")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise UserError(f"the environment variable {name} is {os.environ[name]!r} and no number; unset it")
+    if int(os.environ.get("RANK", "0")) >= int(os.environ.get("WORLD_SIZE", "1")):
+        raise UserError("the environment variable RANK is not below WORLD_SIZE; unset both, or launch with torchrun")
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the working directory has been removed; change to another one") from None
 
 
 def _mistake(error: Exception) -> str | None:
@@ -141,6 +185,10 @@ def _mistake(error: Exception) -> str | None:
         reason = "another process of the run has ended; the reason, if it printed one, is in its output"
         resumes = "--resume_from_checkpoint latest resumes from the last checkpoint"
         return f"process {os.environ.get('RANK', '0')} ends because {reason}; {resumes}"
+    if isinstance(error, OSError) and error.errno is not None:  # too long a name, a loop of links, no permission, …
+        return f"{one_line(error.filename or 'a file or standard output')}: {error.strerror}"
+    if isinstance(error, RecursionError):
+        return "a file of JSON, YAML or the like is nested too deeply"
     return str(error) if isinstance(error, UserError) else None
 
 
@@ -180,7 +228,7 @@ def _conversion(hint: Any) -> dict[str, Any]:
 
     def read(text: str) -> Any:
         for reader in readers:
-            with contextlib.suppress(ValueError, KeyError):
+            with suppress(ValueError, KeyError):
                 return reader(text)
         raise argparse.ArgumentTypeError(f"{text!r} is not {'|'.join(shown)}")
 
@@ -202,7 +250,7 @@ def _flags_of(path: str, parser: argparse.ArgumentParser) -> list[str]:
                 raise UserError(f"{name} takes one value, not a list or a mapping")
         flags = [f"--{name}={value}" for name, value in values.items()]
         parser.parse_known_intermixed_args(flags)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"--config {path}: not a YAML file ({one_line(error)})") from None
     except (OSError, UserError) as error:
         raise UserError(f"--config {path}: {getattr(error, 'strerror', error)}") from None

@@ -12,10 +12,12 @@ from mlm.engine.checkpoint import CheckpointConfig
 from mlm.engine.device import DeviceConfig
 from mlm.engine.optimizer import OptimizerConfig
 from mlm.engine.update import UpdateConfig
-from mlm.errors import UserError, at_least
+from mlm.errors import UserError, at_least, at_most
 from mlm.evaluation.eval_set import EvaluateConfig
 from mlm.model.load import ModelConfig
 from mlm.report.run_directory import RunConfig
+
+MOST_STEPS = 10**9
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "max_train_steps", "max_train_samples", "eval_steps")
         at_least(self, 0, "num_train_epochs")
+        at_most(self, MOST_STEPS, "max_train_steps", "num_train_epochs")
 
     def steps(self, chunks: int, global_batch: int) -> int:
         """Optimizer steps of the run, over so many chunks: the last one reaches into the next epoch."""
         chunks = min(self.max_train_samples or chunks, chunks)
-        return self.max_train_steps or math.ceil(round(self.num_train_epochs * chunks / global_batch, 6))
+        steps = self.max_train_steps or math.ceil(round(self.num_train_epochs * chunks / global_batch, 6))
+        if steps > MOST_STEPS:
+            raise UserError(f"--num_train_epochs {self.num_train_epochs}: {steps:,} steps, at most {MOST_STEPS:,}")
+        return steps
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,14 @@ def at_least(config: Any, least: int, *names: str) -> None:
             raise UserError(f"--{name} {value}: at least {least}")
 
 
+def at_most(config: Any, most: int, *names: str) -> None:
+    """Raises UserError where a setting of these names that is a number is above `most`: a slip, or hours of work."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, int | float) and value > most:
+            raise UserError(f"--{name} {value}: at most {most:,}")
+
+
 def explain_load_failure(what: str, name: str, error: Exception) -> UserError:
     """Words for a tokenizer, model or dataset, by Hub name or folder, that a library failed to load."""
     reason = one_line(f"{type(error).__name__}: {error}")

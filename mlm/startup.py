@@ -7,8 +7,9 @@ time. To print --help, nothing of them is needed at all.
 import gc
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -24,9 +25,10 @@ def quick_imports() -> Iterator[None]:
 
     Where the command line asks for help, stand-ins take the libraries' place; the process must end after printing it.
     """
+    find_home()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # four times as fast where others use the cores
     # For one process `accelerate launch` sets one thread if nobody asked for another number.
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if alone and os.environ.get("OMP_NUM_THREADS") == "1" and set_by_accelerate_launch("OMP_NUM_THREADS"):
         del os.environ["OMP_NUM_THREADS"]
     words = sys.argv[1 : sys.argv.index("--") if "--" in sys.argv else None]
@@ -38,6 +40,21 @@ def quick_imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def find_home() -> None:
+    """Gives a user without one, as a container's arbitrary uid is, a home in the temporary folder.
+
+    Libraries would make one called `~` in the working directory, or fail. Another user's folder is not taken.
+    """
+    home = os.path.expanduser("~")
+    if os.path.isabs(home) and os.path.isdir(home) and (home != "/" or os.access(home, os.W_OK)):
+        return
+    place = Path(tempfile.gettempdir(), f"home-{os.getuid()}")
+    with suppress(FileExistsError):
+        place.mkdir(mode=0o700)
+    own = not place.is_symlink() and place.stat().st_uid == os.getuid()
+    os.environ["HOME"] = str(place) if own else tempfile.mkdtemp()
 
 
 def set_by_accelerate_launch(variable: str) -> bool:

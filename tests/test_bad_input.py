@@ -166,6 +166,15 @@ def bad(toy, tmp_path_factory) -> Path:
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder / "other")
     tokenizer.save_pretrained(folder / "other")
+    for name, setting in {"heads": {"num_attention_heads": 0}, "activation": {"hidden_act": "none"}}.items():
+        (folder / name).mkdir()
+        described = {**json.loads((folder / "other" / "config.json").read_text()), **setting}
+        (folder / name / "config.json").write_text(json.dumps(described))
+    (folder / "deep").mkdir()
+    (folder / "deep" / "config.json").write_text("[" * 10**5 + "]" * 10**5)
+    (folder / "deep.yaml").write_text("seed: " + "[" * 10**4 + "]" * 10**4)
+    (folder / "nul.yaml").write_text('hub_model_id: "a\\0b"\n')
+    (folder / "loop").symlink_to("loop")
     (folder / "t5").mkdir()
     (folder / "t5" / "config.json").write_text('{"model_type": "t5"}')
 
@@ -249,6 +258,35 @@ TRAINING = [
     ("an unknown setting", {"config": "{bad}/unknown_key.yaml"}, ["learning_rat;", "--learning_rate?"]),
     ("a setting of no type", {"config": "{bad}/wrong_type.yaml"}, ["type.yaml: --learning_rate: 'fast'"]),
     ("a list as a setting", {"config": "{bad}/list.yaml"}, ["list.yaml", "learning_rate", "one value"]),
+    ("settings nested beyond reason", {"config": "{bad}/deep.yaml"}, ["deep.yaml", "not a YAML file"]),
+    ("a NUL in a name", {"config": "{bad}/nul.yaml"}, ["--hub_model_id", "NUL"]),
+    ("no heads", {"model_name_or_path": "", "config_name": "{bad}/heads"}, ["{bad}/heads"]),
+    ("no heads in a checkpoint", {"model_name_or_path": "{bad}/heads", "tokenizer_name": "{toy}"}, ["{bad}/heads"]),
+    ("an unknown activation", {"model_name_or_path": "", "config_name": "{bad}/activation"}, ["{bad}/activation"]),
+    ("a model nested beyond reason", {"model_name_or_path": "{bad}/deep", "tokenizer_name": "{toy}"}, ["{bad}/deep"]),
+    ("a batch of a billion", {"train_batch_size": 10**9}, ["--train_batch_size 1000000000: at most 1,048,576"]),
+    (
+        "a batch of a billion in parts",
+        {"train_batch_size": "none", "gradient_accumulation_steps": 10**6},
+        ["--gradient_accumulation_steps", "8,000,000 chunks", "at most 1,048,576"],
+    ),
+    ("evaluation in batches of a billion", {"per_device_eval_batch_size": 10**9}, ["--per_device_eval_batch_size"]),
+    ("10,000 workers", {"preprocessing_num_workers": 10**4}, ["--preprocessing_num_workers 10000: at most 1,024"]),
+    ("a billion mask seeds", {"eval_mask_seeds": 10**9}, ["--eval_mask_seeds 1000000000: at most 10,000"]),
+    ("a billion folds", {"eval_mask_folds": 10**9}, ["--eval_mask_folds 1000000000: at most 10,000"]),
+    ("10^30 steps", {"max_train_steps": 10**30}, ["--max_train_steps", "at most 1,000,000,000"]),
+    ("10^30 epochs", {"max_train_steps": "none", "num_train_epochs": "1e30"}, ["--num_train_epochs 1e+30: at most"]),
+    (
+        "10^8 epochs",
+        {"max_train_steps": "none", "num_train_epochs": "1e8", "train_batch_size": 1},
+        ["--num_train_epochs 100000000.0", "steps, at most 1,000,000,000"],
+    ),
+    ("chunks of a billion", {"max_seq_length": 10**9}, ["--max_seq_length 1000000000: at most 1,048,576"]),
+    *(
+        (f"a {what} as --{flag}", {flag: name}, [words])
+        for what, name, words in (("name of 300 bytes", "x" * 300, "xxx"), ("loop of links", "{bad}/loop", "loop"))
+        for flag in ("output_dir", "train_file", "token_store", "resume_from_checkpoint", "config", "tokenizer_name")
+    ),
     ("a Hub name offline", {"model_name_or_path": "org/none"}, ["org/none", "no network"]),
     ("a dataset offline", {"train_file": "", "dataset_name": "org/none"}, ["org/none", "no network"]),
     ("uploading offline", {"push_to_hub": "true"}, ["--push_to_hub"]),
@@ -258,10 +296,25 @@ TRAINING = [
 @pytest.mark.parametrize(("flags", "words"), [case[1:] for case in TRAINING], ids=[case[0] for case in TRAINING])
 def test_training_refuses(flags, words, place, toy, bad):
     names = {"bad": bad, "toy": toy.checkpoint}
+    flags = {"output_dir": place.folder / "run", **flags}
     flags = {name: str(value).format(**names) for name, value in flags.items()}
     words = [word.format(**names) for word in words]
-    flags = {"output_dir": place.folder / "run", **flags}
     place.refuses(words, "train.py", *toy.flags(**flags))
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "abc"},
+        {"LOCAL_RANK": "-1"},
+        {"WORLD_SIZE": "two"},
+        {"MASTER_PORT": "http"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+    ],
+    ids=str,
+)
+def test_an_environment_that_no_launcher_makes_is_refused(environment, place, toy):
+    place.refuses([next(iter(environment))], "train.py", *toy.flags(place.folder / "run"), **environment)
 
 
 def test_fp16_on_a_cpu_is_refused_from_the_launcher_too(place, toy):

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlm.data.token_store import TokenStore
 from mlm.data.tokenizer import TokenizerInfo
-from mlm.errors import UserError, at_least
+from mlm.errors import UserError, at_least, at_most
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class ChunkConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_seq_length")
+        at_most(self, 2**20, "max_seq_length")
 
 
 def chunk_length(config: ChunkConfig, max_positions: int | None) -> int:

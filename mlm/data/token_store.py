@@ -33,7 +33,7 @@ from mlm.data.cache import build_once, key
 from mlm.data.corpus import CorpusConfig
 from mlm.data.encode import encode_batches
 from mlm.data.tokenizer import TokenizerInfo
-from mlm.errors import UserError, at_least
+from mlm.errors import UserError, at_least, at_most
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class TokenStoreConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "preprocessing_num_workers")
+        at_most(self, 1024, "preprocessing_num_workers")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mlm.engine.distributed import from_main
+from mlm.engine.distributed import broadcast, from_main
 from mlm.engine.experiment import differences
 from mlm.errors import UserError, at_least, one_line
 from mlm.files import sync, write_json
@@ -80,7 +80,10 @@ def snapshot(model: torch.nn.Module, states: dict[str, Stateful], experiment: di
 
 
 def load(folder: Path, model: torch.nn.Module, states: dict[str, Stateful], experiment: dict[str, Any]) -> None:
-    """Puts everything back as `snapshot` took it. Raises UserError for another experiment's, with the differences."""
+    """Puts everything back as `snapshot` took it, if what is there fits.
+
+    Raises UserError for another experiment's, with the differences, and for states that this run cannot have written.
+    """
     try:
         saved = json.loads((folder / "experiment.json").read_bytes())
         if changed := differences(saved, json.loads(json.dumps(experiment))):
@@ -91,11 +94,16 @@ def load(folder: Path, model: torch.nn.Module, states: dict[str, Stateful], expe
         packed = json.loads((folder / "state.json").read_bytes())
         stored = load_file(folder / "state.safetensors")
         for name, state in states.items():
-            state.load_state_dict(_unpack(packed[name], stored))
+            saved = _unpack(packed[name], stored)
+            _check_form(saved, state.state_dict(), name)
+            state.load_state_dict(saved)
+        for name in {"update", "progress"} & states.keys():
+            if folder.name != f"step_{states[name].step}":
+                raise ValueError(f"{name} is that of step {states[name].step}")
     except UserError:
         raise
     except Exception as error:  # of another version, or altered
-        reason = one_line(f"{type(error).__name__}: {error}", 120)
+        reason = one_line(f"{type(error).__name__}: {error}", 300)
         raise UserError(f"the checkpoint {folder} cannot be resumed ({reason})") from error
 
 
@@ -129,6 +137,28 @@ def _unpack(packed: Any, stored: dict[str, torch.Tensor]) -> Any:
     return {"list": list, "tuple": tuple}[kind](_unpack(item, stored) for item in value)
 
 
+def _check_form(saved: Any, own: Any, name: str) -> None:
+    """Raises ValueError where a state has not the keys, shapes, dtypes and kinds of the one that it is to replace.
+
+    What is None or empty before the first step may become anything.
+    """
+    if isinstance(own, torch.Tensor):
+        if not isinstance(saved, torch.Tensor) or (saved.shape, saved.dtype) != (own.shape, own.dtype):
+            raise ValueError(f"{name} is no {own.dtype} {list(own.shape)}")
+    elif isinstance(own, dict) and own:
+        if saved.keys() != own.keys():
+            raise ValueError(f"{name} does not hold just {', '.join(map(str, own))}")
+        for key, value in own.items():
+            _check_form(saved[key], value, f"{name}.{key}")
+    elif isinstance(own, list | tuple):
+        for number, pair in enumerate(zip(saved, own, strict=False)):
+            _check_form(*pair, f"{name}.{number}")
+    elif own is not None:
+        kinds = (int, float) if isinstance(own, int | float) and not isinstance(own, bool) else type(own)
+        if not isinstance(saved, kinds) or isinstance(saved, bool) != isinstance(own, bool):
+            raise ValueError(f"{name} is {saved!r}")
+
+
 def find(wanted: str | None, checkpoints: Path, accelerator: Accelerator) -> tuple[Path | None, list[str]]:
     """The checkpoint to resume from, as the main process finds it, and a line for each damaged newer one.
 
@@ -147,7 +177,7 @@ def find(wanted: str | None, checkpoints: Path, accelerator: Accelerator) -> tup
 def _find(wanted: str, checkpoints: Path) -> tuple[Path | None, list[str]]:
     last = math.inf
     if wanted != "latest":
-        folder = Path(wanted).resolve()
+        folder = Path(os.path.realpath(wanted))  # of a loop of links too
         if not folder.is_dir():
             raise UserError("no such folder")
         checkpoints = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
@@ -186,10 +216,17 @@ def damaged(folder: Path) -> str | None:
     return None
 
 
+def digest(folder: Path | None) -> str | None:
+    """What a checkpoint holds, by its manifest, as this process sees it; None: it sees none."""
+    manifest = folder and folder / "manifest.json"
+    return _digest(manifest) if manifest and manifest.is_file() else None
+
+
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
     """Puts saved parameters into `model`, in place. Raises UserError where they are another model's."""
     saved, own = load_file(folder / "model.safetensors"), tensors(model)
-    if saved.keys() != own.keys() or any(saved[name].shape != own[name].shape for name in own):
+    form = {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}
+    if form != {name: (tensor.shape, tensor.dtype) for name, tensor in saved.items()}:
         raise UserError(f"the checkpoint {folder} holds another model")
     with torch.no_grad():
         for name, tensor in own.items():
@@ -315,9 +352,10 @@ def find_best(checkpoints: Path) -> tuple[Path, dict[str, float]] | None:
 
 
 def load_best(checkpoints: Path, model: torch.nn.Module, accelerator: Accelerator) -> None:
-    """Gives every process the weights of the lowest evaluation loss, if there are any."""
-    if best := from_main(find_best(checkpoints) if accelerator.is_main_process else None, accelerator):
+    """Gives every process the weights of the lowest evaluation loss, if there are any; the main one reads them."""
+    if accelerator.is_main_process and (best := find_best(checkpoints)):
         load_weights(best[0], model)
+    broadcast(tensors(model).values(), accelerator)
 
 
 def _on_host(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ A reduction ends only when every process has entered it. So before it they agree
 a gradient: one that ran out of memory and tried again alone would leave the others waiting.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from mlm.errors import UserError
+from mlm.errors import UserError, one_line
 
 # So long the others wait, in the host's group alone, while one process tokenises; what takes longer is for prepare.py.
 PATIENCE = timedelta(hours=2)
@@ -56,6 +56,35 @@ def agree(values: Sequence[int], group: dist.ProcessGroup | None) -> list[int]:
     largest = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     return largest.tolist()
+
+
+def check_same(mine: dict[str, Any], accelerator: Accelerator) -> None:
+    """Raises UserError, on every process, where a value is another one on another process, and says whose is which.
+
+    Each process gives its own values: what has been sent to it would not show that its files or packages differ.
+    """
+    if accelerator.num_processes == 1:
+        return
+    everyone: list[Any] = [None] * accelerator.num_processes
+    dist.all_gather_object(everyone, {name: str(value) for name, value in mine.items()}, host_group(accelerator))
+    differing = []
+    for name in sorted({name for values in everyone for name in values}):
+        ranks: dict[Any, list[int]] = {}
+        for rank, values in enumerate(everyone):
+            ranks.setdefault(values.get(name), []).append(rank)
+        if len(ranks) > 1:
+            whose = (f"{one_line(value, 80)} on process {one_line(str(on)[1:-1], 20)}" for value, on in ranks.items())
+            differing.append(f"{name} is {', '.join(whose)}")
+    if differing:
+        reason = f"the processes of this run would not do the same: {'; '.join(differing)}"
+        raise UserError(f"{reason}; start all of them with one command, and the same files and packages")
+
+
+def broadcast(tensors: Iterable[torch.Tensor], accelerator: Accelerator) -> None:
+    """Gives every process the main process's values, in place. All have to have tensors of the same shapes."""
+    if accelerator.num_processes > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def from_main(value: Any, accelerator: Accelerator) -> Any:

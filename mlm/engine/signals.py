@@ -1,7 +1,7 @@
 """Signals that ask a run to stop: it finishes its step, writes a checkpoint, and can be resumed.
 
 first signal    remembered; the loop and the evaluation look at `asked()` once a batch
-second signal   ends the process at once
+second signal   ends the process at once; of SIGXCPU, which the kernel repeats, only another one does
 launcher gone   counts as SIGTERM: not every launcher passes signals on to its workers before it dies
 
 A thread hears them: Python's handlers run between two instructions of the main thread, and a step in a C library, or a
@@ -13,7 +13,8 @@ import signal
 import threading
 import time
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what Slurm users have sent
+# What people, schedulers and batch systems send; a terminal that is closed; and the limit of processor time.
+ASKING = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU}
 SAME_REQUEST = 1.0  # seconds: Ctrl-C reaches a worker twice, from the terminal and from its launcher
 # Variables that torchrun and `accelerate launch` set for their workers. Without a launcher a parent that is gone means
 # nothing: a run started with nohup outlives its shell.
@@ -45,7 +46,7 @@ class StopSignals:
         while byte := os.read(pipe, 1):  # b"" once the other end is closed
             if byte[0] in ASKING and not self.received:
                 self._since, self.received = time.monotonic(), byte[0]
-            elif byte[0] in ASKING and time.monotonic() - self._since > SAME_REQUEST:
+            elif byte[0] in ASKING - {signal.SIGXCPU} and time.monotonic() - self._since > SAME_REQUEST:
                 os._exit(128 + byte[0])
         os.close(pipe)
 
@@ -56,7 +57,9 @@ class StopSignals:
             os.set_blocking(self._writer, False)
             threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
             self._wakeup = signal.set_wakeup_fd(self._writer)  # the C library's handler writes numbers to it
-            self._before = {number: signal.signal(number, lambda *_: None) for number in ASKING}
+            ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
+            asking = ASKING - {signal.SIGHUP} if ignored else ASKING
+            self._before = {number: signal.signal(number, lambda *_: None) for number in asking}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -20,18 +20,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import release_memory
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mlm.data.batches import Batch, Batches
 from mlm.data.masking import DROPOUT, stream_key
 from mlm.engine.distributed import GradientSum, agree, host_group
 from mlm.engine.memory import first_micro_batch, out_of_memory
-from mlm.errors import UserError, at_least
+from mlm.errors import UserError, at_least, at_most
 from mlm.model.sparse_head import SparseMaskedLM
 
 log = logging.getLogger(__name__)
 
+ADAM = {"step", "exp_avg", "exp_avg_sq"}  # what Adam and AdamW keep of a parameter
 RESERVED = {"event", "step", "seconds", "tokens", "loss", "learning_rate", "mask_rate", "tokens_per_second"}
+
+MOST = 2**20  # chunks in a step
 
 Objective = Callable[[SparseMaskedLM, Batch], torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """A micro-batch's loss [], a sum over its masked tokens; or that and {name: such a sum []} to be logged."""
@@ -49,6 +52,7 @@ class UpdateConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
         at_least(self, 0, "max_grad_norm")
+        at_most(self, MOST, "train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
 
     def global_batch(self, processes: int) -> int:
         """Chunks a step: what the experiment says, or what run_mlm's flags come to on this many processes."""
@@ -56,7 +60,10 @@ class UpdateConfig:
             return self.train_batch_size
         if self.per_device_train_batch_size == "auto":
             raise UserError("--per_device_train_batch_size auto: give the batch itself with --train_batch_size")
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
+        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
+        if batch > MOST:
+            raise UserError(f"--gradient_accumulation_steps: steps of {batch:,} chunks; at most {MOST:,}")
+        return batch
 
 
 class Step(NamedTuple):
@@ -222,13 +229,50 @@ class Update:
             "micro_batch": [self.batches.world, self.micro_batch],
         }
 
+    @property
+    def step(self) -> int:
+        """The updates that were applied, by the schedule."""
+        return self.schedulers[0].last_epoch
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        """Puts back what `state_dict` gave. Raises ValueError for moments or learning rates that cannot be."""
+        all_peaks = [scheduler.base_lrs for scheduler in self.schedulers]
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            _check_moments(optimizer, saved["state"], self.step)
+            optimizer.load_state_dict(saved)
+        for optimizer, scheduler, peaks in zip(self.optimizers, self.schedulers, all_peaks, strict=True):
+            _check_rates(optimizer, scheduler, peaks, self.step)
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         world, micro_batch = state["micro_batch"]
         if self.config.per_device_train_batch_size == "auto" and world == self.batches.world:
             self.micro_batch = micro_batch
+
+
+def _check_moments(optimizer: Optimizer, saved: dict[int, dict[str, Any]], step: int) -> None:
+    """Raises ValueError where moments do not fit their parameters: a fused kernel would read past their end.
+
+    Of optimizers that are neither Adam nor fused the form is their own affair.
+    """
+    is_adam = isinstance(optimizer, torch.optim.Adam)
+    held = [(p, is_adam or group.get("fused")) for group in optimizer.param_groups for p in group["params"]]
+    for number, (p, known) in enumerate(held):
+        moments = saved.get(number, {})
+        if is_adam and p.requires_grad and step > 0 and not moments.keys() >= ADAM:
+            raise ValueError(f"parameter {number} lacks moments")
+        for name, moment in moments.items() if known else ():
+            fits = moment.shape == () and 0 < moment <= step if name == "step" else moment.shape == p.shape
+            if not fits or moment.dtype != (torch.float32 if name == "step" else p.dtype):
+                raise ValueError(f"{name} of parameter {number} does not fit it")
+
+
+def _check_rates(optimizer: Optimizer, scheduler: LRScheduler, peaks: list[float], step: int) -> None:
+    """Raises ValueError where the learning rates are not those that the schedule, if it is a rule, gives at a step."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    rules = scheduler.lr_lambdas if isinstance(scheduler, LambdaLR) else []
+    by_schedule = [peak * rule(step) for peak, rule in zip(peaks, rules, strict=False)] or rates
+    if (scheduler.last_epoch, scheduler.base_lrs) != (step, peaks) or not all(map(math.isclose, rates, by_schedule)):
+        has = f"learning rates {rates} of peaks {scheduler.base_lrs} after step {scheduler.last_epoch}"
+        raise ValueError(f"{has}, by the schedule {by_schedule} of {peaks} after step {step}")

@@ -13,7 +13,7 @@ from mlm.data.masking import Recipe, make_recipe, select_fold, select_words
 from mlm.data.order import subset
 from mlm.data.token_store import TokenStore, check_words, prepare
 from mlm.data.tokenizer import TokenizerInfo
-from mlm.errors import UserError, at_least
+from mlm.errors import UserError, at_least, at_most
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "per_device_eval_batch_size", "max_eval_samples", "eval_mask_seeds")
         at_least(self, 2, "eval_mask_folds")
+        at_most(self, 2**20, "per_device_eval_batch_size")
+        at_most(self, 10_000, "eval_mask_seeds", "eval_mask_folds")
         if not 0 <= self.eval_mlm_probability <= 1:
             raise UserError(f"--eval_mlm_probability {self.eval_mlm_probability}: from 0 to 1")
 

@@ -1,5 +1,6 @@
 """Where a run took place: versions, hardware, commit, memory."""
 
+import hashlib
 import os
 import platform
 import re
@@ -19,8 +20,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "nu
 def environment(accelerator: Accelerator) -> dict[str, Any]:
     device = accelerator.device
     return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **versions(),
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -30,6 +30,13 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "mixed_precision": accelerator.mixed_precision,
         "commit": _commit(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the packages that a result may depend on, and this one's code."""
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
+    own = {"python": platform.python_version(), "mlm": hashlib.sha256(code).hexdigest()[:12]}
+    return own | {name: version(name) for name in PACKAGES}
 
 
 def peak_memory_mib(device: torch.device) -> float:

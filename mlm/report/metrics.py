@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ class Log:
     def print(self, text: str | None) -> None:
         """A line on standard output, above the bar where there is one."""
         if self.is_main and text:
-            with tqdm.external_write_mode():
+            # A full disk, a terminal or a reader that is gone, a character that it lacks: training goes on.
+            with suppress(OSError, ValueError), tqdm.external_write_mode():
                 print(text, flush=True)
 
     def event(self, event: str, step: int, **values: Any) -> None:

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NoReturn
 
 from accelerate import Accelerator
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mlm.data.token_store import TokenStore
 from mlm.engine import checkpoint
 from mlm.engine.checkpoint import Stateful, Writer, not_written
-from mlm.engine.distributed import agree, from_main, host_group, lost_a_process
+from mlm.engine.distributed import agree, broadcast, check_same, from_main, host_group, lost_a_process
 from mlm.engine.nonfinite import find_nonfinite
 from mlm.engine.signals import Stopped, StopSignals
 from mlm.engine.update import Update
@@ -24,7 +24,7 @@ from mlm.evaluation.eval_set import EvalSet
 from mlm.evaluation.evaluate import Evaluations, evaluate_all
 from mlm.figures import figure, flat
 from mlm.model.sparse_head import SparseMaskedLM
-from mlm.report.environment import environment
+from mlm.report.environment import environment, versions
 from mlm.report.metrics import Log, Progress
 from mlm.report.run_directory import RunDirectory
 from mlm.report.upload import create_repository, upload
@@ -38,6 +38,8 @@ class Run:
 
     def __init__(self, config: Any, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
+        settings = {name.rpartition(".")[2]: value for name, value in flat(asdict(replace(config, token_store=None)))}
+        check_same({**settings, **versions(), "device": accelerator.device.type}, accelerator)
         self.directory = RunDirectory(config.run, config.checkpoint.resume_from_checkpoint, accelerator)
         self.folder, self.is_main = self.directory.folder, accelerator.is_main_process
         self.log = Log(self.folder, accelerator)
@@ -67,6 +69,8 @@ class Run:
             checkpoint.pack(state.state_dict(), name, {})  # names what no checkpoint can hold
         self.model, self.update, self.progress, self.states = model, update, progress, {**own, **extra_state}
         self.experiment = {**experiment, "state": sorted(self.states)}
+        check_same(self.experiment, self.accelerator)
+        broadcast(checkpoint.tensors(model).values(), self.accelerator)  # else alike but for what rounds them
 
     def finished(self) -> dict[str, Any] | None:
         """The results of this very experiment, where --resume_from_checkpoint latest finds it finished."""
@@ -100,6 +104,7 @@ class Run:
         wanted = self.config.checkpoint.resume_from_checkpoint
         found, notes = checkpoint.find(wanted, self.directory.checkpoints, self.accelerator)
         self.log.print("\n".join(notes))
+        check_same({"checkpoint": checkpoint.digest(found)}, self.accelerator)
         if found:
             checkpoint.load(found, self.model, self.states, self.experiment)
             self.log.print(f"resumed from {found}, after step {self.progress.step}")

@@ -70,8 +70,8 @@ class RunDirectory:
         self.folder, self.is_main = Path(name), accelerator.is_main_process
         self.checkpoints = self.folder / "checkpoints"
         # whether the run that is in the directory is resumed, or whatever is there is to be replaced
-        source = self.folder if resume == "latest" else resume and Path(resume)
-        self.resumes = bool(source) and source.resolve().is_relative_to(self.folder.resolve())
+        source = str(self.folder) if resume == "latest" else resume
+        self.resumes = bool(source) and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(self.folder))
         self._lock = FileLock(self.folder / ".lock", timeout=0)  # the kernel's: a killed run does not keep it
         # None writes yet: a mistake that is found later must not have cost what is here.
         here = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()

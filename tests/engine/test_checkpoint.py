@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM
 
 from mlm.data.masking import MaskingConfig
@@ -386,6 +388,96 @@ def test_a_path_without_a_checkpoint_is_a_mistake(tmp_path, wanted):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no such folder|no checkpoint in"):
         find(str(tmp_path / wanted), tmp_path / "elsewhere", Accelerator(cpu=True))
+
+
+# What is in it, where its manifest agrees
+
+
+def forge(folder: Path, name: str, change) -> None:
+    """Changes a checkpoint's file by `change`, from its contents to others, and its manifest with it."""
+    path = folder / name
+    if path.suffix == ".json":
+        changed = change(json.loads(path.read_text()))
+        path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    else:
+        save_file(change(load_file(path)), path)
+    described = json.loads((folder / "manifest.json").read_text())
+    described[name] = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(described))
+
+
+def moments(change):
+    """Forges the first parameter's exp_avg."""
+    name = "update.optimizers.0.state.0.exp_avg"
+    return "state.safetensors", lambda stored: {**stored, name: change(stored[name])}
+
+
+def text(old, new):
+    """Forges state.json by another text."""
+
+    def change(state):
+        before = json.dumps(state)
+        after = re.sub(old, new, before)
+        assert after != before
+        return json.loads(after)
+
+    return "state.json", change
+
+
+FORGED = {
+    "moments of one element": (moments(lambda t: t.flatten()[:1].clone()), "exp_avg of parameter 0 does not fit"),
+    "moments that are scalars": (moments(lambda t: t.flatten()[0].clone()), "exp_avg of parameter 0 does not fit"),
+    "moments transposed": (moments(lambda t: t.T.contiguous()), "exp_avg of parameter 0 does not fit"),
+    "moments in half precision": (moments(lambda t: t.half()), "exp_avg of parameter 0 does not fit"),
+    "moments under another name": (text('"exp_avg"', '"average"'), "parameter 0 lacks moments"),
+    "the moments of a parameter left out": (
+        text(r'\[0, \{"dict": \[\["step"', '[99, {"dict": [["step"'),
+        "lacks moments",
+    ),
+    "Adam's steps": (
+        ("state.safetensors", lambda stored: {n: t * (1 - n.endswith(".step")) for n, t in stored.items()}),
+        "step of parameter 0 does not fit",
+    ),
+    "the step of progress": (text(r'\["step", 8\]', '["step", 7]'), "progress is that of step 7"),
+    "no step": (text(r'\["step", 8\], ', ""), "progress does not hold just step, sums"),
+    "a step in words": (text(r'\["step", 8\]', '["step", "8"]'), "progress.step is '8'"),
+    "a truth that is a number": (text(r'\["evaluated", \w+\]', '["evaluated", 1]'), "progress.evaluated is 1"),
+    "an attribute more": (text(r'\["step", 8\]', '["step", 8], ["read", 1]'), "progress does not hold just"),
+    "the schedule's step": (text(r'\["last_epoch", 8\]', '["last_epoch", 9]'), "by the schedule"),
+    "the learning rate": (text(r'\["lr", [\d.e-]+\]', '["lr", 0.5]'), "learning rates [0.5, 0.5] of peaks [0.005,"),
+    "its peak": (text(r'\["base_lrs", \{"list": \[0.005', '["base_lrs", {"list": [0.5'), "of peaks [0.5, 0.005]"),
+    "no schedule": (text('"schedulers"', '"timetables"'), "update does not hold just"),
+    "no update": (text(r'"update": ', '"updates": '), "KeyError"),
+    "weights in half precision": (
+        ("model.safetensors", lambda stored: {name: tensor.half() for name, tensor in stored.items()}),
+        "holds another model",
+    ),
+    "a file nested beyond reason": (("state.json", lambda _: "[" * 10**5 + "]" * 10**5), "RecursionError"),
+}
+
+
+@pytest.mark.parametrize(("forgery", "words"), FORGED.values(), ids=FORGED)
+def test_a_checkpoint_that_this_run_cannot_have_written_is_not_believed(toy, tmp_path, forgery, words, tally):
+    """Moments of one element would be read past their end."""
+    config = interrupted(toy, tmp_path / "run", at=8)
+    forge(tmp_path / "run" / "checkpoints" / "step_8", *forgery)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_12", ignore_errors=True)
+    with pytest.raises(UserError, match=r"the checkpoint .*step_8 (cannot be resumed|holds another model)") as raised:
+        train(config)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+    tally("a checkpoint altered together with its manifest", 1, "refused in one line, with what does not fit")
+
+
+def test_a_checkpoint_under_the_number_of_another_step_is_not_believed(toy, tmp_path):
+    config = interrupted(toy, tmp_path / "run", at=6)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "step_12")
+    (checkpoints / "step_6").rename(checkpoints / "step_9")
+    with pytest.raises(
+        UserError, match=r"step_9 cannot be resumed \(ValueError: (progress|update) is that of step 6\)"
+    ):
+        train(config)
 
 
 # How it gets there

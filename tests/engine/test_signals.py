@@ -60,7 +60,10 @@ def check_it_goes_on(toy, folder, launcher, whole):
         assert_same_bits(weights(folder), whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+ASKING = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU]
+
+
+@pytest.mark.parametrize("number", ASKING)
 def test_a_signalled_run_writes_a_checkpoint_says_how_to_go_on_and_exits_with_it(toy, tmp_path, whole, number, tally):
     folder = tmp_path / "run"
     process = start(PYTHON, flags(toy, folder))
@@ -72,7 +75,9 @@ def test_a_signalled_run_writes_a_checkpoint_says_how_to_go_on_and_exits_with_it
     assert f"--output_dir {folder} --resume_from_checkpoint latest" in errors
     assert "Traceback" not in errors
     check_it_goes_on(toy, folder, PYTHON, whole)
-    tally("SIGTERM, SIGINT or SIGUSR1", 1, "step finished, checkpoint, 128 + signal; same bits")
+    tally(
+        "SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU", 1, "step finished, checkpoint, 128 + signal; same bits"
+    )
 
 
 def test_a_second_signal_stops_at_once(toy, tmp_path):
@@ -146,6 +151,27 @@ def test_signals_that_come_together_are_one_request():
         time.sleep(0.2)  # a thread hears them
         assert stop.asked() == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_limit_of_processor_time_is_one_request_however_often_the_kernel_repeats_it():
+    """Once a second, up to the hard limit."""
+    with StopSignals() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGXCPU)
+            time.sleep(1.2)  # a second request of another kind would end this process
+        assert stop.asked() == signal.SIGXCPU
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)  # a thread hears them
+            assert stop.asked() == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_during_an_evaluation_gives_it_up_and_it_is_made_up_for(toy, tmp_path):
