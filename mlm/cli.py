@@ -81,9 +81,9 @@ def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.Argumen
             raise UserError(_unknown(word.partition("=")[0], parser))
     if unknown:
         raise UserError(f"{unknown[0]!r} belongs to no flag; --help lists the flags")
-    for action in parser._actions:
-        if "\0" in str(getattr(values, action.dest, "")):
-            raise UserError(f"--{action.dest}: a NUL character")
+    for name, value in vars(values).items():
+        if "\0" in str(value) or str(value) != str(value).encode(errors="replace").decode():
+            raise UserError(f"--{name} {value!a}: a NUL, or no UTF-8, which libraries need (try PYTHONUTF8=1)")
     instances = [config(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config)}) for config in configs]
     return [*instances, values]
 
@@ -170,10 +170,6 @@ def _check_surroundings() -> None:
             raise UserError(f"the environment variable {name} is {os.environ[name]!r} and no number; unset it")
     if int(os.environ.get("RANK", "0")) >= int(os.environ.get("WORLD_SIZE", "1")):
         raise UserError("the environment variable RANK is not below WORLD_SIZE; unset both, or launch with torchrun")
-    try:
-        os.getcwd()
-    except OSError:
-        raise UserError("the working directory has been removed; change to another one") from None
 
 
 def _mistake(error: Exception) -> str | None:

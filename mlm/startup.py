@@ -25,6 +25,7 @@ def quick_imports() -> Iterator[None]:
 
     Where the command line asks for help, stand-ins take the libraries' place; the process must end after printing it.
     """
+    _check_working_directory()
     find_home()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # four times as fast where others use the cores
     # For one process `accelerate launch` sets one thread if nobody asked for another number.
@@ -40,6 +41,15 @@ def quick_imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _check_working_directory() -> None:
+    """Without one, the first import would fail."""
+    try:
+        os.getcwd()
+    except OSError:
+        print("error: the working directory has been removed; change to another one", file=sys.stderr)
+        sys.exit(2)
 
 
 def find_home() -> None:

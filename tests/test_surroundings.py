@@ -7,9 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
 
@@ -100,14 +98,25 @@ def test_a_run_whose_terminal_is_closed_stops_with_a_checkpoint(toy, tmp_path, t
     tally("a terminal that is closed, with SIGHUP", 1, "step finished, checkpoint, 128 + signal")
 
 
+ASCII = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+
+
 def test_an_ascii_locale_costs_nothing_else(toy, tmp_path, whole, tally):
-    folder = tmp_path / "Läufe ×2"
-    environment = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
-    process = launch(toy.flags(folder, logging_steps=1), subprocess.PIPE, environment=environment)
-    status, _, errors = finish(process)
+    process = launch(toy.flags(tmp_path / "run", logging_steps=1), subprocess.PIPE, environment=ASCII)
+    status, output, errors = finish(process)
     assert (status, errors) == (0, "")
-    check_it_is_whole(folder, whole)
+    assert output.isascii()
+    check_it_is_whole(tmp_path / "run", whole)
     tally("an ASCII locale", 1, "training goes on, exit status 0")
+
+
+def test_a_name_that_libraries_cannot_write_is_refused_before_training(toy, tmp_path):
+    """One that is not UTF-8 to Python: tokenizers would fail to save it when training is over."""
+    process = launch(toy.flags(tmp_path / "Läufe"), subprocess.PIPE, environment=ASCII)
+    status, _, errors = finish(process)
+    assert (status, errors.count("\n")) == (2, 1)
+    assert errors.startswith("error: --output_dir ") and "UTF-8" in errors
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_figure_that_standard_output_cannot_take_is_a_mistake_where_it_stands_nowhere_else(toy):
@@ -124,33 +133,27 @@ def test_a_figure_that_standard_output_cannot_take_is_a_mistake_where_it_stands_
     assert done.stderr.startswith("error: ") and "No space left on device" in done.stderr
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="to take another uid needs root")
-@pytest.mark.parametrize("home", [None, "/", "/nowhere"])
-def test_a_uid_that_the_machine_does_not_know_can_train(toy, home, tally):
-    """As containers on OpenShift have, with no home, or with / that they cannot write."""
-    folder = Path(tempfile.mkdtemp())
-    try:
-        shutil.copytree(toy.checkpoint, folder / "checkpoint")
-        shutil.copy(toy.train_file, folder / "train.txt")
-        shutil.copy(toy.validation_file, folder / "validation.txt")
-        (folder / "work").mkdir()
-        for path in (folder, *folder.rglob("*")):
-            path.chmod(0o777)
-        unset = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "USER", "LOGNAME")
-        environment = {name: value for name, value in os.environ.items() if name not in unset}
-        environment |= {**CPU, "TMPDIR": str(folder), "PYTHONPATH": str(REPOSITORY)} | ({"HOME": home} if home else {})
-        flags = toy.flags("run", model_name_or_path=folder / "checkpoint", train_file=folder / "train.txt",
-                          validation_file=folder / "validation.txt")  # fmt: skip
-        flags = [flag for flag in flags if not flag.startswith("--token_store")]
-        command = [*PYTHON, SCRIPT, *flags]
-        done = subprocess.run(
-            command, cwd=folder / "work", env=environment, user=54321, group=54321, extra_groups=[],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert (done.returncode, done.stderr) == (0, "")
-        assert [path.name for path in (folder / "work").iterdir()] == ["run"]
-    finally:
-        shutil.rmtree(folder)
+@pytest.fixture
+def unknown():
+    """A command that runs another one under a uid that the machine does not know, as containers on OpenShift do."""
+    command = ["unshare", "--user", "--map-user=54321"]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("this machine has no user namespaces")
+    return command
+
+
+@pytest.mark.parametrize("home", [{}, {"HOME": "/nowhere"}], ids=["no home", "a home that is not there"])
+def test_a_uid_that_the_machine_does_not_know_can_train(toy, tmp_path, home, unknown, tally):
+    unset = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "USER", "LOGNAME")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment |= {**CPU, **home, "TMPDIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    (tmp_path / "work").mkdir()
+    flags = [flag for flag in toy.flags("run") if not flag.startswith("--token_store")]
+    command = [*unknown, *PYTHON, SCRIPT, *flags]
+    done = subprocess.run(command, cwd=tmp_path / "work", env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["run"]
+    assert (tmp_path / "home-54321" / ".cache" / "mlm").is_dir()
     tally("no home, and a uid without an entry", 1, "trains; caches in the temporary folder")
 
 
