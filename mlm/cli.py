@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 from mlm.engine.distributed import lost_a_process
 from mlm.engine.memory import out_of_memory
 from mlm.engine.signals import Stopped
-from mlm.errors import UserError, one_line
+from mlm.errors import UserError, one_line, printable
 from mlm.startup import find_home
 
 # The words for a boolean, and for None, in any case.
@@ -158,7 +158,7 @@ def _give_up_unwritten() -> None:
 
 def _complain(line: str) -> None:
     with suppress(OSError):  # of a terminal that is closed
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def _check_surroundings() -> None:

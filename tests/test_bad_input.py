@@ -166,7 +166,8 @@ def bad(toy, tmp_path_factory) -> Path:
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder / "other")
     tokenizer.save_pretrained(folder / "other")
-    for name, setting in {"heads": {"num_attention_heads": 0}, "activation": {"hidden_act": "none"}}.items():
+    wrong = {"heads": {"num_attention_heads": 0}, "activation": {"hidden_act": "none"}}
+    for name, setting in {**wrong, "layers": {"num_hidden_layers": 10**9}}.items():
         (folder / name).mkdir()
         described = {**json.loads((folder / "other" / "config.json").read_text()), **setting}
         (folder / name / "config.json").write_text(json.dumps(described))
@@ -262,6 +263,7 @@ TRAINING = [
     ("a NUL in a name", {"config": "{bad}/nul.yaml"}, ["--hub_model_id", "NUL"]),
     ("no heads", {"model_name_or_path": "", "config_name": "{bad}/heads"}, ["{bad}/heads"]),
     ("no heads in a checkpoint", {"model_name_or_path": "{bad}/heads", "tokenizer_name": "{toy}"}, ["{bad}/heads"]),
+    ("a billion layers", {"model_name_or_path": "", "config_name": "{bad}/layers"}, ["1,000,000,000 layers"]),
     ("an unknown activation", {"model_name_or_path": "", "config_name": "{bad}/activation"}, ["{bad}/activation"]),
     ("a model nested beyond reason", {"model_name_or_path": "{bad}/deep", "tokenizer_name": "{toy}"}, ["{bad}/deep"]),
     ("a batch of a billion", {"train_batch_size": 10**9}, ["--train_batch_size 1000000000: at most 1,048,576"]),

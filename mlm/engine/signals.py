@@ -57,8 +57,8 @@ class StopSignals:
             os.set_blocking(self._writer, False)
             threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
             self._wakeup = signal.set_wakeup_fd(self._writer)  # the C library's handler writes numbers to it
-            ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
-            asking = ASKING - {signal.SIGHUP} if ignored else ASKING
+            by_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            asking = ASKING - {signal.SIGHUP} if by_nohup else ASKING
             self._before = {number: signal.signal(number, lambda *_: None) for number in asking}
         return self
 

@@ -31,7 +31,6 @@ from mlm.model.sparse_head import SparseMaskedLM
 
 log = logging.getLogger(__name__)
 
-ADAM = {"step", "exp_avg", "exp_avg_sq"}  # what Adam and AdamW keep of a parameter
 RESERVED = {"event", "step", "seconds", "tokens", "loss", "learning_rate", "mask_rate", "tokens_per_second"}
 
 MOST = 2**20  # chunks in a step
@@ -252,17 +251,17 @@ class Update:
 
 
 def _check_moments(optimizer: Optimizer, saved: dict[int, dict[str, Any]], step: int) -> None:
-    """Raises ValueError where moments do not fit their parameters: a fused kernel would read past their end.
+    """Raises ValueError where torch's Adam or AdamW has moments that do not fit its parameters.
 
-    Of optimizers that are neither Adam nor fused the form is their own affair.
+    The fused kernel would read past their end. Other optimizers may keep what they like.
     """
-    is_adam = isinstance(optimizer, torch.optim.Adam)
-    held = [(p, is_adam or group.get("fused")) for group in optimizer.param_groups for p in group["params"]]
-    for number, (p, known) in enumerate(held):
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return
+    for number, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         moments = saved.get(number, {})
-        if is_adam and p.requires_grad and step > 0 and not moments.keys() >= ADAM:
+        if p.requires_grad and step > 0 and not moments.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
             raise ValueError(f"parameter {number} lacks moments")
-        for name, moment in moments.items() if known else ():
+        for name, moment in moments.items():
             fits = moment.shape == () and 0 < moment <= step if name == "step" else moment.shape == p.shape
             if not fits or moment.dtype != (torch.float32 if name == "step" else p.dtype):
                 raise ValueError(f"{name} of parameter {number} does not fit it")

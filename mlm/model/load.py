@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 DEMO_VOCABULARY = 8192  # tokens
 DEMO_POSITIONS = 128
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,9 @@ def model_config(config: ModelConfig) -> PreTrainedConfig:
             raise explain_load_failure("model", source, error) from error
         if arch.model_type not in KNOWN and "AutoModelForMaskedLM" not in (getattr(arch, "auto_map", None) or ()):
             raise UserError(f"{source}: a model of type {arch.model_type} is no masked language model")
+        layers = getattr(arch.get_text_config(), "num_hidden_layers", None)
+        if isinstance(layers, int) and layers > MOST_LAYERS:
+            raise UserError(f"{source}: {layers:,} layers; at most {MOST_LAYERS:,}")
         return arch
     if config.model_type not in KNOWN:
         near = difflib.get_close_matches(config.model_type, KNOWN, n=5) or sorted(KNOWN)

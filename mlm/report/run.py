@@ -70,7 +70,7 @@ class Run:
         self.model, self.update, self.progress, self.states = model, update, progress, {**own, **extra_state}
         self.experiment = {**experiment, "state": sorted(self.states)}
         check_same(self.experiment, self.accelerator)
-        broadcast(checkpoint.tensors(model).values(), self.accelerator)  # else alike but for what rounds them
+        broadcast(checkpoint.tensors(model).values(), self.accelerator)  # other processors draw other last bits
 
     def finished(self) -> dict[str, Any] | None:
         """The results of this very experiment, where --resume_from_checkpoint latest finds it finished."""
