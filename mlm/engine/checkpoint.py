@@ -299,12 +299,14 @@ def share_weights(folder: Path, model: Path) -> None:
 def clear(checkpoints: Path, after: int = -1) -> None:
     """Removes the checkpoints of steps later than `after`, and what killed writers left; all by default."""
     _remove(*(path for step, path in steps(checkpoints).items() if step > after))
-    _remove(*(checkpoints.glob(f"*{PARTIAL}")), *(bests(checkpoints) if after < 0 else ()))
+    partial = re.compile(rf"(step|best)_[0-9]+(\.old)?{re.escape(PARTIAL)}")
+    _remove(*(path for path in checkpoints.glob(f"*{PARTIAL}") if partial.fullmatch(path.name)))
+    _remove(*(bests(checkpoints) if after < 0 else ()))
 
 
 def bests(checkpoints: Path) -> list[Path]:
     """Where weights of the lowest evaluation loss are kept: one folder, or two where a kill came between."""
-    return [*checkpoints.glob("best_*[0-9]")]
+    return [path for path in checkpoints.glob("best_*") if re.fullmatch(r"best_[0-9]+", path.name)]
 
 
 def find_best(checkpoints: Path) -> tuple[Path, dict[str, float]] | None:

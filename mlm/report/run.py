@@ -27,7 +27,7 @@ from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.environment import environment
 from mlm.report.metrics import Log, Progress
 from mlm.report.run_directory import RunDirectory
-from mlm.report.upload import create_repository, upload
+from mlm.report.upload import announcement, create_repository, upload
 
 
 class Run:
@@ -70,12 +70,12 @@ class Run:
 
     def finished(self) -> dict[str, Any] | None:
         """The results of this very experiment, where --resume_from_checkpoint latest finds it finished."""
-        if self.config.checkpoint.resume_from_checkpoint != "latest" or self.config.run.overwrite_output_dir:
+        if self.config.checkpoint.resume_from_checkpoint != "latest":
             return None
         results = from_main(self.directory.finished(self.experiment), self.accelerator)
         if results:
-            if self.is_main and self.config.run.push_to_hub:  # an upload that has failed is made up for
-                upload(self.folder, create_repository(self.config.run.hub_model_id or self.folder.name))
+            self._create_repository()
+            self._upload()  # one that has failed is made up for
             done = f"{results['steps']} steps, held-out perplexity {figure(results['perplexity'])}"
             self.log.print(f"{self.folder} is finished: {done}; give --overwrite_output_dir to train anew")
         return results
@@ -105,8 +105,7 @@ class Run:
             self.log.print(f"resumed from {found}, after step {self.progress.step}")
         elif wanted is not None:
             self.log.print(f"--resume_from_checkpoint {wanted}: no checkpoint yet; training from the start")
-        if self.is_main and self.config.run.push_to_hub:
-            self.hub_id = create_repository(self.config.run.hub_model_id or self.folder.name)
+        self._create_repository()
         about = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "data": data}
         about |= {"configuration": asdict(self.config), "experiment": self.experiment}
         about |= {"environment": environment(self.accelerator)}
@@ -248,6 +247,18 @@ class Run:
             tracker.finish()
         self.accelerator.trackers.clear()  # another run of this process has its own
         self.accelerator.wait_for_everyone()
+        self._upload()
+
+    def _create_repository(self) -> None:
+        """Makes sure, on the main process, that there is a repository on the Hub where one is asked for."""
+        config = self.config.run
+        if self.is_main and config.push_to_hub:
+            name = config.hub_model_id or self.folder.resolve().name
+            self.hub_id = create_repository(name, config.hub_private_repo)
+
+    def _upload(self) -> None:
         if self.hub_id is not None:
-            upload(self.folder, self.hub_id)
+            files = self.directory.published()
+            self.log.print(announcement(files, self.hub_id, self.config.run.hub_private_repo))
+            upload(files, self.hub_id)
             self.log.print(f"uploaded to {self.hub_id}")
