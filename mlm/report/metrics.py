@@ -5,15 +5,18 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from mlm.engine.update import Step
+from mlm.errors import one_line
 from mlm.figures import finite
 
 RATES = ("mask_rate", "tokens_per_second")
@@ -86,19 +89,41 @@ class Progress:
         vars(self).update(state)
 
 
+class Unfailing:
+    """A stream that passes over a full disk, or a closed pipe or terminal: no line is worth a run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Log:
-    """metrics.jsonl, trackers, a bar on a terminal, lines elsewhere. Only the main process writes."""
+    """metrics.jsonl, trackers, a bar on a terminal, lines elsewhere. Only the main process writes.
+
+    None of it ends a run: what cannot be written is said where that is possible, and left out.
+    """
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder, self.accelerator, self.is_main = folder, accelerator, accelerator.is_main_process
+        self.output, self.errors = Unfailing(sys.stdout), Unfailing(sys.stderr)
         self.started = time.perf_counter()
         self.bar: tqdm | None = None
 
     def print(self, text: str | None) -> None:
         """A line on standard output, above the bar where there is one."""
         if self.is_main and text:
-            with tqdm.external_write_mode():
-                print(text, flush=True)
+            with tqdm.external_write_mode(self.errors):
+                print(text, file=self.output, flush=True)
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """Appends a line to metrics.jsonl, and sends its numbers to the trackers."""
@@ -111,13 +136,39 @@ class Log:
         except OSError as error:
             self.print(f"metrics.jsonl lacks a line, {event} of step {step}: {error.strerror}")
         numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-        self.accelerator.log(numbers, step=step)
+        with self._trackers():
+            self.accelerator.log(numbers, step=step)
+
+    def start_trackers(self, settings: dict[str, Any]) -> None:
+        """Starts the trackers that the accelerator was made with, and sends them the settings of the run."""
+        project = self.accelerator.project_configuration
+        project.project_dir = project.logging_dir = str(self.folder)
+        every_tracker_takes = int | float | str
+        settings = {n: v if isinstance(v, every_tracker_takes) else str(v) for n, v in settings.items()}
+        with self._trackers():
+            self.accelerator.init_trackers("mlm", config=settings)
+
+    def finish_trackers(self) -> None:
+        with self._trackers():
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        self.accelerator.trackers.clear()  # another run of this process has its own
+
+    @contextmanager
+    def _trackers(self) -> Iterator[None]:
+        """A context in which the failure of a tracker costs what it would have shown."""
+        try:
+            yield
+        except Exception as error:  # of files, of the network, of an account
+            self.accelerator.trackers.clear()
+            self.print(f"no more metrics for --report_to: {one_line(f'{type(error).__name__}: {error}')}")
 
     def advance(self, step: int, last_step: int) -> None:
         """Moves the bar, which is there on a terminal only."""
         if self.bar is None:
             disable = None if self.is_main else True  # None: it is disabled where there is no terminal
-            self.bar = tqdm(total=last_step, initial=step - 1, dynamic_ncols=True, bar_format=BAR, disable=disable)
+            shown = {"dynamic_ncols": True, "bar_format": BAR, "file": self.errors, "disable": disable}
+            self.bar = tqdm(total=last_step, initial=step - 1, **shown)
             self._first = (step - 1, time.perf_counter())
         self.bar.update()
 
@@ -130,7 +181,7 @@ class Log:
         shown += [f"lr {rate:.1e}" for rate in learning_rates]
         text = ", ".join([*shown, f"{window['tokens_per_second']:,.0f} tokens/s"])
         self.bar.set_postfix_str(text)
-        if self.bar.disable or not sys.stdout.isatty():
+        if self.bar.disable or not self.output.isatty():
             first, since = self._first
             left = (self.bar.total - step) * (time.perf_counter() - since) / (step - first)
             clock = time.strftime("%H:%M:%S")

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,18 +88,22 @@ class RunDirectory:
         self._lock = FileLock(self.folder / ".lock", timeout=0)  # the kernel's: a killed run does not keep it
         # None writes yet: a mistake that is found later must not have cost what is here.
         here = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        if here - {".lock", "run.json.partial"} and not holds_run(
-            self.folder
-        ):  # these a run leaves that is killed early
+        early = {".lock", "run.json.partial"}  # what a run leaves that is killed as it begins
+        if here - early and not holds_run(self.folder):
             reason = "is not empty, and what it holds is no run of this program, which is never replaced"
             raise UserError(f"--output_dir {self.folder} {reason}; name another folder")
         if "run.json" in here and not (self.overwrites or self.resumes):
             advice = "give --overwrite_output_dir to replace it, or --resume_from_checkpoint latest to resume it"
             raise UserError(f"--output_dir {self.folder} is not empty: it holds a run; {advice}")
-        nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        self._nearest = nearest = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             reason = "no permission" if nearest.is_dir() else "a file"
             raise UserError(f"--output_dir {self.folder}: cannot write in {nearest} ({reason})")
+
+    def room(self) -> int:
+        """Bytes that can be written here; files that are replaced make room."""
+        files = self.folder.rglob("*") if self.overwrites else ()
+        return shutil.disk_usage(self._nearest).free + sum(path.lstat().st_size for path in files if path.is_file())
 
     def finished(self, experiment: dict[str, Any]) -> dict[str, Any] | None:
         """The results of a run of this very experiment that has finished here; None: there is none.
@@ -179,7 +184,8 @@ class RunDirectory:
 
     def published(self) -> list[Path]:
         """What an upload takes: the model as this run has saved it, the model card and the results."""
-        files = [self.folder / name for name in (*recorded_files(self.folder), "README.md", "all_results.json")]
+        model = recorded_files(self.folder) or [path.name for path in self.model_files()]  # a run from before has none
+        files = [self.folder / name for name in (*model, "README.md", "all_results.json")]
         return [path for path in files if path.is_file()]
 
     @no_bars()
@@ -225,7 +231,9 @@ class RunDirectory:
         self._sync("all_results.json")
 
     def _sync(self, *names: str) -> None:
-        """Has files that are here, and the folder's own entry, written to the disk."""
+        """Has files that are here, and the folder's entries and its own, written to the disk."""
         existing = [path for path in map(self.folder.joinpath, names) if path.exists()]
-        for path in (*existing, self.folder, self.folder.absolute().parent):
+        for path in (*existing, self.folder):
             sync(path)
+        with suppress(PermissionError):  # a folder may be written in, and the one above it not be read
+            sync(self.folder.absolute().parent)
