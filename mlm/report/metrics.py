@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -89,24 +89,6 @@ class Progress:
         vars(self).update(state)
 
 
-class Unfailing:
-    """A stream that passes over a full disk, or a closed pipe or terminal: no line is worth a run."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> None:
-        with suppress(OSError, ValueError):
-            self._stream.write(text)
-
-    def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
 class Log:
     """metrics.jsonl, trackers, a bar on a terminal, lines elsewhere. Only the main process writes.
 
@@ -115,15 +97,15 @@ class Log:
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder, self.accelerator, self.is_main = folder, accelerator, accelerator.is_main_process
-        self.output, self.errors = Unfailing(sys.stdout), Unfailing(sys.stderr)
         self.started = time.perf_counter()
         self.bar: tqdm | None = None
 
     def print(self, text: str | None) -> None:
         """A line on standard output, above the bar where there is one."""
         if self.is_main and text:
-            with tqdm.external_write_mode(self.errors):
-                print(text, file=self.output, flush=True)
+            # A full disk, a terminal or a reader that is gone, a character that it lacks: training goes on.
+            with suppress(OSError, ValueError), tqdm.external_write_mode():
+                print(text, flush=True)
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """Appends a line to metrics.jsonl, and sends its numbers to the trackers."""
@@ -167,8 +149,7 @@ class Log:
         """Moves the bar, which is there on a terminal only."""
         if self.bar is None:
             disable = None if self.is_main else True  # None: it is disabled where there is no terminal
-            shown = {"dynamic_ncols": True, "bar_format": BAR, "file": self.errors, "disable": disable}
-            self.bar = tqdm(total=last_step, initial=step - 1, **shown)
+            self.bar = tqdm(total=last_step, initial=step - 1, dynamic_ncols=True, bar_format=BAR, disable=disable)
             self._first = (step - 1, time.perf_counter())
         self.bar.update()
 
@@ -181,7 +162,7 @@ class Log:
         shown += [f"lr {rate:.1e}" for rate in learning_rates]
         text = ", ".join([*shown, f"{window['tokens_per_second']:,.0f} tokens/s"])
         self.bar.set_postfix_str(text)
-        if self.bar.disable or not self.output.isatty():
+        if self.bar.disable or not sys.stdout.isatty():
             first, since = self._first
             left = (self.bar.total - step) * (time.perf_counter() - since) / (step - first)
             clock = time.strftime("%H:%M:%S")

@@ -34,7 +34,9 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(t
     flags = toy.flags(tiny_disk / "run", max_train_steps=2)
     status, _, errors = run(PYTHON, flags)
     assert status == 2
-    assert errors.startswith(f"error: --output_dir {tiny_disk / 'run'}: a checkpoint and the model take 0.4 MB, and 0.")
+    assert errors.startswith(
+        f"error: --output_dir {tiny_disk / 'run'}: a checkpoint and the model take 0.4 MB, and 0."
+    )
     assert len(errors.splitlines()) == 1
     assert not contents(tiny_disk)
     status, output, errors = run(PYTHON, [*flags, "--on_save_error=continue"])
