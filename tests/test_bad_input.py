@@ -86,6 +86,10 @@ class Place:
         self.folder, self.forks, self.logs = folder, forks, logs
         (folder / "earlier").mkdir()
         (folder / "earlier" / "model.safetensors").write_bytes(b"weeks of work")
+        run = {"configuration": {"model": {}, "corpus": {}}, "experiment": {}, "environment": {}}
+        (folder / "earlier" / "run.json").write_text(json.dumps(run))
+        (folder / "model").mkdir()
+        (folder / "model" / "model.safetensors").write_bytes(b"weeks of work, of another program")
         (folder / "notes.txt").write_text("the old cat likes milk .\n")
 
     def run(self, script: str, *flags: str, **environment: str) -> Ended:
@@ -246,8 +250,8 @@ TRAINING = [
     ("a file as a store", {"token_store": "notes.txt"}, ["--token_store notes.txt", "cannot write"]),
     (
         "no checkpoint, and a model in the directory",
-        {"resume_from_checkpoint": "latest", "output_dir": "earlier"},
-        ["--resume_from_checkpoint latest", "earlier holds a model and no checkpoint"],
+        {"resume_from_checkpoint": "latest", "output_dir": "model"},
+        ["--output_dir model is not empty", "what it holds is no run of this program"],
     ),
     ("no such checkpoint", {"resume_from_checkpoint": "step_9"}, ["--resume_from_checkpoint step_9"]),
     ("half a checkpoint", {"resume_from_checkpoint": "{bad}/checkpoint"}, ["{bad}/checkpoint"]),

@@ -234,12 +234,16 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
 
 
 class Writer:
-    """Writes checkpoints to `folder`, one at a time, in a thread, and keeps the newest `keep` of them (None: all)."""
+    """Writes checkpoints to `folder`, one at a time, in a thread, and keeps the newest `keep` of them (None: all).
 
-    def __init__(self, folder: Path, keep: int | None = None) -> None:
-        self.folder, self.keep = folder, keep
+    stops: nothing is written after a failure, so that a checkpoint is there only with the best weights before it
+    """
+
+    def __init__(self, folder: Path, keep: int | None = None, stops: bool = False) -> None:
+        self.folder, self.keep, self.stops = folder, keep, stops
         self._failure: str | None = None
-        self.best_loss = math.inf  # of the weights that `save_best` has kept
+        self._failed = False
+        self.best_loss, self.best_step = math.inf, -1  # of the weights that `save_best` had to keep last
         self._thread = ThreadPoolExecutor(1)
         self._pending: deque[Future] = deque(maxlen=COPIES)
 
@@ -250,7 +254,7 @@ class Writer:
     def save_best(self, step: int, model: torch.nn.Module, evaluation: dict[str, float]) -> None:
         """Keeps the weights if their `eval_loss` is lower than all before."""
         if evaluation["eval_loss"] < self.best_loss:
-            self.best_loss = evaluation["eval_loss"]
+            self.best_loss, self.best_step = evaluation["eval_loss"], step
             best = {"evaluation.json": evaluation}
             self._submit(f"best_{step}", lambda: best | {"model.safetensors": _on_host(tensors(model))})
 
@@ -278,6 +282,8 @@ class Writer:
         self._pending.append(self._thread.submit(self._write, self.folder / name, take()))
 
     def _write(self, place: Path, files: Files) -> None:
+        if self._failed and self.stops:
+            return
         try:
             write(place, files)
             if place.name.startswith("best_"):
@@ -285,6 +291,7 @@ class Writer:
             elif self.keep is not None:
                 _remove(*(path for _, path in sorted(steps(self.folder).items())[: -self.keep]))
         except (OSError, SafetensorError) as error:
+            self._failed = True
             self._failure = f"{place} could not be written: {one_line(getattr(error, 'strerror', None) or error)}"
 
     def close(self) -> None:
@@ -292,9 +299,10 @@ class Writer:
         self._thread.shutdown()
 
 
-def not_written(failure: str | None) -> UserError:
+def not_written(failure: str | None, checkpoints: Path) -> UserError:
     """The end of a run that cannot write a checkpoint; None on the processes that do not write."""
-    return UserError(f"{failure or 'a checkpoint could not be written'}; earlier ones are intact")
+    earlier = "earlier ones are intact" if steps(checkpoints) else "there is no earlier one"
+    return UserError(f"{failure or 'a checkpoint could not be written'}; {earlier}")
 
 
 def write(place: Path, files: Files) -> None:
@@ -336,12 +344,14 @@ def share_weights(folder: Path, model: Path) -> None:
 def clear(checkpoints: Path, after: int = -1) -> None:
     """Removes the checkpoints of steps later than `after`, and what killed writers left; all by default."""
     _remove(*(path for step, path in steps(checkpoints).items() if step > after))
-    _remove(*(checkpoints.glob(f"*{PARTIAL}")), *(bests(checkpoints) if after < 0 else ()))
+    partial = re.compile(rf"(step|best)_[0-9]+(\.old)?{re.escape(PARTIAL)}")
+    _remove(*(path for path in checkpoints.glob(f"*{PARTIAL}") if partial.fullmatch(path.name)))
+    _remove(*(bests(checkpoints) if after < 0 else ()))
 
 
 def bests(checkpoints: Path) -> list[Path]:
     """Where weights of the lowest evaluation loss are kept: one folder, or two where a kill came between."""
-    return [*checkpoints.glob("best_*[0-9]")]
+    return [path for path in checkpoints.glob("best_*") if re.fullmatch(r"best_[0-9]+", path.name)]
 
 
 def find_best(checkpoints: Path) -> tuple[Path, dict[str, float]] | None:

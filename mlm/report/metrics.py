@@ -5,7 +5,8 @@ import json
 import os
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from mlm.engine.update import Step
+from mlm.errors import one_line
 from mlm.figures import finite
 
 RATES = ("mask_rate", "tokens_per_second")
@@ -88,7 +90,10 @@ class Progress:
 
 
 class Log:
-    """metrics.jsonl, trackers, a bar on a terminal, lines elsewhere. Only the main process writes."""
+    """metrics.jsonl, trackers, a bar on a terminal, lines elsewhere. Only the main process writes.
+
+    None of it ends a run: what cannot be written is said where that is possible, and left out.
+    """
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder, self.accelerator, self.is_main = folder, accelerator, accelerator.is_main_process
@@ -113,7 +118,32 @@ class Log:
         except OSError as error:
             self.print(f"metrics.jsonl lacks a line, {event} of step {step}: {error.strerror}")
         numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-        self.accelerator.log(numbers, step=step)
+        with self._trackers():
+            self.accelerator.log(numbers, step=step)
+
+    def start_trackers(self, settings: dict[str, Any]) -> None:
+        """Starts the trackers that the accelerator was made with, and sends them the settings of the run."""
+        project = self.accelerator.project_configuration
+        project.project_dir = project.logging_dir = str(self.folder)
+        every_tracker_takes = int | float | str
+        settings = {n: v if isinstance(v, every_tracker_takes) else str(v) for n, v in settings.items()}
+        with self._trackers():
+            self.accelerator.init_trackers("mlm", config=settings)
+
+    def finish_trackers(self) -> None:
+        with self._trackers():
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        self.accelerator.trackers.clear()  # another run of this process has its own
+
+    @contextmanager
+    def _trackers(self) -> Iterator[None]:
+        """A context in which the failure of a tracker costs what it would have shown."""
+        try:
+            yield
+        except Exception as error:  # of files, of the network, of an account
+            self.accelerator.trackers.clear()
+            self.print(f"no more metrics for --report_to: {one_line(f'{type(error).__name__}: {error}')}")
 
     def advance(self, step: int, last_step: int) -> None:
         """Moves the bar, which is there on a terminal only."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, NoReturn
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +28,7 @@ from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.environment import environment, versions
 from mlm.report.metrics import Log, Progress
 from mlm.report.run_directory import RunDirectory
-from mlm.report.upload import create_repository, upload
+from mlm.report.upload import announcement, create_repository, upload
 
 
 class Run:
@@ -43,7 +44,8 @@ class Run:
         self.directory = RunDirectory(config.run, config.checkpoint.resume_from_checkpoint, accelerator)
         self.folder, self.is_main = self.directory.folder, accelerator.is_main_process
         self.log = Log(self.folder, accelerator)
-        self.writer = Writer(self.directory.checkpoints, config.checkpoint.save_total_limit)
+        self.stops = config.checkpoint.on_save_error == "stop"
+        self.writer = Writer(self.directory.checkpoints, config.checkpoint.save_total_limit, self.stops)
         self.stop = StopSignals()
         self.group = host_group(accelerator)
         self.hub_id: str | None = None
@@ -74,12 +76,12 @@ class Run:
 
     def finished(self) -> dict[str, Any] | None:
         """The results of this very experiment, where --resume_from_checkpoint latest finds it finished."""
-        if self.config.checkpoint.resume_from_checkpoint != "latest" or self.config.run.overwrite_output_dir:
+        if self.config.checkpoint.resume_from_checkpoint != "latest":
             return None
         results = from_main(self.directory.finished(self.experiment), self.accelerator)
         if results:
-            if self.is_main and self.config.run.push_to_hub:  # an upload that has failed is made up for
-                upload(self.folder, create_repository(self.config.run.hub_model_id or self.folder.name))
+            self._create_repository()
+            self._upload()  # one that has failed is made up for
             done = f"{results['steps']} steps, held-out perplexity {figure(results['perplexity'])}"
             self.log.print(f"{self.folder} is finished: {done}; give --overwrite_output_dir to train anew")
         return results
@@ -110,22 +112,33 @@ class Run:
             self.log.print(f"resumed from {found}, after step {self.progress.step}")
         elif wanted is not None:
             self.log.print(f"--resume_from_checkpoint {wanted}: no checkpoint yet; training from the start")
-        if self.is_main and self.config.run.push_to_hub:
-            self.hub_id = create_repository(self.config.run.hub_model_id or self.folder.name)
+        self._create_repository()
+        self._check_room(resumed=found is not None)
         about = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "data": data}
         about |= {"configuration": asdict(self.config), "experiment": self.experiment}
         about |= {"environment": environment(self.accelerator)}
         self.directory.begin(about, self.progress.step if found else None)
         if self.config.run.with_tracking:
-            project = self.accelerator.project_configuration
-            project.project_dir = project.logging_dir = str(self.folder)
-            settings = dict(flat(about["configuration"]))
-            settings = {n: v if isinstance(v, int | float) else str(v) for n, v in settings.items()}  # as all take it
-            self.accelerator.init_trackers("mlm", config=settings)
+            self.log.start_trackers(dict(flat(about["configuration"])))
         if found and self.is_main and self.config.train.load_best_model_at_end:
             self.writer.remember_best(found.parent)
         sizes = {name: self.experiment[name] for name in ("steps", "train_batch_size", "chunks")}
         self.log.event("start", self.progress.step, **sizes)
+
+    def _check_room(self, resumed: bool) -> None:
+        """Raises UserError, or says under --on_save_error continue, that a checkpoint and the model do not fit."""
+        state: dict[str, torch.Tensor] = {}
+        for name, stateful in self.states.items():
+            checkpoint.pack(stateful.state_dict(), name, state)
+        moments = 0 if resumed else 2 * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)  # of AdamW
+        weights = sum(tensor.nbytes for tensor in checkpoint.tensors(self.model).values())
+        needed, room = 2 * weights + moments + sum(t.nbytes for t in state.values()), self.directory.room()
+        if needed > room:
+            takes = f"a checkpoint and the model take {needed / 1e6:,.1f} MB, and {room / 1e6:,.1f} MB are free there"
+            message = f"--output_dir {self.folder}: {takes}; make room, or name another folder"
+            if self.stops:
+                raise UserError(f"{message} (--on_save_error continue tries it all the same)")
+            self.log.print(message)
 
     def missed_evaluation(self, last_step: int) -> bool:
         """Whether a resumed run was stopped between a step and the evaluation that comes after it."""
@@ -154,8 +167,8 @@ class Run:
         """Does what any process has asked for. Raises Stopped, or UserError for a checkpoint that is lost."""
         asked, failed = requests
         failure, self._failure = self._failure, None
-        if failed and self.config.checkpoint.on_save_error == "stop":
-            raise not_written(failure)
+        if failed and self.stops:
+            raise not_written(failure, self.directory.checkpoints)
         self.log.print(failure)
         if asked:
             self.save_and_stop()
@@ -212,24 +225,36 @@ class Run:
         failure = self.writer.wait()
         number, failed = agree([self.stop.asked(), failure is not None], self.group)
         if failed:
-            raise not_written(failure)
+            raise not_written(failure, self.directory.checkpoints)
         when = f"stopped by {signal.Signals(number).name} after step {self.progress.step}"
         flags = f"--output_dir {self.folder} --resume_from_checkpoint latest"
         raise Stopped(number, f"{when}; to resume, give the same command with {flags}")
 
     def save_model(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """The trained model, the best or the last, as an ordinary checkpoint. Raises UserError."""
+        """The trained model, the best or the last, as an ordinary checkpoint.
+
+        Raises UserError where it cannot be saved, after a try to write a checkpoint at least, and where, under
+        --on_save_error stop, the last checkpoint or the best weights could not be kept.
+        """
         self.log.close()
-        self.log.print(self.writer.wait())
-        if self.config.train.load_best_model_at_end:
-            checkpoint.load_best(self.directory.checkpoints, self.model, self.accelerator)
+        failure = self.writer.wait()
+        self.log.print(failure)
+        step, checkpoints = self.progress.step, self.directory.checkpoints
+        # The weights of the last step need not be read back where they are the best, nor be on the disk.
+        if self.config.train.load_best_model_at_end and from_main(self.writer.best_step != step, self.accelerator):
+            checkpoint.load_best(checkpoints, self.model, self.accelerator)
         try:
-            self.directory.save_model(self.model, tokenizer, self.progress.step)
-        except (OSError, SafetensorError) as error:
+            self.directory.save_model(self.model, tokenizer, step)
+        except (OSError, SafetensorError, UserError) as error:
+            self.save()
+            self.log.print(self.writer.wait())
             reason = one_line(getattr(error, "strerror", None) or error)
-            resumes = ", then --resume_from_checkpoint latest resumes from the last checkpoint"
-            then = f"make room{resumes if checkpoint.steps(self.directory.checkpoints) else ''}"
-            raise UserError(f"--output_dir {self.folder}: the model could not be saved ({reason}); {then}") from error
+            resumes = "; that mended, --resume_from_checkpoint latest resumes from the last checkpoint"
+            then = resumes if checkpoint.steps(checkpoints) else ""
+            raise UserError(f"--output_dir {self.folder}: the model could not be saved ({reason}){then}") from error
+        [failed] = agree([failure is not None], self.group)
+        if failed and self.stops:
+            raise UserError(f"{not_written(failure, checkpoints)}; the model that could be kept is in {self.folder}")
 
     @contextmanager
     def analysis(self) -> Iterator[None]:
@@ -249,10 +274,20 @@ class Run:
     def finish(self, results: dict[str, Any]) -> None:
         """The last line of the log; then, if asked, the Hub."""
         self.log.event("end", self.progress.step, **results)
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-        self.accelerator.trackers.clear()  # another run of this process has its own
+        self.log.finish_trackers()
         self.accelerator.wait_for_everyone()
+        self._upload()
+
+    def _create_repository(self) -> None:
+        """Makes sure, on the main process, that there is a repository on the Hub where one is asked for."""
+        config = self.config.run
+        if self.is_main and config.push_to_hub:
+            name = config.hub_model_id or self.folder.resolve().name
+            self.hub_id = create_repository(name, config.hub_private_repo)
+
+    def _upload(self) -> None:
         if self.hub_id is not None:
-            upload(self.folder, self.hub_id)
+            files = self.directory.published()
+            self.log.print(announcement(files, self.hub_id, self.config.run.hub_private_repo))
+            upload(files, self.hub_id)
             self.log.print(f"uploaded to {self.hub_id}")

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,21 @@ from mlm.engine.distributed import from_main
 from mlm.engine.experiment import differences
 from mlm.errors import UserError, at_least
 from mlm.evaluation.compare import Conclusion
-from mlm.files import write_json, write_text
+from mlm.files import sync, write_json, write_text
 from mlm.hub import no_bars
-from mlm.report.run_record import read_events, read_object
+from mlm.report.run_record import holds_run, read_events, read_object, recorded_files
 
 ENDED = ("all_results.json", "comparison.json", "documents.parquet", "fill_mask.json", "report.html")
-MODEL_FILES = {"config.json", "model.safetensors", "pytorch_model.bin"}
 TRACKER_FILES = ("events.out.tfevents.*", "hparams.yml")  # of TensorBoard's tracker, in <output_dir>/mlm
+# The names that save_pretrained gives its files, in this version of transformers or an earlier one. One that is left
+# beside a new model is read with it: special_tokens_map.json would give it another mask token.
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model*.bin", "pytorch_model.bin.index.json", "chat_template.jinja", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json"),
+    *("merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
+)
+PATHS = {"name_or_path", "_name_or_path", "tokenizer_file", "special_tokens_map_file"}  # of the machine, in their JSON
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,13 @@ class RunConfig:
     """Where a run is saved, and where its metrics go."""
 
     output_dir: str | None = None  # Save the run in this folder (default: runs/DATE-TIME).
-    overwrite_output_dir: bool = False  # Replace an earlier run, or what else is in that folder.
+    overwrite_output_dir: bool = False  # Replace the earlier run in that folder, and nothing else there.
     logging_steps: int = 10  # Log training metrics every so many steps.
     with_tracking: bool = False  # Send the metrics to experiment trackers too.
     report_to: str = "all"  # Send them to this tracker: tensorboard, wandb or another; all means all.
     push_to_hub: bool = False  # Upload the run to the Hub when it has ended.
     hub_model_id: str | None = None  # Upload to this repository (default: the name of --output_dir).
+    hub_private_repo: bool = True  # Upload to a private repository only.
 
     def __post_init__(self) -> None:
         at_least(self, 1, "logging_steps")
@@ -62,6 +72,8 @@ class RunDirectory:
     """The directory of a run, claimed and filled. Every process looks at it; only the main process writes.
 
     resume: --resume_from_checkpoint. Raises UserError where the directory holds something else, or cannot be written.
+
+    Nothing in it is ever removed but what a run has written there, and only where run.json says that one has.
     """
 
     def __init__(self, config: RunConfig, resume: str | None, accelerator: Accelerator) -> None:
@@ -70,28 +82,36 @@ class RunDirectory:
         self.folder, self.is_main = Path(name), accelerator.is_main_process
         self.checkpoints = self.folder / "checkpoints"
         # whether the run that is in the directory is resumed, or whatever is there is to be replaced
+        self.overwrites = config.overwrite_output_dir
         source = str(self.folder) if resume == "latest" else resume
         self.resumes = bool(source) and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(self.folder))
         self._lock = FileLock(self.folder / ".lock", timeout=0)  # the kernel's: a killed run does not keep it
         # None writes yet: a mistake that is found later must not have cost what is here.
         here = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        replace = "give --overwrite_output_dir to replace"
-        if here and not (config.overwrite_output_dir or self.resumes):
-            advice = f"{replace} what is there, or --resume_from_checkpoint latest to resume it"
-            raise UserError(f"--output_dir {self.folder} is not empty; {advice}")
-        if resume == "latest" and "run.json" not in here and here & MODEL_FILES and not config.overwrite_output_dir:
-            found = f"{self.folder} holds a model and no checkpoint to resume from"  # no run of ours has left it
-            raise UserError(f"--resume_from_checkpoint latest: {found}; {replace} it")
-        nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        early = {".lock", "run.json.partial"}  # what a run leaves that is killed as it begins
+        if here - early and not holds_run(self.folder):
+            reason = "is not empty, and what it holds is no run of this program, which is never replaced"
+            raise UserError(f"--output_dir {self.folder} {reason}; name another folder")
+        if "run.json" in here and not (self.overwrites or self.resumes):
+            advice = "give --overwrite_output_dir to replace it, or --resume_from_checkpoint latest to resume it"
+            raise UserError(f"--output_dir {self.folder} is not empty: it holds a run; {advice}")
+        self._nearest = nearest = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             reason = "no permission" if nearest.is_dir() else "a file"
             raise UserError(f"--output_dir {self.folder}: cannot write in {nearest} ({reason})")
+
+    def room(self) -> int:
+        """Bytes that can be written here; files that are replaced make room."""
+        files = self.folder.rglob("*") if self.overwrites else ()
+        return shutil.disk_usage(self._nearest).free + sum(path.lstat().st_size for path in files if path.is_file())
 
     def finished(self, experiment: dict[str, Any]) -> dict[str, Any] | None:
         """The results of a run of this very experiment that has finished here; None: there is none.
 
         Raises UserError where the run that has finished here was another experiment, and left no checkpoint.
         """
+        if self.overwrites:
+            return None
         try:
             results, about = (read_object(self.folder / name) for name in ("all_results.json", "run.json"))
         except UserError:
@@ -133,13 +153,16 @@ class RunDirectory:
             self.claim()
             for name in ENDED:  # they are not the figures of a run that begins or is resumed
                 (self.folder / name).unlink(missing_ok=True)
+            old = [*self.model_files(), self.folder / "README.md"] if self.overwrites else []
+            self.about = about | {"files": recorded_files(self.folder)}
+            write_json(self.folder / "run.json", self.about)  # before all else: with it the folder is a run's
             kept = step if step is not None and self.resumes else -1
             checkpoint.clear(self.checkpoints, after=kept)
             write_text(self.folder / "metrics.jsonl", self._events_until(kept))
             if kept < 0:
-                for path in [p for pattern in TRACKER_FILES for p in (self.folder / "mlm").rglob(pattern)]:
-                    path.unlink(missing_ok=True)
-            write_json(self.folder / "run.json", about)
+                old += [path for pattern in TRACKER_FILES for path in (self.folder / "mlm").rglob(pattern)]
+            for path in old:
+                path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"--output_dir {self.folder}: cannot write there ({error.strerror})") from None
 
@@ -153,12 +176,24 @@ class RunDirectory:
                 break
         return kept
 
+    def model_files(self) -> list[Path]:
+        """The files of a saved model that are here: those that run.json names, and those of MODEL_FILES."""
+        recorded = {name for name in recorded_files(self.folder) if (self.folder / name).is_file()}
+        patterns = (path.name for pattern in MODEL_FILES for path in self.folder.glob(pattern) if path.is_file())
+        return [self.folder / name for name in sorted(recorded.union(patterns))]
+
+    def published(self) -> list[Path]:
+        """What an upload takes: the model as this run has saved it, the model card and the results."""
+        model = recorded_files(self.folder) or [path.name for path in self.model_files()]  # a run from before has none
+        files = [self.folder / name for name in (*model, "README.md", "all_results.json")]
+        return [path for path in files if path.is_file()]
+
     @no_bars()
     def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
         """The adapted model, as an ordinary checkpoint. Raises OSError, or SafetensorError for a full disk.
 
-        A disk that fills up, or a kill, leaves no half a model under its name. Where the checkpoint of this step
-        holds the same bytes, the two become one file.
+        A disk that fills up, or a kill, leaves no half a model under its name; what stands there is on the disk when
+        this returns. Where the checkpoint of this step holds the same bytes, the two become one file.
         """
         if not self.is_main:
             return
@@ -167,9 +202,20 @@ class RunDirectory:
         try:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+            for name in ("config.json", "tokenizer_config.json"):  # of a base that was made elsewhere, perhaps
+                settings = read_object(partial / name)
+                write_json(partial / name, {key: value for key, value in settings.items() if key not in PATHS})
             checkpoint.share_weights(self.checkpoints / f"step_{step}", partial)
-            for path in partial.iterdir():
+            saved, stale = sorted(partial.iterdir()), self.model_files()
+            self.about["files"] = [path.name for path in saved]
+            write_json(self.folder / "run.json", self.about)
+            for path in saved:
+                sync(path)
                 path.replace(self.folder / path.name)
+            for path in stale:
+                if path.name not in self.about["files"]:
+                    path.unlink(missing_ok=True)
+            self._sync("run.json")
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -180,4 +226,14 @@ class RunDirectory:
             pq.write_table(conclusion.documents, self.folder / "documents.partial")
             (self.folder / "documents.partial").replace(self.folder / "documents.parquet")
         write_text(self.folder / "README.md", card)
+        self._sync("comparison.json", "documents.parquet", "README.md")
         write_json(self.folder / "all_results.json", results)  # the last: with it the run is finished
+        self._sync("all_results.json")
+
+    def _sync(self, *names: str) -> None:
+        """Has files that are here, and the folder's entries and its own, written to the disk."""
+        existing = [path for path in map(self.folder.joinpath, names) if path.exists()]
+        for path in (*existing, self.folder):
+            sync(path)
+        with suppress(PermissionError):  # a folder may be written in, and the one above it not be read
+            sync(self.folder.absolute().parent)

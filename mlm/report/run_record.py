@@ -64,6 +64,21 @@ def _read(folder: Path, name: str, number: int) -> RunRecord:
     return RunRecord(folder, name, number, about, results, comparison, train, evaluations, seconds, examples)
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has a run.json, and it is one that this program writes."""
+    try:
+        _needs(folder / "run.json", read_object(folder / "run.json"), ABOUT)
+    except UserError:
+        return False
+    return True
+
+
+def recorded_files(folder: Path) -> list[str]:
+    """The names, without folders, of the files of the model that a run has saved, as its run.json has them."""
+    names = read_object(folder / "run.json").get("files", [])
+    return [name for name in names if isinstance(name, str) and name == Path(name).name]
+
+
 def read_events(path: Path) -> Rows:
     """The lines of metrics.jsonl, each with an "event" and a "step", without those that are damaged."""
     events = []

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import struct
 import subprocess
 import termios
@@ -15,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mlm.report.run_directory import RunConfig
 from mlm.train import train
 from tests.conftest import REPOSITORY
-from tests.runs import CPU, PYTHON, SCRIPT, metrics, run
+from tests.runs import CPU, PYTHON, SCRIPT, assert_same_bits, metrics, run, steps_taken, wait_for, weights
 
 EVALUATION = re.compile(r"step (\d+): held-out loss \d+\.\d{4}, perplexity [\d.]+")
 LINE = re.compile(r"\d\d:\d\d:\d\d step (\d+)/12: loss [\d.]+, lr [\d.]+e[+-]\d+, [\d,]+ tokens/s, \d+:\d\d:\d\d left")
@@ -107,3 +108,59 @@ def test_tensorboard_reads_back_what_the_run_measured(toy, tmp_path):
             assert told[f"{event}/{name}"] == [(s, pytest.approx(v, rel=1e-6)) for s, v in expected], name
     for name in ("perplexity", "perplexity_before", "gain", "gain_low", "gain_high", "train_loss"):
         assert told[f"end/{name}"] == [(12, pytest.approx(results[name], rel=1e-6))]
+
+
+@pytest.fixture
+def tracked(toy, tmp_path):
+    """The flags of a run with TensorBoard, in a folder that holds an earlier run."""
+    train(toy.config(tmp_path / "run", max_train_steps=1))
+    more = {"overwrite_output_dir": "true", "with_tracking": "true", "report_to": "tensorboard", "logging_steps": 1}
+    return toy.flags(tmp_path / "run", **more)
+
+
+def test_a_tracker_that_cannot_be_started_costs_its_curves_alone(tracked, toy, tmp_path):
+    (tmp_path / "run" / "mlm").write_text("a file where TensorBoard's folder has to be")
+    status, output, errors = run(PYTHON, tracked)
+    assert (status, errors) == (0, "")
+    assert "no more metrics for --report_to: FileExistsError" in output
+    assert_same_bits(weights(tmp_path / "run"), train(toy.config(tmp_path / "plain")).model.state_dict())
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_under_a_tracker_costs_its_curves_alone(tracked, toy, tmp_path):
+    (tmp_path / "run" / "mlm").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", tmp_path / "run" / "mlm"]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this test has to mount a file system of its own, which takes root")
+    try:
+        status, output, _ = run(PYTHON, [*tracked, "--max_train_steps=100"])
+    finally:
+        subprocess.run(["umount", "-l", tmp_path / "run" / "mlm"], check=True)
+    assert status == 0
+    assert output.count("no more metrics for --report_to: OSError") == 1
+    assert json.loads(output.splitlines()[-1])["steps"] == 100
+    assert len(metrics(tmp_path / "run", "train")) == 100
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_full_disk_under_what_is_printed_costs_no_training(toy, tmp_path, stream):
+    with open("/dev/full", "w") as full:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: full}
+        command = [*PYTHON, SCRIPT, *toy.flags(tmp_path / "run")]
+        subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **CPU}, timeout=240, **streams)
+    assert json.loads((tmp_path / "run" / "all_results.json").read_text())["steps"] == 12
+    assert [line["event"] for line in metrics(tmp_path / "run", "end")] == ["end"]
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_costs_no_training(toy, tmp_path):
+    mine, its = pty.openpty()
+    flags = toy.flags(tmp_path / "run", max_train_steps=300, logging_steps=1)
+    process = subprocess.Popen(
+        [*PYTHON, SCRIPT, *flags], stdin=its, stdout=its, stderr=its, cwd=REPOSITORY, env={**os.environ, **CPU}
+    )
+    os.close(its)
+    wait_for(lambda: steps_taken(tmp_path / "run") > 3, process)
+    os.close(mine)
+    process.wait(timeout=240)
+    assert json.loads((tmp_path / "run" / "all_results.json").read_text())["steps"] == 300
