@@ -1,12 +1,8 @@
 """Two models on the same masks: how much better one is, how sure that is, and where it is better.
 
-gain       = perplexity before / perplexity after = exp(loss before − loss after)
-interval   paired bootstrap, percentiles (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and
-           13): documents are drawn with replacement, as many as there are, each with its nats under both models,
-           because predictions within a document are not independent. A test compares it with scipy's.
+gain = perplexity before / perplexity after = exp(loss before − loss after), with an interval (interval.py)
 """
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from mlm.data.tokenizer import spell
 from mlm.evaluation.breakdown import breakdowns, by_token, by_word, grouped
 from mlm.evaluation.evaluate import EvalSet, Evaluation, measure, unigram_perplexity
+from mlm.evaluation.interval import CONFIDENCE, FEWEST, interval
 from mlm.figures import exp_or_inf, figure, finite
 
-CONFIDENCE = 0.95
-RESAMPLES = 2000
-SEED = 0
-AT_A_TIME = 1 << 22  # drawn units that are held in memory
 HANDFUL, LEAST, MOST_OF = 5, 0.05, 0.5  # a concentrated gain, see `concentration`
 OPENING = 24  # tokens of a document by which a person knows it
 EVAL_SETS = {"held_out": ("", "held-out"), "general": ("general_", "out-of-domain")}  # prefix of JSON keys, words
@@ -74,16 +67,17 @@ def compare(
     concentration  see `concentration`; None also where the gain may be chance
     counts         [V] int64, how often each token stands in the training corpus; None: no breakdown by frequency
 
-    An interval is [None, None] where one chunk is all, or loss is infinite. Raises ValueError for other masked tokens.
+    An interval is [None, None] for fewer than FEWEST documents, or infinite loss. Of one document, such as a book, its
+    chunks take their place. Raises ValueError for other masked tokens.
     """
     if not before.same_masks(after):
         raise ValueError(f"{eval_set.name}: the two evaluations are not of the same masked tokens")
     config, document = eval_set.config, documents_of(eval_set, before)
     num_documents = len(np.unique(document))
-    # Of a book, its chunks are all that there is to draw from.
     units, kind = (document, "documents") if num_documents > 1 else (before.chunk, "chunks")
     gain, difference = _gain_over(before, after, units, np.ones(before.masked, bool))
     sure = difference["interval"][1] < 0
+    made = {"method": "jackknife", "confidence": CONFIDENCE, "unit": kind, "units": len(np.unique(units))}
     return finite({
         "text": eval_set.name,
         "before": measure(before, eval_set),
@@ -91,10 +85,8 @@ def compare(
         "gain": gain,
         "difference": difference,
         "concentration": concentration(before, after, units, tokenizer) if sure else None,
-        "bootstrap": {
-            "confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED,
-            "unit": kind, "units": len(np.unique(units)),
-        },
+        "interval": made,
+        "bootstrap": made,  # its name while intervals were percentiles of a bootstrap
         "masks": {
             "seeds": config.seeds,
             "folds": config.eval_mask_folds, "masked_tokens": before.masked,
@@ -140,33 +132,10 @@ def _gain_over(
     """The gain and the difference in loss, as in `compare`, over part [M] bool of the tokens."""
     numbers, unit = np.unique(units[part], return_inverse=True)
     count, nats_before, nats_after = grouped(unit, len(numbers), before.nats[part], after.nats[part])
-    low, high = bootstrap(nats_after - nats_before, count)
+    low, high = interval(nats_after - nats_before, count)
     value = float((nats_after.sum() - nats_before.sum()) / max(count.sum(), 1))
     gain = {"value": exp_or_inf(-value), "interval": [exp_or_inf(-high), exp_or_inf(-low)]}
     return gain, {"value": value, "interval": [low, high]}
-
-
-def bootstrap(
-    difference: np.ndarray, count: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED
-) -> tuple[float, float]:
-    """The ends of the central CONFIDENCE of Σ difference / Σ count over resamples of units; NaN for fewer than two.
-
-    difference: [U] float64, nats after less nats before of each unit
-    count:      [U] int64, its masked tokens, at least 1
-    """
-    U = len(count)
-    if U < 2:
-        return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    rows = max(AT_A_TIME // U, 1)
-    losses = []
-    for first in range(0, resamples, rows):
-        # Drawn units, gathered: 8 times as fast as multinomial counts times sums, at 25,000 units.
-        drawn = rng.integers(0, U, (min(rows, resamples - first), U))
-        losses.append(difference[drawn].sum(axis=1) / count[drawn].sum(axis=1))
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(np.concatenate(losses), [tail, 100 - tail])
-    return float(low), float(high)
 
 
 def documents_of(eval_set: EvalSet, evaluation: Evaluation) -> np.ndarray:
@@ -196,13 +165,14 @@ def documents(
 
 def in_words(compared: dict[str, Any]) -> str:
     """A comparison on one line."""
-    gain, drawn, by_seed = compared["gain"], compared["bootstrap"], compared["after"]["perplexity_by_seed"]
+    gain, made, by_seed = compared["gain"], compared["interval"], compared["after"]["perplexity_by_seed"]
     low, high = map(figure, gain["interval"])
-    seeds, without, interval = "", "", f"no interval from one of {drawn['unit']}"
+    why = "a loss is infinite" if made["units"] >= FEWEST else f"{made['units']} {made['unit']}, fewer than {FEWEST}"
+    seeds, without, sure = "", "", f"no interval: {why}"
     if len(by_seed) > 1 and None not in by_seed:
         seeds = f", {figure(min(by_seed))} to {figure(max(by_seed))} over {len(by_seed)} mask seeds"
     if gain["interval"][0] is not None:
-        interval = f"{drawn['confidence']:.0%} interval {low} to {high}, {drawn['units']:,} {drawn['unit']} resampled"
+        sure = f"{made['confidence']:.0%} interval {low} to {high}, from {made['units']:,} {made['unit']}"
     if few := compared["concentration"]:
         without = (
             f"; {len(few['types'])} tokens carry {few['share']:.0%} of it ({' '.join(few['types'])}), "
@@ -210,7 +180,7 @@ def in_words(compared: dict[str, Any]) -> str:
         )
     return (
         f"perplexity {figure(compared['before']['perplexity'])} before, "
-        f"{figure(compared['after']['perplexity'])} after{seeds}, gain {figure(gain['value'])} ({interval}){without}"
+        f"{figure(compared['after']['perplexity'])} after{seeds}, gain {figure(gain['value'])} ({sure}){without}"
     )
 
 
