@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object, release_memory
 
@@ -24,7 +23,7 @@ from mlm.engine.memory import out_of_memory
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import EvalSet, EvaluateConfig
 from mlm.figures import exp_or_inf, mean
-from mlm.model.predict import without_dropout
+from mlm.model.predict import cross_entropy, without_dropout
 from mlm.model.sparse_head import SparseMaskedLM
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ class Evaluation(NamedTuple):
     """A model's predictions of M masked tokens, in the order of mask rounds, chunks as given, and columns."""
 
     mask_round: np.ndarray  # [M] int32, index into EvaluateConfig.rounds
-    chunk: np.ndarray  # [M] int32, chunk id
+    chunk: np.ndarray  # [M] int64, chunk id
     column: np.ndarray  # [M] int32, where in the chunk
     target: np.ndarray  # [M] int32, the token that stood there
     nats: np.ndarray  # [M] float64, its cross entropy, a multiple of 1 / GRID
@@ -139,8 +138,8 @@ def _evaluate_share(
     n, rank, world = len(eval_set.chunk_ids), accelerator.process_index, accelerator.num_processes
     chunk_ids = eval_set.chunk_ids[n * rank // world : n * (rank + 1) // world]
     size = eval_set.config.per_device_eval_batch_size
-    none = torch.zeros(0, device=accelerator.device)
-    predictions = [(np.zeros((4, 0), np.int32), none, none.bool())]  # for a process with an empty share
+    none, empty = np.zeros(0, np.int32), torch.zeros(0, device=accelerator.device)
+    predictions = [(none, none.astype(np.int64), none, none, empty, empty.bool())]  # for a process with an empty share
     for mask_round in range(len(eval_set.config.rounds) if complete else 1):
         left = chunk_ids
         while len(left):
@@ -164,26 +163,26 @@ def _evaluate_share(
             else:
                 predictions.append(predicted)
                 left = left[size:]
-    places, nats, hits = zip(*predictions, strict=True)
+    *places, nats, hits = zip(*predictions, strict=True)
     # The device synchronises here and nowhere else.
     exact = np.round(torch.cat(nats).cpu().double().numpy() * GRID) / GRID
-    return Evaluation(*np.concatenate(places, axis=1), exact, torch.cat(hits).cpu().numpy())
+    return Evaluation(*map(np.concatenate, places), exact, torch.cat(hits).cpu().numpy())
 
 
 @torch.no_grad()  # not inference_mode: a buffer that a model makes on first use has to serve training too
 def _predict(
     model: SparseMaskedLM, eval_set: EvalSet, accelerator: Accelerator, chunk_ids: np.ndarray, mask_round: int
-) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-    """Of the chunks [B]: an Evaluation's first four columns [4, M] int32, and on the device nats [M] and hits [M]."""
+) -> tuple[np.ndarray | torch.Tensor, ...]:
+    """The columns of an Evaluation of the chunks [B], nats and hits still on the device."""
     batch = eval_set.batch(chunk_ids, mask_round)
     row, column = np.divmod(batch.positions.numpy(), batch.input_ids.shape[1])
-    places = [np.full(len(row), mask_round), chunk_ids[row], column, batch.targets.numpy()]
+    small = np.array([np.full(len(row), mask_round), column, batch.targets.numpy()], np.int32)
     batch = batch.to(accelerator.device)
     with accelerator.autocast():
         # bf16's argmax is slower on a CPU than widening and float32's
         logits = model(batch.input_ids, batch.positions, batch.attention_mask).float()  # [M, V]
-        nats = F.cross_entropy(logits, batch.targets, reduction="none")
-        return np.array(places, np.int32), nats, logits.argmax(dim=-1) == batch.targets
+        hits = logits.argmax(dim=-1) == batch.targets
+        return small[0], chunk_ids[row], *small[1:], cross_entropy(logits, batch.targets), hits
 
 
 def evaluate_all(

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
@@ -29,7 +28,7 @@ from mlm.errors import one_line
 from mlm.figures import exp_or_inf, finite, mean
 from mlm.files import read_sentences
 from mlm.model.load import ModelConfig, load_trained
-from mlm.model.predict import check_length, same_length, without_dropout
+from mlm.model.predict import check_length, cross_entropy, same_length, without_dropout
 from mlm.model.sparse_head import SparseMaskedLM
 
 
@@ -93,8 +92,7 @@ def score(
             positions = torch.arange(len(batch)) * batch.shape[1] + torch.from_numpy(place[part])  # [B]
             targets = batch.view(-1)[positions].to(accelerator.device)
             batch.view(-1)[positions] = info.mask_id
-            logits = model(batch.to(accelerator.device), positions.to(accelerator.device)).float()
-            nats[part] = F.cross_entropy(logits, targets, reduction="none")
+            nats[part] = cross_entropy(model(batch.to(accelerator.device), positions.to(accelerator.device)), targets)
     nats = accelerator.reduce(nats).cpu().double().numpy()  # the device synchronises here
     texts = [sentence.strip() for sentence in sentences.values()]
     unknown = [(row == info.unknown_id).sum() for row in rows]
