@@ -40,7 +40,8 @@ def conclude(
         prefix, title = EVAL_SETS[name]
         results |= _named(measure(after[name], eval_set), prefix)
         if name in before:
-            compared[name] = compare(eval_set, before[name], after[name], tokenizer, counts)
+            whole = (before.get("documents"), after.get("documents")) if name == "held_out" else (None, None)
+            compared[name] = compare(eval_set, before[name], after[name], tokenizer, counts, whole)
             results |= _named(measure(before[name], eval_set), prefix, "_before")
             results |= gain_figures(compared[name], prefix)
             lines.append(f"{title} text: {in_words(compared[name])}")
@@ -59,6 +60,7 @@ def compare(
     after: Evaluation,
     tokenizer: PreTrainedTokenizerBase,
     counts: np.ndarray | None,
+    documents: tuple[Evaluation | None, Evaluation | None] = (None, None),
 ) -> dict[str, Any]:
     """The comparison of two evaluations of one text under the same masks, as JSON has it.
 
@@ -66,6 +68,7 @@ def compare(
     difference     the same of the loss, in nats a masked token, below 0 where it is better
     concentration  see `concentration`; None also where the gain may be chance
     counts         [V] int64, how often each token stands in the training corpus; None: no breakdown by frequency
+    documents      the evaluations of its documents one by one, where both models have them
 
     An interval is [None, None] for fewer than FEWEST documents, or infinite loss. Of one document, such as a book, its
     chunks take their place. Raises ValueError for other masked tokens.
@@ -85,6 +88,7 @@ def compare(
         "gain": gain,
         "difference": difference,
         "concentration": concentration(before, after, units, tokenizer) if sure else None,
+        "one_by_one": compare_documents(eval_set, *documents, gain) if None not in documents else None,
         "interval": made,
         "bootstrap": made,  # its name while intervals were percentiles of a bootstrap
         "masks": {
@@ -96,6 +100,24 @@ def compare(
         "tokens": by_token(tokenizer, before, after),
         "words": by_word(eval_set, tokenizer, before, after),
     })  # fmt: skip
+
+
+def compare_documents(
+    eval_set: EvalSet, before: Evaluation, after: Evaluation, in_chunks: dict[str, Any]
+) -> dict[str, Any]:
+    """The gain on documents one by one, beside the one `in_chunks`, in which a document is cut and joined to others.
+
+    differs: whether the two intervals have nothing in common. A gain in chunks alone is one in predicting next to the
+        cuts, and across the joints, of chunks.
+    """
+    gain, _ = _gain_over(before, after, before.chunk, np.ones(before.masked, bool))
+    (low, high), (low_in_chunks, high_in_chunks) = gain["interval"], in_chunks["interval"]
+    return {
+        "perplexity_before": before.perplexity, "perplexity": after.perplexity, "gain": gain,
+        "differs": high < low_in_chunks or high_in_chunks < low,
+        "documents": len(eval_set.one_by_one.chunk_ids), "longest": eval_set.one_by_one.chunks.chunk_size,
+        "masked_tokens": before.masked,
+    }  # fmt: skip
 
 
 def concentration(
@@ -178,9 +200,23 @@ def in_words(compared: dict[str, Any]) -> str:
             f"; {len(few['types'])} tokens carry {few['share']:.0%} of it ({' '.join(few['types'])}), "
             f"on all others it is {figure(few['gain_without'])}"
         )
+    whole = f"\n{documents_in_words(compared)}" if compared["one_by_one"] else ""
+    before, after = (figure(compared[when]["perplexity"]) for when in ("before", "after"))
+    return f"perplexity {before} before, {after} after{seeds}, gain {figure(gain['value'])} ({sure}){without}{whole}"
+
+
+def documents_in_words(compared: dict[str, Any]) -> str:
+    """The comparison on documents one by one on a line, and whether it tells another story than chunks do."""
+    whole, story = compared["one_by_one"], ""
+    before, after = figure(whole["perplexity_before"]), figure(whole["perplexity"])
+    gain, low, high = map(figure, (whole["gain"]["value"], *whole["gain"]["interval"]))
+    if whole["differs"] and whole["gain"]["value"] < compared["gain"]["value"]:
+        story = ": another story, a part of the gain in chunks is of how they are cut and joined, not of the domain"
+    elif whole["differs"]:
+        story = ": another story, chunks hide a part of the gain"
     return (
-        f"perplexity {figure(compared['before']['perplexity'])} before, "
-        f"{figure(compared['after']['perplexity'])} after{seeds}, gain {figure(gain['value'])} ({sure}){without}"
+        f"one by one: perplexity {before} before, {after} after, gain {gain} ({CONFIDENCE:.0%} interval {low} to "
+        f"{high}, from {whole['documents']:,} documents of at most {whole['longest']:,} tokens){story}"
     )
 
 
@@ -190,6 +226,10 @@ def gain_figures(compared: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     figures = {"gain": compared["gain"]["value"], "gain_low": low, "gain_high": high}
     if few := compared["concentration"]:
         figures["gain_without_concentrated"] = few["gain_without"]
+    if whole := compared["one_by_one"]:
+        low, high = whole["gain"]["interval"]
+        figures |= {"documents_gain": whole["gain"]["value"], "documents_gain_low": low, "documents_gain_high": high}
+        figures |= {f"documents_{name}": whole[name] for name in ("perplexity_before", "perplexity")}
     return {f"{prefix}{name}": value for name, value in figures.items()}
 
 

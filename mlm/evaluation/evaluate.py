@@ -192,9 +192,10 @@ def evaluate_all(
     complete: bool = True,
     stopped: Callable[[], int] = lambda: 0,
 ) -> Evaluations | None:
-    """`evaluate` on each of `eval_sets`; None as soon as one is given up."""
-    evaluations = Evaluations()
-    for name, eval_set in eval_sets.items():
+    """`evaluate` on each of `eval_sets`, and of a complete one on held-out "documents" one by one; None as soon as one
+    is given up."""
+    evaluations, whole = Evaluations(), eval_sets["held_out"].one_by_one if complete else None
+    for name, eval_set in (eval_sets | ({"documents": whole} if whole else {})).items():
         if (evaluation := evaluate(model, eval_set, accelerator, complete, stopped)) is None:
             return None
         evaluations[name] = evaluation
