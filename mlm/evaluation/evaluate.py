@@ -23,12 +23,14 @@ from mlm.engine.memory import out_of_memory
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import EvalSet, EvaluateConfig
 from mlm.figures import exp_or_inf, mean
+from mlm.model.load import MOST_UNKNOWN
 from mlm.model.predict import cross_entropy, without_dropout
 from mlm.model.sparse_head import SparseMaskedLM
 
 log = logging.getLogger(__name__)
 
 GRID = 2.0**24
+CHARACTER = math.log2(154_998)  # bits; so many characters are assigned in Unicode 16
 LONGEST_SPACED_WORD = 20  # characters; a higher mean is that of a script without spaces between words
 
 
@@ -205,16 +207,17 @@ def evaluate_all(
 def measure(evaluation: Evaluation, eval_set: EvalSet) -> dict[str, Any]:
     """A model's figures on a text: `summary`, bits per character and per word, perplexity by mask seed.
 
-    bits per character = loss / ln 2 · maskable tokens of the text / its characters
+    bits per character = (loss / ln 2 · maskable tokens of the text + bits of its unknown ones) / its characters
 
     Characters are code points of the documents as they were read, words are separated by white space (None in a script
     without spaces). Neither depends on the tokenizer, so that models with different ones can be compared. The figure
     is neither a likelihood of the text nor a compression rate: each token was predicted from both its sides, some of
-    them masked as well, and unknown tokens, which are never predicted, cost nothing.
+    them masked as well.
     """
     header = eval_set.store.header
-    bits = evaluation.loss / math.log(2) * header["maskable_tokens"]
     characters, words = header["characters"], header["spaced_words"]
+    bits = evaluation.loss / math.log(2) * header["maskable_tokens"]
+    bits += unknown_bits(header["maskable_tokens"], header["unknown_tokens"], characters)
     spaced = characters <= LONGEST_SPACED_WORD * words
     return {
         **evaluation.summary(),
@@ -222,6 +225,17 @@ def measure(evaluation: Evaluation, eval_set: EvalSet) -> dict[str, Any]:
         "bits_per_word": bits / max(words, 1) if spaced else None,
         "perplexity_by_seed": [part.perplexity for part in evaluation.seeds(eval_set.config)],
     }
+
+
+def unknown_bits(known: int, unknown: int, characters: int) -> float:
+    """What the unknown tokens of a text cost, which no model predicts: nothing is known of the characters behind them.
+
+    Each character costs CHARACTER bits, and an unknown token stands for as many as a token does on average. NaN where
+    more than MOST_UNKNOWN of the tokens are unknown: then such a guess would decide the figure.
+    """
+    if unknown > MOST_UNKNOWN * (known + unknown):
+        return math.nan
+    return unknown * CHARACTER * characters / max(known + unknown, 1)
 
 
 def token_counts(store: TokenStore, size: int) -> np.ndarray:
