@@ -100,8 +100,9 @@ def measure_corpus(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Prints the figures on each eval set. Returns them, and those for the last line of output."""
     limits = [limit for limit in map(position_limit, models.values()) if limit]
-    length = chunk_length(config.chunks, min(limits, default=None))
-    measured = {n: measure_one(replace(config, model=m), length, accelerator) for n, m in models.items()}
+    limit = min(limits, default=None)
+    length = chunk_length(config.chunks, limit)
+    measured = {n: measure_one(replace(config, model=m), length, limit, accelerator) for n, m in models.items()}
     adapted = measured["model"]
     result: dict[str, Any] = adapted.figures()
     held_out, eval_set = result["held_out"], adapted.eval_sets["held_out"]
@@ -116,11 +117,12 @@ def measure_corpus(
     return result, finite(summary)
 
 
-def measure_one(config: Config, length: int, accelerator: Accelerator) -> Measured:
-    """Evaluates the checkpoint that `config` names on its eval sets, in chunks of `length` tokens."""
+def measure_one(config: Config, length: int, limit: int | None, accelerator: Accelerator) -> Measured:
+    """Evaluates the checkpoint that `config` names on its eval sets, in chunks of `length` tokens, and on documents of
+    at most `limit`."""
     with local_main_process_first(accelerator, config) as own:
         tokenizer, info, stores = open_corpus(own)
-        eval_sets = open_eval_sets(own, tokenizer, info, stores["validation"], length)
+        eval_sets = open_eval_sets(own, tokenizer, info, stores["validation"], length, limit)
     model = load_trained(config.model, tokenizer, accelerator.device, length)
     evaluations = evaluate_all(model, eval_sets, accelerator)
     assert evaluations is not None, "nothing asks to stop"
@@ -134,7 +136,10 @@ def compare_both(base: Measured, adapted: Measured) -> tuple[dict[str, Any], str
         train = adapted.stores.get("train")
         counts = token_counts(train, adapted.eval_sets["held_out"].info.size) if train else None
         compared = {
-            n: compare(adapted.eval_sets[n], base.evaluations[n], adapted.evaluations[n], adapted.tokenizer, counts)
+            n: compare(
+                *(adapted.eval_sets[n], base.evaluations[n], adapted.evaluations[n], adapted.tokenizer, counts),
+                [m.evaluations.get("documents") if n == "held_out" else None for m in (base, adapted)],
+            )
             for n in names
         }
         lines = [f"{compared[n]['text']}: {in_words(compared[n])}" for n in names]

@@ -1,12 +1,8 @@
 """Two models on the same masks: how much better one is, how sure that is, and where it is better.
 
-gain       = perplexity before / perplexity after = exp(loss before − loss after)
-interval   paired bootstrap, percentiles (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and
-           13): documents are drawn with replacement, as many as there are, each with its nats under both models,
-           because predictions within a document are not independent. A test compares it with scipy's.
+gain = perplexity before / perplexity after = exp(loss before − loss after), with an interval (interval.py)
 """
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from mlm.data.tokenizer import spell
 from mlm.evaluation.breakdown import breakdowns, by_token, by_word, grouped
 from mlm.evaluation.evaluate import EvalSet, Evaluation, measure, unigram_perplexity
+from mlm.evaluation.interval import CONFIDENCE, FEWEST, interval
 from mlm.figures import exp_or_inf, figure, finite
 
-CONFIDENCE = 0.95
-RESAMPLES = 2000
-SEED = 0
-AT_A_TIME = 1 << 22  # drawn units that are held in memory
 HANDFUL, LEAST, MOST_OF = 5, 0.05, 0.5  # a concentrated gain, see `concentration`
 OPENING = 24  # tokens of a document by which a person knows it
 EVAL_SETS = {"held_out": ("", "held-out"), "general": ("general_", "out-of-domain")}  # prefix of JSON keys, words
@@ -47,7 +40,8 @@ def conclude(
         prefix, title = EVAL_SETS[name]
         results |= _named(measure(after[name], eval_set), prefix)
         if name in before:
-            compared[name] = compare(eval_set, before[name], after[name], tokenizer, counts)
+            whole = (before.get("documents"), after.get("documents")) if name == "held_out" else (None, None)
+            compared[name] = compare(eval_set, before[name], after[name], tokenizer, counts, whole)
             results |= _named(measure(before[name], eval_set), prefix, "_before")
             results |= gain_figures(compared[name], prefix)
             lines.append(f"{title} text: {in_words(compared[name])}")
@@ -66,6 +60,7 @@ def compare(
     after: Evaluation,
     tokenizer: PreTrainedTokenizerBase,
     counts: np.ndarray | None,
+    documents: tuple[Evaluation | None, Evaluation | None] = (None, None),
 ) -> dict[str, Any]:
     """The comparison of two evaluations of one text under the same masks, as JSON has it.
 
@@ -73,17 +68,19 @@ def compare(
     difference     the same of the loss, in nats a masked token, below 0 where it is better
     concentration  see `concentration`; None also where the gain may be chance
     counts         [V] int64, how often each token stands in the training corpus; None: no breakdown by frequency
+    documents      the evaluations of its documents one by one, where both models have them
 
-    An interval is [None, None] where one chunk is all, or loss is infinite. Raises ValueError for other masked tokens.
+    An interval is [None, None] for fewer than FEWEST documents, or infinite loss. Of one document, such as a book, its
+    chunks take their place. Raises ValueError for other masked tokens.
     """
     if not before.same_masks(after):
         raise ValueError(f"{eval_set.name}: the two evaluations are not of the same masked tokens")
     config, document = eval_set.config, documents_of(eval_set, before)
     num_documents = len(np.unique(document))
-    # Of a book, its chunks are all that there is to draw from.
     units, kind = (document, "documents") if num_documents > 1 else (before.chunk, "chunks")
     gain, difference = _gain_over(before, after, units, np.ones(before.masked, bool))
     sure = difference["interval"][1] < 0
+    made = {"method": "jackknife", "confidence": CONFIDENCE, "unit": kind, "units": len(np.unique(units))}
     return finite({
         "text": eval_set.name,
         "before": measure(before, eval_set),
@@ -91,10 +88,9 @@ def compare(
         "gain": gain,
         "difference": difference,
         "concentration": concentration(before, after, units, tokenizer) if sure else None,
-        "bootstrap": {
-            "confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED,
-            "unit": kind, "units": len(np.unique(units)),
-        },
+        "one_by_one": compare_documents(eval_set, *documents, gain) if None not in documents else None,
+        "interval": made,
+        "bootstrap": made,  # its name while intervals were percentiles of a bootstrap
         "masks": {
             "seeds": config.seeds,
             "folds": config.eval_mask_folds, "masked_tokens": before.masked,
@@ -104,6 +100,24 @@ def compare(
         "tokens": by_token(tokenizer, before, after),
         "words": by_word(eval_set, tokenizer, before, after),
     })  # fmt: skip
+
+
+def compare_documents(
+    eval_set: EvalSet, before: Evaluation, after: Evaluation, in_chunks: dict[str, Any]
+) -> dict[str, Any]:
+    """The gain on documents one by one, beside the one `in_chunks`, in which a document is cut and joined to others.
+
+    differs: whether the two intervals have nothing in common. A gain in chunks alone is one in predicting next to the
+        cuts, and across the joints, of chunks.
+    """
+    gain, _ = _gain_over(before, after, before.chunk, np.ones(before.masked, bool))
+    (low, high), (low_in_chunks, high_in_chunks) = gain["interval"], in_chunks["interval"]
+    return {
+        "perplexity_before": before.perplexity, "perplexity": after.perplexity, "gain": gain,
+        "differs": high < low_in_chunks or high_in_chunks < low,
+        "documents": len(eval_set.one_by_one.chunk_ids), "longest": eval_set.one_by_one.chunks.chunk_size,
+        "masked_tokens": before.masked,
+    }  # fmt: skip
 
 
 def concentration(
@@ -140,33 +154,10 @@ def _gain_over(
     """The gain and the difference in loss, as in `compare`, over part [M] bool of the tokens."""
     numbers, unit = np.unique(units[part], return_inverse=True)
     count, nats_before, nats_after = grouped(unit, len(numbers), before.nats[part], after.nats[part])
-    low, high = bootstrap(nats_after - nats_before, count)
+    low, high = interval(nats_after - nats_before, count)
     value = float((nats_after.sum() - nats_before.sum()) / max(count.sum(), 1))
     gain = {"value": exp_or_inf(-value), "interval": [exp_or_inf(-high), exp_or_inf(-low)]}
     return gain, {"value": value, "interval": [low, high]}
-
-
-def bootstrap(
-    difference: np.ndarray, count: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED
-) -> tuple[float, float]:
-    """The ends of the central CONFIDENCE of Σ difference / Σ count over resamples of units; NaN for fewer than two.
-
-    difference: [U] float64, nats after less nats before of each unit
-    count:      [U] int64, its masked tokens, at least 1
-    """
-    U = len(count)
-    if U < 2:
-        return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    rows = max(AT_A_TIME // U, 1)
-    losses = []
-    for first in range(0, resamples, rows):
-        # Drawn units, gathered: 8 times as fast as multinomial counts times sums, at 25,000 units.
-        drawn = rng.integers(0, U, (min(rows, resamples - first), U))
-        losses.append(difference[drawn].sum(axis=1) / count[drawn].sum(axis=1))
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(np.concatenate(losses), [tail, 100 - tail])
-    return float(low), float(high)
 
 
 def documents_of(eval_set: EvalSet, evaluation: Evaluation) -> np.ndarray:
@@ -196,21 +187,36 @@ def documents(
 
 def in_words(compared: dict[str, Any]) -> str:
     """A comparison on one line."""
-    gain, drawn, by_seed = compared["gain"], compared["bootstrap"], compared["after"]["perplexity_by_seed"]
+    gain, made, by_seed = compared["gain"], compared["interval"], compared["after"]["perplexity_by_seed"]
     low, high = map(figure, gain["interval"])
-    seeds, without, interval = "", "", f"no interval from one of {drawn['unit']}"
+    why = "a loss is infinite" if made["units"] >= FEWEST else f"{made['units']} {made['unit']}, fewer than {FEWEST}"
+    seeds, without, sure = "", "", f"no interval: {why}"
     if len(by_seed) > 1 and None not in by_seed:
         seeds = f", {figure(min(by_seed))} to {figure(max(by_seed))} over {len(by_seed)} mask seeds"
     if gain["interval"][0] is not None:
-        interval = f"{drawn['confidence']:.0%} interval {low} to {high}, {drawn['units']:,} {drawn['unit']} resampled"
+        sure = f"{made['confidence']:.0%} interval {low} to {high}, from {made['units']:,} {made['unit']}"
     if few := compared["concentration"]:
         without = (
             f"; {len(few['types'])} tokens carry {few['share']:.0%} of it ({' '.join(few['types'])}), "
             f"on all others it is {figure(few['gain_without'])}"
         )
+    whole = f"\n{documents_in_words(compared)}" if compared["one_by_one"] else ""
+    before, after = (figure(compared[when]["perplexity"]) for when in ("before", "after"))
+    return f"perplexity {before} before, {after} after{seeds}, gain {figure(gain['value'])} ({sure}){without}{whole}"
+
+
+def documents_in_words(compared: dict[str, Any]) -> str:
+    """The comparison on documents one by one on a line, and whether it tells another story than chunks do."""
+    whole, story = compared["one_by_one"], ""
+    before, after = figure(whole["perplexity_before"]), figure(whole["perplexity"])
+    gain, low, high = map(figure, (whole["gain"]["value"], *whole["gain"]["interval"]))
+    if whole["differs"] and whole["gain"]["value"] < compared["gain"]["value"]:
+        story = ": another story, a part of the gain in chunks is of how they are cut and joined, not of the domain"
+    elif whole["differs"]:
+        story = ": another story, chunks hide a part of the gain"
     return (
-        f"perplexity {figure(compared['before']['perplexity'])} before, "
-        f"{figure(compared['after']['perplexity'])} after{seeds}, gain {figure(gain['value'])} ({interval}){without}"
+        f"one by one: perplexity {before} before, {after} after, gain {gain} ({CONFIDENCE:.0%} interval {low} to "
+        f"{high}, from {whole['documents']:,} documents of at most {whole['longest']:,} tokens){story}"
     )
 
 
@@ -220,6 +226,10 @@ def gain_figures(compared: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     figures = {"gain": compared["gain"]["value"], "gain_low": low, "gain_high": high}
     if few := compared["concentration"]:
         figures["gain_without_concentrated"] = few["gain_without"]
+    if whole := compared["one_by_one"]:
+        low, high = whole["gain"]["interval"]
+        figures |= {"documents_gain": whole["gain"]["value"], "documents_gain_low": low, "documents_gain_high": high}
+        figures |= {f"documents_{name}": whole[name] for name in ("perplexity_before", "perplexity")}
     return {f"{prefix}{name}": value for name, value in figures.items()}
 
 

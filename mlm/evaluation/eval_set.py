@@ -1,6 +1,6 @@
 """Eval sets: held-out chunks under fixed masks, the same for two runs whatever the masks of their training."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,11 @@ from mlm.data.order import subset
 from mlm.data.token_store import TokenStore, check_words, prepare
 from mlm.data.tokenizer import TokenizerInfo
 from mlm.errors import UserError, at_least, at_most
+from mlm.evaluation.interval import FEWEST
+from mlm.model.load import ModelConfig, model_config, position_limit
+from mlm.model.vocabulary import OF_ONE_LENGTH
+
+DOCUMENTS, READ = 400, 512  # so many documents, and tokens of each, are measured one by one at most
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class EvalSet:
     recipe: Recipe  # always 80% masked, 10% random, 10% unchanged
     info: TokenizerInfo
     config: EvaluateConfig
+    one_by_one: "EvalSet | None" = None  # some of its documents, each in a row of its own
 
     def batch(self, chunk_ids: np.ndarray, mask_round: int) -> Batch:
         """The chunks [B] as mask round `mask_round` masks them."""
@@ -93,12 +99,45 @@ def make_eval_set(
     return EvalSet(name, store, chunks, chunk_ids, make_recipe(info), info, config)
 
 
+def one_by_one(eval_set: EvalSet, chunking: ChunkConfig, model: ModelConfig, limit: int | None) -> EvalSet | None:
+    """Documents of an eval set from their start to their end, or as far as the model reads, with their special tokens.
+
+    They are masked once, under the first mask seed. None where there are too few of them to draw a conclusion from,
+    chunks are documents already, or the model takes one length only.
+
+    limit: the most tokens that the model takes; None: any number
+    """
+    config, length = eval_set.config, eval_set.chunks.chunk_size
+    documents = len(eval_set.store.document_offsets) - 1
+    one_length = not model.is_demo and model_config(model).model_type in OF_ONE_LENGTH
+    if chunking.line_by_line or documents < FEWEST or one_length:
+        return None
+    static = chunking.pad_to_max_length
+    longest = length if static else max(length, min(limit or READ, READ))
+    chunks = cut_into_chunks(
+        eval_set.store, ChunkConfig(longest, line_by_line=True, pad_to_max_length=static), longest, eval_set.info
+    )
+    chosen = subset(config.eval_mask_seed, documents, min(config.max_eval_samples or DOCUMENTS, DOCUMENTS))
+    chosen = chosen[np.argsort(chunks.lengths[chosen], kind="stable")]  # so that batches have little padding
+    size = max(config.per_device_eval_batch_size * length // longest, 1)
+    once = replace(config, eval_mask_seeds=1, eval_mask_folds=None, per_device_eval_batch_size=size)
+    return replace(eval_set, chunks=chunks, chunk_ids=chosen, config=once)
+
+
 def open_eval_sets(
-    config: Any, tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo, held_out: TokenStore, length: int
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    info: TokenizerInfo,
+    held_out: TokenStore,
+    length: int,
+    limit: int | None = None,
 ) -> dict[str, EvalSet]:
     """ "held_out" and, where there is out-of-domain text, "general", both in chunks of `length` tokens.
 
-    config: a mlm.config.Config. Raises UserError where the out-of-domain text cannot be read, or has no chunk.
+    config: a mlm.config.Config
+    limit:  the most tokens that the models take which are measured; None: as the one of `config`
+
+    Raises UserError where the out-of-domain text cannot be read, or has no chunk.
     """
     whole_words = config.evaluate.eval_whole_word_mask
     if whole_words:
@@ -112,4 +151,6 @@ def open_eval_sets(
             raise UserError(words.replace("--dataset_", "--out_of_domain_dataset_")) from None
         sources["general"], stores["general"] = out_of_domain, prepared["validation"]
     cut = (config.chunks, length, info, config.evaluate)
-    return {key: make_eval_set(corpus.origin(sources[key], "validation"), stores[key], *cut) for key in stores}
+    eval_sets = {key: make_eval_set(corpus.origin(sources[key], "validation"), stores[key], *cut) for key in stores}
+    whole = one_by_one(eval_sets["held_out"], config.chunks, config.model, limit or position_limit(config.model))
+    return eval_sets | {"held_out": replace(eval_sets["held_out"], one_by_one=whole)}

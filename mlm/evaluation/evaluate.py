@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object, release_memory
 
@@ -24,12 +23,14 @@ from mlm.engine.memory import out_of_memory
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import EvalSet, EvaluateConfig
 from mlm.figures import exp_or_inf, mean
-from mlm.model.predict import without_dropout
+from mlm.model.load import MOST_UNKNOWN
+from mlm.model.predict import cross_entropy, without_dropout
 from mlm.model.sparse_head import SparseMaskedLM
 
 log = logging.getLogger(__name__)
 
 GRID = 2.0**24
+CHARACTER = math.log2(154_998)  # bits; so many characters are assigned in Unicode 16
 LONGEST_SPACED_WORD = 20  # characters; a higher mean is that of a script without spaces between words
 
 
@@ -37,7 +38,7 @@ class Evaluation(NamedTuple):
     """A model's predictions of M masked tokens, in the order of mask rounds, chunks as given, and columns."""
 
     mask_round: np.ndarray  # [M] int32, index into EvaluateConfig.rounds
-    chunk: np.ndarray  # [M] int32, chunk id
+    chunk: np.ndarray  # [M] int64, chunk id
     column: np.ndarray  # [M] int32, where in the chunk
     target: np.ndarray  # [M] int32, the token that stood there
     nats: np.ndarray  # [M] float64, its cross entropy, a multiple of 1 / GRID
@@ -139,8 +140,8 @@ def _evaluate_share(
     n, rank, world = len(eval_set.chunk_ids), accelerator.process_index, accelerator.num_processes
     chunk_ids = eval_set.chunk_ids[n * rank // world : n * (rank + 1) // world]
     size = eval_set.config.per_device_eval_batch_size
-    none = torch.zeros(0, device=accelerator.device)
-    predictions = [(np.zeros((4, 0), np.int32), none, none.bool())]  # for a process with an empty share
+    none, empty = np.zeros(0, np.int32), torch.zeros(0, device=accelerator.device)
+    predictions = [(none, none.astype(np.int64), none, none, empty, empty.bool())]  # for a process with an empty share
     for mask_round in range(len(eval_set.config.rounds) if complete else 1):
         left = chunk_ids
         while len(left):
@@ -164,26 +165,26 @@ def _evaluate_share(
             else:
                 predictions.append(predicted)
                 left = left[size:]
-    places, nats, hits = zip(*predictions, strict=True)
+    *places, nats, hits = zip(*predictions, strict=True)
     # The device synchronises here and nowhere else.
     exact = np.round(torch.cat(nats).cpu().double().numpy() * GRID) / GRID
-    return Evaluation(*np.concatenate(places, axis=1), exact, torch.cat(hits).cpu().numpy())
+    return Evaluation(*map(np.concatenate, places), exact, torch.cat(hits).cpu().numpy())
 
 
 @torch.no_grad()  # not inference_mode: a buffer that a model makes on first use has to serve training too
 def _predict(
     model: SparseMaskedLM, eval_set: EvalSet, accelerator: Accelerator, chunk_ids: np.ndarray, mask_round: int
-) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-    """Of the chunks [B]: an Evaluation's first four columns [4, M] int32, and on the device nats [M] and hits [M]."""
+) -> tuple[np.ndarray | torch.Tensor, ...]:
+    """The columns of an Evaluation of the chunks [B], nats and hits still on the device."""
     batch = eval_set.batch(chunk_ids, mask_round)
     row, column = np.divmod(batch.positions.numpy(), batch.input_ids.shape[1])
-    places = [np.full(len(row), mask_round), chunk_ids[row], column, batch.targets.numpy()]
+    small = np.array([np.full(len(row), mask_round), column, batch.targets.numpy()], np.int32)
     batch = batch.to(accelerator.device)
     with accelerator.autocast():
         # bf16's argmax is slower on a CPU than widening and float32's
         logits = model(batch.input_ids, batch.positions, batch.attention_mask).float()  # [M, V]
-        nats = F.cross_entropy(logits, batch.targets, reduction="none")
-        return np.array(places, np.int32), nats, logits.argmax(dim=-1) == batch.targets
+        hits = logits.argmax(dim=-1) == batch.targets
+        return small[0], chunk_ids[row], *small[1:], cross_entropy(logits, batch.targets), hits
 
 
 def evaluate_all(
@@ -193,9 +194,10 @@ def evaluate_all(
     complete: bool = True,
     stopped: Callable[[], int] = lambda: 0,
 ) -> Evaluations | None:
-    """`evaluate` on each of `eval_sets`; None as soon as one is given up."""
-    evaluations = Evaluations()
-    for name, eval_set in eval_sets.items():
+    """`evaluate` on each of `eval_sets`, and of a complete one on held-out "documents" one by one; None as soon as one
+    is given up."""
+    evaluations, whole = Evaluations(), eval_sets["held_out"].one_by_one if complete else None
+    for name, eval_set in (eval_sets | ({"documents": whole} if whole else {})).items():
         if (evaluation := evaluate(model, eval_set, accelerator, complete, stopped)) is None:
             return None
         evaluations[name] = evaluation
@@ -205,16 +207,17 @@ def evaluate_all(
 def measure(evaluation: Evaluation, eval_set: EvalSet) -> dict[str, Any]:
     """A model's figures on a text: `summary`, bits per character and per word, perplexity by mask seed.
 
-    bits per character = loss / ln 2 · maskable tokens of the text / its characters
+    bits per character = (loss / ln 2 · maskable tokens of the text + bits of its unknown ones) / its characters
 
     Characters are code points of the documents as they were read, words are separated by white space (None in a script
     without spaces). Neither depends on the tokenizer, so that models with different ones can be compared. The figure
     is neither a likelihood of the text nor a compression rate: each token was predicted from both its sides, some of
-    them masked as well, and unknown tokens, which are never predicted, cost nothing.
+    them masked as well.
     """
     header = eval_set.store.header
-    bits = evaluation.loss / math.log(2) * header["maskable_tokens"]
     characters, words = header["characters"], header["spaced_words"]
+    bits = evaluation.loss / math.log(2) * header["maskable_tokens"]
+    bits += unknown_bits(header["maskable_tokens"], header["unknown_tokens"], characters)
     spaced = characters <= LONGEST_SPACED_WORD * words
     return {
         **evaluation.summary(),
@@ -222,6 +225,17 @@ def measure(evaluation: Evaluation, eval_set: EvalSet) -> dict[str, Any]:
         "bits_per_word": bits / max(words, 1) if spaced else None,
         "perplexity_by_seed": [part.perplexity for part in evaluation.seeds(eval_set.config)],
     }
+
+
+def unknown_bits(known: int, unknown: int, characters: int) -> float:
+    """What the unknown tokens of a text cost, which no model predicts: nothing is known of the characters behind them.
+
+    Each character costs CHARACTER bits, and an unknown token stands for as many as a token does on average. NaN where
+    more than MOST_UNKNOWN of the tokens are unknown: then such a guess would decide the figure.
+    """
+    if unknown > MOST_UNKNOWN * (known + unknown):
+        return math.nan
+    return unknown * CHARACTER * characters / max(known + unknown, 1)
 
 
 def token_counts(store: TokenStore, size: int) -> np.ndarray:

@@ -4,8 +4,8 @@ Salazar et al. 2020, "Masked Language Model Scoring" (arXiv:1910.14659), their P
 
     PLL(W) = Σ_t log P(w_t | W without w_t)        PPPL = exp(−Σ_W PLL(W) / N), N tokens in all
 
-Special tokens are neither predicted nor counted in N. Nor are unknown ones; their number is reported. A literal
-`[MASK]` in a sentence is text.
+Special tokens are neither predicted nor counted in N. Nor are unknown ones; their number is reported, and bits per
+character and per word count them as `unknown_bits` does. A literal `[MASK]` in a sentence is text.
 
 The product of these conditionals is no probability of the text. PPPL compares models of one tokenizer only. Bits per
 character and per word (separated by blanks), −Σ PLL / (ln 2 · their number), come nearer to a comparison across
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
@@ -26,10 +25,11 @@ from mlm.columns import PAGE, fit
 from mlm.data.encode import encode_texts
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
 from mlm.errors import one_line
+from mlm.evaluation.evaluate import unknown_bits
 from mlm.figures import exp_or_inf, finite, mean
 from mlm.files import read_sentences
 from mlm.model.load import ModelConfig, load_trained
-from mlm.model.predict import check_length, same_length, without_dropout
+from mlm.model.predict import check_length, cross_entropy, same_length, without_dropout
 from mlm.model.sparse_head import SparseMaskedLM
 
 
@@ -53,13 +53,14 @@ class Scores:
     def summary(self) -> dict[str, float]:
         """The totals; NaN without tokens."""
         total, tokens = float(self.log_likelihoods.sum()), int(self.tokens.sum())
-        bits = -total / math.log(2) if tokens else math.nan
+        unknown, characters = int(self.unknown.sum()), int(self.characters.sum())
+        bits = -total / math.log(2) + unknown_bits(tokens, unknown, characters) if tokens else math.nan
         return {
             "pseudo_perplexity": exp_or_inf(mean(-total, tokens)),
             "pseudo_log_likelihood": total,
             "tokens": tokens,
-            "unknown_tokens": int(self.unknown.sum()),
-            "bits_per_character": bits / int(self.characters.sum()),
+            "unknown_tokens": unknown,
+            "bits_per_character": bits / characters,
             "bits_per_word": bits / int(self.words.sum()),
         }
 
@@ -93,8 +94,7 @@ def score(
             positions = torch.arange(len(batch)) * batch.shape[1] + torch.from_numpy(place[part])  # [B]
             targets = batch.view(-1)[positions].to(accelerator.device)
             batch.view(-1)[positions] = info.mask_id
-            logits = model(batch.to(accelerator.device), positions.to(accelerator.device)).float()
-            nats[part] = F.cross_entropy(logits, targets, reduction="none")
+            nats[part] = cross_entropy(model(batch.to(accelerator.device), positions.to(accelerator.device)), targets)
     nats = accelerator.reduce(nats).cpu().double().numpy()  # the device synchronises here
     texts = [sentence.strip() for sentence in sentences.values()]
     unknown = [(row == info.unknown_id).sum() for row in rows]
@@ -124,6 +124,6 @@ def measure(path: str, config: ModelConfig, batch_size: int, accelerator: Accele
         f"pseudo-perplexity {summary['pseudo_perplexity']:.4g} over {summary['tokens']:,} tokens in "
         f"{len(sentences):,} sentences; {summary['bits_per_character']:.4g} bits a character, "
         f"{summary['bits_per_word']:.4g} a word"
-        + (f"; {summary['unknown_tokens']:,} unknown tokens are in none of these" if scores.unknown.any() else "")
+        + (f"; {summary['unknown_tokens']:,} unknown tokens are not predicted" if scores.unknown.any() else "")
     )
     return {**finite(summary), "sentences": records}

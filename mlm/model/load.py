@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 DEMO_VOCABULARY = 8192  # tokens
 DEMO_POSITIONS = 128
 MOST_LAYERS = 10_000
+MOST_UNKNOWN = 0.01  # of the tokens: from there on it is said, and figures per character mean nothing
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,32 @@ def position_limit(config: ModelConfig) -> int | None:
 
 def open_corpus(config: Any) -> tuple[PreTrainedTokenizerBase, TokenizerInfo, dict[str, TokenStore]]:
     """The tokenizer, named or else trained on the corpus, its info, and the token store of each split. Call this
-    before the process's first use of a tokenizer, as it sets the number of threads. config: a mlm.config.Config"""
+    before the process's first use of a tokenizer, as it sets the number of threads.
+
+    config: a mlm.config.Config. Raises UserError where no token of a split may be masked.
+    """
     limit_threads(config.token_store)
     if name := config.model.tokenizer_name or config.model.model_name_or_path:
         tokenizer = load_tokenizer(name, config.model.trust_remote_code)
     else:
         tokenizer = corpus_tokenizer(config.corpus, vocabulary_size(config.model), store_folder(config.token_store))
     info = tokenizer_info(tokenizer)
-    return tokenizer, info, prepare(config.corpus, tokenizer, info, config.token_store, config.masking.whole_word_mask)
+    stores = prepare(config.corpus, tokenizer, info, config.token_store, config.masking.whole_word_mask)
+    for split, store in stores.items():
+        check_known(split, store, tokenizer)
+    return tokenizer, info, stores
+
+
+def check_known(split: str, store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warns where over MOST_UNKNOWN of a split's tokens are unknown. Raises UserError where none may be masked."""
+    known, unknown = store.header["maskable_tokens"], store.header["unknown_tokens"]
+    share = f"{unknown / max(known + unknown, 1):.1%} of the tokens of the {split} split are unknown to the tokenizer"
+    if not known and store.header["tokens"]:
+        raise UserError(
+            f"{share} {tokenizer.name_or_path}, and none is left to learn: choose another --tokenizer_name"
+        )
+    if unknown > MOST_UNKNOWN * (known + unknown):
+        log.warning("%s: they are never predicted, and there are no bits per character or word", share)
 
 
 def vocabulary_size(config: ModelConfig) -> int:

@@ -13,6 +13,7 @@ POSITIONS_AFTER_PADDING = (
     *("camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta"),
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
+OF_ONE_LENGTH = ("nystromformer", "reformer")  # architectures that train on sequences of one length
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

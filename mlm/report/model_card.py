@@ -91,6 +91,6 @@ def _figures(results: dict[str, Any], prefix: str) -> str:
             lines.append(f"| {title.lower()} | {text.get(f'{name}_before', '')} | {text[name]} |")
     gain = ""
     if results.get(f"{prefix}gain_low") is not None:
-        interval = f"95% interval {text['gain_low']} to {text['gain_high']}, paired bootstrap"
+        interval = f"95% interval {text['gain_low']} to {text['gain_high']} over documents"
         gain = f"Perplexity before / after is {text['gain']} ({interval}).\n"
     return "\n".join([*lines, "", gain])

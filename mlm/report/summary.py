@@ -115,7 +115,7 @@ def outcome(results: dict[str, Any]) -> str:
     """
     shown = {name: figure(value) for name, value in results.items() if name != "output_dir"}
     rows = [("", "before", "after", "gain") if "perplexity_before" in results else ("", "", "after", "")]
-    for text, prefix in (("held-out", ""), ("out-of-domain", "general_")):
+    for text, prefix in (("held-out", ""), ("one by one", "documents_"), ("out-of-domain", "general_")):
         gain, low, high = (shown.get(f"{prefix}{name}") for name in ("gain", "gain_low", "gain_high"))
         interval = f" ({CONFIDENCE:.0%} interval {low} to {high})" if results.get(f"{prefix}gain_low") else ""
         for name, last in (("perplexity", f"{gain}×{interval}" if gain else ""), ("eval_loss", "")):

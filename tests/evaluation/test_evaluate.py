@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from mlm.data.chunks import ChunkConfig
 from mlm.data.masking import corrupt, draw, select_fold, select_tokens
@@ -21,6 +21,7 @@ from mlm.errors import UserError
 from mlm.evaluation.eval_set import EvaluateConfig, make_eval_set
 from mlm.evaluation.evaluate import Evaluation, evaluate
 from mlm.evaluation.evaluate import measure as of_text
+from mlm.model.predict import cross_entropy
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.train import train
 from tests.runs import TORCHRUN, run
@@ -70,6 +71,32 @@ def test_evaluation_equals_the_slow_one(held_out):
     assert found.loss == pytest.approx(nats / count, rel=1e-6)
     assert found.perplexity == pytest.approx(math.exp(nats / count), rel=1e-5)
     assert found.accuracy == hits / count
+
+
+@pytest.mark.parametrize("vocabulary", [8192, 30522, 250002])
+def test_nats_of_a_large_vocabulary_are_off_by_nothing_on_average(vocabulary):
+    """Against float64. `F.cross_entropy` in float32 is 1e-7, 5e-7 and 1e-5 nats too low on these."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(120, vocabulary, generator=generator) * 3
+    targets = torch.randint(vocabulary, (120,), generator=generator)
+    exact = F.cross_entropy(logits.double(), targets, reduction="none")
+    errors = cross_entropy(logits, targets) - exact
+    assert abs(errors.mean()) < 8e-8
+    assert errors.abs().max() < 4e-6
+
+
+def test_a_chunk_s_number_does_not_wrap(held_out):
+    """2^31 chunks are as many as a text of 34 billion tokens has at 16; the one read here is all of a word's token."""
+    model, eval_set = held_out
+    last = 2**31 + 5
+    word = np.flatnonzero(eval_set.info.maskable)[-1].astype(np.uint16)
+    ids = np.broadcast_to(word, (last + 1) * 16)  # takes no memory
+    chunks = dataclasses.replace(
+        eval_set.chunks, ids=ids, word_starts=np.broadcast_to(True, ids.shape), num_chunks=last + 1, lengths=None
+    )
+    found = measure((model, dataclasses.replace(eval_set, chunks=chunks)), np.array([3, last]))
+    assert np.unique(found.chunk).tolist() == [3, last]
+    assert chunks.places(found.chunk, found.column).max() // 16 == last
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
@@ -232,6 +259,36 @@ def test_a_script_without_spaces_has_no_bits_per_word(held_out):
     figures = of_text(measure(held_out), unspaced)
     assert figures["bits_per_word"] is None
     assert figures["bits_per_character"] > 0
+
+
+def test_unknown_tokens_cost_what_the_characters_behind_them_would(held_out):
+    """17.24 bits each, the logarithm of how many characters Unicode has, up to 1% of the tokens; then no figure."""
+    text, found = held_out[1], measure(held_out)
+
+    def bits(unknown):
+        counts = {"maskable_tokens": 1000 - unknown, "unknown_tokens": unknown, "characters": 4000}
+        store = dataclasses.replace(text.store, header={**text.store.header, **counts})
+        return of_text(found, dataclasses.replace(text, store=store))["bits_per_character"]
+
+    known = found.loss / math.log(2) / 4000
+    assert bits(0) == pytest.approx(known * 1000)
+    assert bits(10) == pytest.approx(known * 990 + 10 * 4 * math.log2(154_998) / 4000)
+    assert bits(10) > bits(0), "a token that is given up is not free"
+    assert math.isnan(bits(11)) and math.isnan(bits(990))
+
+
+def test_a_tokenizer_that_knows_nothing_does_not_win(tmp_path):
+    """Chinese to a tokenizer of English, with a few words that it knows: it had 15 times fewer bits a character."""
+    tokenizer = wordpiece(["the old fox likes the young owl"] * 9, 120)
+    info = tokenizer_info(tokenizer)
+    texts = ["the 房间很大 old 早餐 fox 服务员态度很好 " * 9] * 9
+    store = build(texts, tokenizer, info, tmp_path, {"split": "validation"})
+    eval_set = make_eval_set("text", store, ChunkConfig(), 16, info, EvaluateConfig())
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertForMaskedLM(BertConfig(vocab_size=info.size, **size))
+    found = of_text(evaluate(SparseMaskedLM(model), eval_set, Accelerator(cpu=True)), eval_set)
+    assert math.isfinite(found["perplexity"])
+    assert math.isnan(found["bits_per_character"]) and math.isnan(found["bits_per_word"])
 
 
 def test_more_folds_than_a_chunk_has_tokens_are_refused(toy, tmp_path):

@@ -96,6 +96,7 @@ def test_unknown_tokens_are_told_and_not_scored():
     assert found.log_likelihoods[0] == pytest.approx(expected, abs=1e-4)
     assert found.tokens.tolist() == [tokens, 0, 1]
     assert found.log_likelihoods[1] == 0
+    assert math.isnan(found.summary()["bits_per_character"]), "half of the tokens are unknown"
 
 
 def test_totals_are_over_the_tokens_characters_and_words_of_all_sentences():
@@ -107,6 +108,9 @@ def test_totals_are_over_the_tokens_characters_and_words_of_all_sentences():
     assert summary["pseudo_perplexity"] == pytest.approx(math.exp(total / found.tokens.sum()))
     assert summary["bits_per_character"] == pytest.approx(total / math.log(2) / (11 + 6 + 1))
     assert summary["bits_per_word"] == pytest.approx(total / math.log(2) / (3 + 2 + 1))
+    few = Scores(*(np.array([value]) for value in (-300.0, 299, 1, 1200, 200)))
+    cost = 4 * math.log2(154_998)  # of the one unknown token, for four characters
+    assert few.summary()["bits_per_character"] == pytest.approx((300 / math.log(2) + cost) / 1200)
     empty = Scores(*(np.array([value]) for value in (0.0, 0, 1, 2, 1)))
     assert math.isnan(empty.summary()["pseudo_perplexity"])
     hopeless = Scores(*(np.array([value]) for value in (-1e5, 1, 0, 2, 1)))

@@ -1,5 +1,6 @@
 """What loading a model promises, and the mistakes that it answers in one line."""
 
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mlm.config import Config
 from mlm.errors import UserError
 from mlm.model.load import (
     DEMO_VOCABULARY,
@@ -27,11 +29,14 @@ from mlm.model.load import (
     demo_config,
     load_model,
     load_trained,
+    open_corpus,
     position_limit,
     vocabulary_size,
 )
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import max_positions
+from mlm.report.run_directory import RunConfig
+from mlm.train import train
 from tests.conftest import REPOSITORY
 from tests.model.small_models import (
     ARCHITECTURES,
@@ -192,6 +197,32 @@ def test_the_position_limit_is_known_before_the_model_is_loaded(config: ModelCon
     with monkeypatch.context() as patch:
         patch.delattr("mlm.model.load.AutoModelForMaskedLM")
         assert position_limit(config) == max_positions(default)
+
+
+def corpus_of(toy, folder: Path, text: str) -> Config:
+    (folder / "text.txt").write_text(text)
+    return toy.config(train_file=str(folder / "text.txt"), validation_file=str(toy.validation_file))
+
+
+def test_more_than_one_in_a_hundred_unknown_tokens_are_said(toy, tmp_path: Path, caplog):
+    sentence = "the old cat likes milk every day .\n"  # eight tokens
+    with caplog.at_level("WARNING", "mlm"):
+        open_corpus(corpus_of(toy, tmp_path, sentence * 20 + "the 房 likes milk\n"))
+        assert not caplog.messages
+        open_corpus(corpus_of(toy, tmp_path, sentence * 20 + "the 房 likes 早 milk\n"))
+    [said] = caplog.messages
+    assert said.startswith("1.2% of the tokens of the train split are unknown to the tokenizer")
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_text_of_unknown_tokens_alone_is_refused(toy, tmp_path: Path, split: str):
+    config = corpus_of(toy, tmp_path, "房间\n早餐\n" * 50)
+    if split == "validation":
+        swapped = {"train_file": config.corpus.validation_file, "validation_file": config.corpus.train_file}
+        config = dataclasses.replace(config, corpus=dataclasses.replace(config.corpus, **swapped))
+    with pytest.raises(UserError, match=f"^100.0% of the tokens of the {split} split are unknown .*--tokenizer_name"):
+        train(dataclasses.replace(config, run=RunConfig(output_dir=str(tmp_path / "run"))))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_position_limit_is_that_of_the_named_checkpoint(checkpoint: Path):

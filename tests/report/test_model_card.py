@@ -43,7 +43,7 @@ def test_the_card_tells_people_the_gain_and_what_was_forgotten(run):
     domain, out_of_domain = ModelCard.load(run / "README.md").text.split("On out-of-domain text, validation.txt:")
     for text, prefix in ((domain, ""), (out_of_domain, "general_")):
         gain, low, high = (f"{results[prefix + name]:.4g}" for name in ("gain", "gain_low", "gain_high"))
-        assert f"Perplexity before / after is {gain} (95% interval {low} to {high}, paired bootstrap)." in text
+        assert f"Perplexity before / after is {gain} (95% interval {low} to {high} over documents)." in text
         for name in ("perplexity", "accuracy", "bits_per_character"):
             before, after = (f"{results[f'{prefix}{name}{when}']:.4g}" for when in ("_before", ""))
             assert f"| {name.replace('_', ' ')} | {before} | {after} |" in text

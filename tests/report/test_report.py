@@ -319,7 +319,7 @@ def test_what_runs_share_stands_once(run, tmp_path):
     assert "Learning rate 0.005, linear 0.005, linear 0.001, linear" in heading
     sentences = len(json.loads((run / "fill_mask.json").read_text())["sentences"])
     for section, texts, times in (
-        ("held-out", ("mask seed", "paired bootstrap", "The interval lies above 1"), 1),
+        ("held-out", ("mask seed", "left out one by one", "The interval lies above 1"), 1),
         ("settings", ("1 process on", "optimizer.learning_rate", "optimizer.weight_decay", "run.logging_steps"), 1),
         ("examples", ("before",), sentences),
     ):
@@ -514,10 +514,12 @@ def test_the_out_of_domain_text_is_described_as_the_held_out_one_is(run):
     for section in ("held-out", "general"):
         shown = text_of(page, f'section id="{section}"')
         assert re.search(r"[\d,]+ masked tokens of [\d,]+ documents of .*, mask seed 0\.", shown)
-        assert re.search(r"a paired bootstrap over [\d,]+ documents, 2,000 resamples\.", shown)
+        assert re.search(r"The interval is Student's, over [\d,]+ documents left out one by one\.", shown)
 
 
-@pytest.mark.parametrize(("units", "why"), [(1, "there is one chunk only"), (0, "nothing was masked")])
+@pytest.mark.parametrize(
+    ("units", "why"), [(4, "4 chunks are too few"), (1, "there is one chunk only"), (0, "nothing was masked")]
+)
 def test_no_interval_is_said_to_be_none(run, units, why):
     [record] = read_runs([run])
     comparison = json.loads(json.dumps(record.comparison))
@@ -532,7 +534,7 @@ def test_no_interval_is_said_to_be_none(run, units, why):
     assert re.search(r"95% interval\s*none", text_of(page, "header"))
     assert shown.count(f"No interval can be given: {why}.") == 4
     assert ("1 masked token of 1 document of" in shown) == (units == 1)
-    for wrong in ("–––", "bootstrap over", "resamples", "1 documents", "1 chunks", "–×", "– to –"):
+    for wrong in ("–––", "bootstrap over", "one by one", "1 documents", "1 chunks", "–×", "– to –"):
         assert wrong not in shown
 
 
