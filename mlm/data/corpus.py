@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mlm.errors import UserError, explain_load_failure, one_line
+from mlm.files import stamp
 
 if TYPE_CHECKING:
     import datasets
@@ -96,8 +97,8 @@ class Documents:
 def identify(config: CorpusConfig) -> dict[str, Any]:
     """Name the corpus without reading it: equal names mean equal documents in equal splits.
 
-    Local files (every file of a folder) are named by their stamps, a Hub dataset by its commit, or with no network by
-    the one in the local Hub cache. The name is the same after a round trip through JSON.
+    Local files (every file of a folder) are named by path and stamp, a Hub dataset by its commit, or with no network
+    by the one in the local Hub cache. The name is the same after a round trip through JSON.
 
     Raises UserError as `load` does, for what can be seen without reading.
     """
@@ -106,8 +107,8 @@ def identify(config: CorpusConfig) -> dict[str, Any]:
     if name := config.dataset_name:
         identity["dataset_config_name"] = config.dataset_config_name
         local = os.path.isdir(name)
-        identity["dataset"] = [*map(_stamp, _files_under(name))] if local else [name, _hub_revision(name)]
-    identity |= {flag: _stamp(file) for flag, file in config.files.items()}
+        identity["dataset"] = [*map(_named, _files_under(name))] if local else [name, _hub_revision(name)]
+    identity |= {flag: _named(file) for flag, file in config.files.items()}
     if not config.validation_file:
         identity["validation_split_percentage"] = config.validation_split_percentage
     if config.dataset_name or any(_reader(file) == "text" for file in config.files.values()):
@@ -321,10 +322,8 @@ def _files_under(folder: str) -> list[str]:
     return sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
 
 
-def _stamp(file: str) -> list[str | int]:
-    """Absolute path, size in bytes, modification time in ns."""
-    status = os.stat(file)
-    return [os.path.abspath(file), status.st_size, status.st_mtime_ns]
+def _named(file: str) -> list[str | int]:
+    return [os.path.abspath(file), *stamp(file)]
 
 
 @contextmanager

@@ -376,6 +376,21 @@ def test_the_name_changes_with_whatever_changes_the_documents(tmp_path):
     assert identify(configs[6]) != by_folder
 
 
+@pytest.mark.parametrize("change", ["written over", "replaced"])
+def test_the_name_knows_a_file_that_changed_and_hides_it(tmp_path, change):
+    """The same size, and the old modification time, as tools that copy with times leave it."""
+    path = tmp_path / "train.txt"
+    write(path, LINES)
+    config, times = CorpusConfig(train_file=str(path)), path.stat()
+    before = identify(config)
+    new = path if change == "written over" else tmp_path / "new.txt"
+    new.write_text(path.read_text().replace("1", "2"))
+    os.utime(new, ns=(times.st_atime_ns, times.st_mtime_ns))
+    new.replace(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    assert identify(config) != before
+
+
 def test_the_name_is_the_same_from_any_working_directory(tmp_path, monkeypatch):
     write(tmp_path / "texts.txt", LINES)
     absolute = identify(CorpusConfig(train_file=str(tmp_path / "texts.txt")))
