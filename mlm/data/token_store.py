@@ -107,6 +107,7 @@ def prepare(
     Raises UserError where the corpus cannot be read, the store cannot be written, and, if whole words are to be
     masked, where the tokenizer finds none, which is a warning otherwise.
     """
+    corpus.keep_apart(source, "--token_store", store_folder(config))
     identity = corpus.identify(source) | ({} if only is None else {"only": only})
     folder = store_folder(config) / key([identity, info.fingerprint])
 
@@ -123,7 +124,7 @@ def prepare(
             log.warning("%s: %s; building it anew", folder, reason)
     if not stores:
         # Before the lock: a mistake in the corpus leaves nothing on disk, and reading takes less than tokenising.
-        read = corpus.load(source)
+        read = corpus.load(source, config.overwrite_cache)
         splits = [split for split in read.splits if only in (None, split)]
 
         def build_splits(path: Path) -> None:

@@ -614,7 +614,7 @@ def test_a_disk_that_is_full_is_one_line_and_harms_nothing(same_place, world):
 def test_a_run_that_comes_second_uses_the_store_of_the_quicker_one(world, monkeypatch):
     kept = {}
 
-    def load(source):  # while this run reads the corpus, another one begins and ends
+    def load(source, overwrite_cache):  # while this run reads the corpus, another one begins and ends
         monkeypatch.undo()
         documents = corpus.load(source)
         world.prepare()
