@@ -20,6 +20,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
+def stamp(path: str | Path) -> list[int]:
+    """Changes when a file is written or replaced: size in bytes, time of modification in ns, inode, time of change in
+    ns, which no program can set."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
+
+
 def sync(path: Path) -> None:
     """Flushes a file's data, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlm.data.token_store import TokenStore
 from mlm.data.tokenizer import TokenizerInfo
+from mlm.data.verify import check_mapped
 from mlm.errors import UserError, at_least, at_most
 
 
@@ -66,8 +67,13 @@ class Chunks:
         return self.num_chunks
 
     def take(self, chunk_ids: np.ndarray) -> Rows:
-        """chunk_ids [B] -> Rows [B, T]; T is the chunk size, or the longest of the rows if all are padded."""
+        """chunk_ids [B] -> Rows [B, T]; T is the chunk size, or the longest of the rows if all are padded.
+
+        Raises UserError where the store has been cut short meanwhile.
+        """
         size = self.chunk_size
+        for array in (self.ids, self.word_starts):
+            check_mapped(array)
         if self.lengths is None:  # full rows: a reshaped view, so that a gather is B copies of T tokens
             full = self.num_chunks * size
             ids = self.ids[:full].reshape(-1, size)[chunk_ids].astype(np.int64)

@@ -4,12 +4,9 @@ A corpus is a Hub dataset, a local folder or local files. `identify` names it at
 reads it.
 """
 
-import gzip
 import html
-import json
 import os
 import re
-import zlib
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from mlm.data.faults import READERS, find_bad_row, find_bomb, find_fault, reader_of
 from mlm.errors import UserError, explain_load_failure, one_line
+from mlm.files import stamp
 
 if TYPE_CHECKING:
     import datasets
 
-# File extension (also followed by .gz): the datasets library's reader.
-READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 KNOWN = f"{', '.join(READERS)}, each also with .gz"
 
 # Tags, comments and declarations in a row, with the blanks between them. The name of a tag follows "<" and
@@ -96,8 +93,8 @@ class Documents:
 def identify(config: CorpusConfig) -> dict[str, Any]:
     """Name the corpus without reading it: equal names mean equal documents in equal splits.
 
-    Local files (every file of a folder) are named by their stamps, a Hub dataset by its commit, or with no network by
-    the one in the local Hub cache. The name is the same after a round trip through JSON.
+    Local files (every file of a folder) are named by path and stamp, a Hub dataset by its commit, or with no network
+    by the one in the local Hub cache. The name is the same after a round trip through JSON.
 
     Raises UserError as `load` does, for what can be seen without reading.
     """
@@ -106,30 +103,36 @@ def identify(config: CorpusConfig) -> dict[str, Any]:
     if name := config.dataset_name:
         identity["dataset_config_name"] = config.dataset_config_name
         local = os.path.isdir(name)
-        identity["dataset"] = [*map(_stamp, _files_under(name))] if local else [name, _hub_revision(name)]
-    identity |= {flag: _stamp(file) for flag, file in config.files.items()}
+        identity["dataset"] = [*map(_named, _files_of(name))] if local else [name, _hub_revision(name)]
+    identity |= {flag: _named(file) for flag, file in config.files.items()}
     if not config.validation_file:
         identity["validation_split_percentage"] = config.validation_split_percentage
-    if config.dataset_name or any(_reader(file) == "text" for file in config.files.values()):
+    if config.dataset_name or any(reader_of(file) == "text" for file in config.files.values()):
         identity["sample_by"] = config.sample_by
     if config.strip_html:
         identity["strip_html"] = True
     return identity
 
 
-def load(config: CorpusConfig) -> Corpus:
+def load(config: CorpusConfig, overwrite_cache: bool = False) -> Corpus:
     """Read the corpus into splits of one string column, "text", memory-mapped from the datasets cache.
 
     Validation documents come from `validation_file`, else from the dataset's "validation" split, else from the
     training documents, by `held_out`. With `validation_file` alone there is no training split.
 
+    overwrite_cache: convert files anew, even if the datasets cache has them
+
     Raises UserError for files and datasets that cannot be had or read, for a text column that is missing or holds no
     strings, for a split without a document, and as `held_out` does where it is needed.
     """
     _check(config)
+    for file in [*config.files.values(), *_files_of(config.dataset_name or "")]:
+        if reader_of(file) and (fault := find_bomb(file)):
+            raise UserError(f"{file}: {fault}")
     with _quiet_datasets() as datasets:
-        sources = _read_dataset(config.dataset_name, config) if config.dataset_name else {}
-        sources |= {flag.removesuffix("_file"): _read_file(file, config) for flag, file in config.files.items()}
+        sources = _read_dataset(config.dataset_name, config, overwrite_cache) if config.dataset_name else {}
+        for flag, file in config.files.items():
+            sources[flag.removesuffix("_file")] = _read_file(file, config, overwrite_cache)
         kept, hashes, dropped = {}, {}, {}
         for split, source in sources.items():
             where = origin(config, split)
@@ -145,6 +148,15 @@ def load(config: CorpusConfig) -> Corpus:
             kept = {"train": kept["train"][~out], "validation": kept["train"][out]}
         splits = {split: source.select(kept[split]) for split, source in sources.items()}
         return Corpus(datasets.DatasetDict(splits), dropped, config.strip_html)
+
+
+def keep_apart(config: CorpusConfig, flag: str, folder: str | Path) -> None:
+    """Raises UserError where a folder that a run writes to lies in the dataset folder: text for the next run."""
+    name = config.dataset_name
+    if name and os.path.isdir(name) and Path(folder).resolve().is_relative_to(Path(name).resolve()):
+        raise UserError(
+            f"{flag} {folder} lies in --dataset_name {name}, whose files are all text; choose another folder"
+        )
 
 
 def out_of_domain(config: OutOfDomainConfig, domain: CorpusConfig) -> CorpusConfig | None:
@@ -204,14 +216,14 @@ def _check(config: CorpusConfig) -> None:
         raise UserError(f"--dataset_name {name} and --train_file {config.train_file}: give one of the two")
     if name and os.path.isfile(name):
         raise UserError(f"--dataset_name {name} is a file: give it as --train_file")
-    if name and os.path.isdir(name) and not _is_saved(name) and not any(map(_reader, _files_under(name))):
+    if name and os.path.isdir(name) and not _is_saved(name) and not any(map(reader_of, _files_of(name))):
         raise UserError(f"{name} holds no data files: expected a save_to_disk folder, or {KNOWN}")
     for flag, file in config.files.items():
         if not os.path.exists(file):
             raise UserError(f"--{flag} {file}: no such file")
         if not os.path.isfile(file):
             raise UserError(f"--{flag} {file} is not a file: give a folder as --dataset_name")
-        if not _reader(file):
+        if not reader_of(file):
             raise UserError(f"--{flag} {file}: unknown kind of file, expected {KNOWN}")
         if not os.path.getsize(file):
             raise UserError(f"--{flag} {file} is empty")
@@ -230,7 +242,7 @@ def origin(config: CorpusConfig, split: str) -> str:
     return file or config.dataset_name or config.train_file
 
 
-def _read_dataset(name: str, config: CorpusConfig) -> dict[str, "datasets.Dataset"]:
+def _read_dataset(name: str, config: CorpusConfig, overwrite: bool) -> dict[str, "datasets.Dataset"]:
     import datasets
 
     if not os.path.isdir(name):
@@ -241,36 +253,41 @@ def _read_dataset(name: str, config: CorpusConfig) -> dict[str, "datasets.Datase
             splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         else:
             path = os.path.abspath(name) if os.path.isdir(name) else name
-            splits = _convert(path, config, name=config.dataset_config_name)
+            splits = _convert(path, config, overwrite, name=config.dataset_config_name)
     used = [split for split in ("train", "validation") if split in splits]
     if not used:
         raise UserError(f"{name} has neither a train nor a validation split, only {', '.join(splits)}")
     return {split: _text_only(splits[split], f"{name} ({split})", config.text_column) for split in used}
 
 
-def _read_file(file: str, config: CorpusConfig) -> "datasets.Dataset":
+def _read_file(file: str, config: CorpusConfig, overwrite: bool) -> "datasets.Dataset":
     import datasets
 
-    reader, path = _reader(file), os.path.abspath(file)
+    reader, path = reader_of(file), os.path.abspath(file)
     with _explained(file):
         if reader == "parquet" and file.lower().endswith(".gz"):  # the one reader that does not unpack by itself
             # The unpacked copy is cached by path alone: unpack again, the file may have changed in place.
             fresh = datasets.DownloadConfig(force_extract=True)
             path = datasets.DownloadManager(download_config=fresh).extract(path)
-        dataset = _convert(reader, config, data_files={"train": escape(path)})["train"]
+        dataset = _convert(reader, config, overwrite, data_files={"train": escape(path)})["train"]
     return _text_only(dataset, file, "text" if reader == "text" else config.text_column)
 
 
-def _convert(path: str, config: CorpusConfig, **where: Any) -> "datasets.DatasetDict":
+def _convert(path: str, config: CorpusConfig, overwrite: bool, **where: Any) -> "datasets.DatasetDict":
     """`load_dataset`, with those of our options that the reader it picks has."""
     import datasets
 
     reader = datasets.load_dataset_builder(path, **where)
+    files = reader.config.data_files or {}
+    for file in (file for split in ("train", "validation") for file in files.get(split, ()) if os.path.isfile(file)):
+        if fault := find_bad_row(file, config.text_column):
+            raise UserError(f"{os.path.normpath(file)}: {fault}")
     # In a .csv file a text of digits stays a text. NA, NaN, null and None are empty documents, as pandas has it: with
     # other settings it would turn gaps in the other columns to strings, and their types would clash.
     options = {"sample_by": config.sample_by, "converters": {config.text_column: str}}
     has = {name: value for name, value in options.items() if hasattr(reader.config, name)}
-    return datasets.load_dataset(path, **where, **has)
+    mode = "reuse_cache_if_exists" if overwrite else None  # converts anew, what was downloaded stays
+    return datasets.load_dataset(path, **where, **has, download_mode=mode)
 
 
 def _text_only(dataset: "datasets.Dataset", origin: str, column: str) -> "datasets.Dataset":
@@ -307,24 +324,43 @@ def _hub_revision(name: str) -> str:
         raise explain_load_failure("dataset", name, error) from None
 
 
-def _reader(file: str) -> str | None:
-    """The datasets library's reader for a file, by its extension; None where it is unknown."""
-    return READERS.get(Path(file.lower().removesuffix(".gz")).suffix)
-
-
 def _is_saved(folder: str) -> bool:
     """Whether `save_to_disk` wrote the folder, from a DatasetDict (the first file) or a Dataset."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_dict.json", "state.json"))
 
 
-def _files_under(folder: str) -> list[str]:
-    return sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
+def _files_of(folder: str) -> list[str]:
+    """All files of a local dataset folder, and those that the head of its README points to; [] for other names."""
+    if not os.path.isdir(folder):
+        return []
+    files = {str(path) for path in Path(folder).rglob("*") if path.is_file()}
+    readme = Path(folder, "README.md")
+    if readme.is_file():
+        from fsspec.implementations.local import LocalFileSystem  # patterns mean what they mean to the library
+        from huggingface_hub import metadata_load
+
+        try:
+            configs = (metadata_load(readme) or {}).get("configs") or []
+            for config in configs:
+                base = os.path.join(os.path.abspath(folder), config.get("data_dir") or "")
+                for pattern in _strings(config.get("data_files") or "**"):
+                    files.update(filter(os.path.isfile, LocalFileSystem().glob(os.path.join(base, pattern))))
+        except Exception as error:  # YAML's own, and whatever follows from values of other types than there should be
+            raise UserError(f"{readme}: cannot read its head ({one_line(error)})") from None
+    return sorted({os.path.normpath(file) for file in files})
 
 
-def _stamp(file: str) -> list[str | int]:
-    """Absolute path, size in bytes, modification time in ns."""
-    status = os.stat(file)
-    return [os.path.abspath(file), status.st_size, status.st_mtime_ns]
+def _strings(value: Any) -> list[str]:
+    """The patterns in data_files, which may be one, a list, or lists for splits."""
+    if isinstance(value, str):
+        return [value.rpartition("::")[2]]  # of zip://*.txt::archive.zip, the archive
+    if isinstance(value, dict):
+        return _strings([item for name, item in value.items() if name != "split"])
+    return [pattern for item in value for pattern in _strings(item)]
+
+
+def _named(file: str) -> list[str | int]:
+    return [os.path.abspath(file), *stamp(file)]
 
 
 @contextmanager
@@ -356,47 +392,14 @@ def _explained(origin: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # pyarrow's, pandas', the library's own, StopIteration for an empty file
-        for file in _files_under(origin) if os.path.isdir(origin) else [origin]:
-            if os.path.isfile(file) and (fault := _fault(file)):
+        for file in _files_of(origin) if os.path.isdir(origin) else [origin]:
+            if os.path.isfile(file) and (fault := find_fault(file)):
                 raise UserError(f"{file}: {fault}") from error
+        import datasets
+
         cause = error.__cause__ or error  # the library's own error says less than what it was raised from
-        raise UserError(f"cannot read {origin}: {one_line(f'{type(cause).__name__}: {cause}')}") from error
-
-
-def _fault(file: str) -> str | None:
-    """What is wrong with a file that the datasets library could not read, found by reading it by line."""
-    reader = _reader(file)
-    if reader in (None, "parquet"):
-        return None
-    filled, offset, is_list = 0, 0, False
-    try:
-        with (gzip.open if file.lower().endswith(".gz") else open)(file, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    text = line.decode().removeprefix("\ufeff")
-                except UnicodeDecodeError as error:
-                    byte = f"byte 0x{line[error.start]:02x} at offset {offset + error.start}"
-                    return f"line {number} is not UTF-8 ({byte}): convert the file to UTF-8"
-                offset += len(line)
-                filled += bool(text.strip())
-                is_list |= reader == "json" and filled == 1 and text.lstrip().startswith("[")
-                if reader == "json" and text.strip() and not is_list and (fault := _json_fault(text, number)):
-                    return fault
-            if is_list:
-                lines.seek(0)
-                return _json_fault(lines.read().decode().removeprefix("\ufeff"), 1)
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-        return "not a whole gzip file"
-    return "holds no document" if filled <= (reader == "csv") else None  # a .csv file has a header
-
-
-def _json_fault(text: str, number: int) -> str | None:
-    """What is wrong with JSON that starts on line `number` of its file."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        return f"line {number + error.lineno - 1} is broken JSON ({error.msg}, column {error.colno})"
-    rows = value if isinstance(value, list) else [value]
-    if not rows:
-        return "holds no document"
-    return None if all(isinstance(row, dict) for row in rows) else f"line {number} is JSON, but no object"
+        words = one_line(f"{type(cause).__name__}: {cause}")
+        if not type(error).__module__.startswith("datasets"):  # those are of what the library was given
+            cache = f"its copy in {datasets.config.HF_DATASETS_CACHE} is damaged"
+            words += f"; if {cache}, --overwrite_cache makes that anew, as does removing the folder"
+        raise UserError(f"cannot read {origin}: {words}") from error

@@ -3,12 +3,12 @@
     <token_store>/<key>/train/ids.npy              [N] the smallest unsigned type that holds the vocabulary
                               word_starts.npy      [N] bool, 1: a word of the tokenizer begins here
                               document_offsets.npy [D + 1] int64, document d: ids[offsets[d] : offsets[d + 1]]
-                              header.json          its sources, counts, sizes and fingerprints
+                              header.json          its sources, counts, sizes, checksums and fingerprints
                         validation/…
 
 The key is a hash of the corpus (paths, sizes and times, or the Hub's revision) and the tokenizer, so that a second run
-finds its store without reading a document (cache.py). A store of another format version, and one that is damaged, is
-built anew.
+finds its store without reading a document (cache.py). A store of another format version, and one that is damaged
+(verify.py), is built anew, and a run says so.
 """
 
 import hashlib
@@ -18,9 +18,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,12 @@ from mlm.data.cache import build_once, key
 from mlm.data.corpus import CorpusConfig
 from mlm.data.encode import encode_batches
 from mlm.data.tokenizer import TokenizerInfo
-from mlm.errors import UserError, at_least, at_most
+from mlm.data.verify import checksum, find_fault
+from mlm.errors import UserError, at_least, at_most, one_line
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 ARRAYS = ("ids", "word_starts", "document_offsets")
 COUNTS = ("documents", "tokens", "maskable_tokens", "unknown_tokens", "words", "characters", "spaced_words")
 BATCH_DOCUMENTS = 1000
@@ -51,6 +51,7 @@ class TokenStoreConfig:
 
     token_store: str | None = None  # Keep token stores between runs in this folder (default: ~/.cache/mlm).
     overwrite_cache: bool = False  # Build the token store anew even if a valid one exists.
+    verify_store: bool = False  # Read the token store to verify it, even if this machine has since it started.
     preprocessing_num_workers: int | None = None  # Tokenise with this many threads (default: all cores).
 
     def __post_init__(self) -> None:
@@ -71,6 +72,11 @@ class TokenStore:
     def mean_word(self) -> float:
         """Maskable tokens per word; infinite where there is no word."""
         return self.header["maskable_tokens"] / self.header["words"] if self.header["words"] else float("inf")
+
+    @property
+    def unknown_share(self) -> float:
+        """The share of the tokens that stand for what the vocabulary lacks."""
+        return self.header["unknown_tokens"] / max(self.header["tokens"], 1)
 
     @property
     def sees_words(self) -> bool:
@@ -102,13 +108,24 @@ def prepare(
     Raises UserError where the corpus cannot be read, the store cannot be written, and, if whole words are to be
     masked, where the tokenizer finds none, which is a warning otherwise.
     """
+    corpus.keep_apart(source, "--token_store", store_folder(config))
     identity = corpus.identify(source) | ({} if only is None else {"only": only})
     folder = store_folder(config) / key([identity, info.fingerprint])
-    find = partial(_open_splits, folder, identity, info)
-    stores = {} if config.overwrite_cache else find()
+
+    def find() -> dict[str, TokenStore]:
+        with suppress(Unusable):
+            return _open_splits(folder, identity, info)
+        return {}
+
+    stores = {}
+    if folder.is_dir() and not config.overwrite_cache:
+        try:
+            stores = _open_splits(folder, identity, info, config.verify_store)
+        except Unusable as reason:
+            log.warning("%s: %s; building it anew", folder, reason)
     if not stores:
         # Before the lock: a mistake in the corpus leaves nothing on disk, and reading takes less than tokenising.
-        read = corpus.load(source)
+        read = corpus.load(source, config.overwrite_cache)
         splits = [split for split in read.splits if only in (None, split)]
 
         def build_splits(path: Path) -> None:
@@ -140,28 +157,45 @@ def store_folder(config: TokenStoreConfig) -> Path:
     return Path(config.token_store or default).expanduser()
 
 
-def _open_splits(folder: Path, identity: dict[str, Any], info: TokenizerInfo) -> dict[str, TokenStore]:
-    """All splits of a complete, valid store of this corpus and tokenizer; {} where anything is wrong."""
+class Unusable(Exception):
+    """Why a store on disk is not used."""
+
+
+def _open_splits(
+    folder: Path, identity: dict[str, Any], info: TokenizerInfo, verify: bool = False
+) -> dict[str, TokenStore]:
+    """All splits of a store of this corpus and tokenizer. Raises Unusable where anything is wrong."""
     paths = (folder / split for split in ("train", "validation"))
-    stores = {path.name: open_store(path, info.fingerprint) for path in paths if path.is_dir()}
+    stores = {path.name: open_store(path, info.fingerprint, verify) for path in paths if path.is_dir()}
     # While another process removes a store, its splits disappear one after the other.
-    whole = all(
-        store and store.header.get("identity") == identity and set(store.header.get("splits", ())) == set(stores)
-        for store in stores.values()
-    )
-    return stores if whole else {}
+    if not stores or any(set(store.header.get("splits", ())) != set(stores) for store in stores.values()):
+        raise Unusable("a split is missing")
+    if any(store.header.get("identity") != identity for store in stores.values()):
+        raise Unusable("it is another corpus's")
+    return stores
 
 
-def open_store(folder: Path, tokenizer_fingerprint: str) -> TokenStore | None:
-    """The store in `folder`; None where it is damaged, of another version or of another tokenizer."""
+def open_store(folder: Path, tokenizer_fingerprint: str, verify: bool = False) -> TokenStore:
+    """The store in `folder`, verified once a machine and boot, or now (`verify`).
+
+    Raises Unusable where it is damaged, of another format version or of another tokenizer.
+    """
     try:
         header = json.loads((folder / "header.json").read_text())
-        written = header["version"], header["tokenizer"], header["bytes"]
-        if written != (FORMAT_VERSION, tokenizer_fingerprint, _sizes(folder)):
-            return None
+        if header["version"] != FORMAT_VERSION:
+            raise Unusable(f"it is of format version {header['version']}, not {FORMAT_VERSION}")
+        if header["tokenizer"] != tokenizer_fingerprint:
+            raise Unusable("it is another tokenizer's")
+        if header.pop("seal") != key(header):
+            raise Unusable(f"{folder.name}: header.json is not what was written")
+        if header["bytes"] != _sizes(folder):
+            raise Unusable(f"{folder.name}: its files have other sizes than were written")
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        fault = find_fault(folder, header, arrays, verify)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Unusable(f"{folder.name}: it cannot be read ({one_line(f'{type(error).__name__}: {error}')})") from None
+    if fault:
+        raise Unusable(f"{folder.name}: {fault}")
     return TokenStore(header, **arrays)
 
 
@@ -198,15 +232,17 @@ def build(
     header = {
         "version": FORMAT_VERSION,
         "tokenizer": info.fingerprint,
+        "vocabulary_size": info.size,
         "corpus": digest.hexdigest(),
         "bytes": _sizes(folder),
+        "checksums": {name: checksum(folder / f"{name}.npy") for name in ARRAYS},
         **counts,
         "words": counts["words"] if info.has_words else None,
         "longest_word": longest,
         "seconds": time.perf_counter() - started,
         **origin,
     }
-    (folder / "header.json").write_text(json.dumps(header, indent=1))
+    (folder / "header.json").write_text(json.dumps(header | {"seal": key(header)}, indent=1))
     return open_store(folder, info.fingerprint)
 
 

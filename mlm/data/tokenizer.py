@@ -69,14 +69,17 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(engine.to_str()), **specials)
 
 
-def corpus_tokenizer(source: CorpusConfig, vocab_size: int, folder: Path) -> PreTrainedTokenizerBase:
+def corpus_tokenizer(
+    source: CorpusConfig, vocab_size: int, folder: Path, overwrite_cache: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer trained on the corpus's training documents, kept in `folder` for later runs.
 
     Raises UserError where there are no training documents, or `folder` cannot be written.
     """
+    corpus.keep_apart(source, "--token_store", folder)
     place = folder / f"tokenizer-{key([corpus.identify(source), vocab_size])}"
     if not place.is_dir():
-        read = corpus.load(source)
+        read = corpus.load(source, overwrite_cache)
         if "train" not in read.splits:
             raise UserError("no text to learn a vocabulary from: give --train_file, or --tokenizer_name")
 

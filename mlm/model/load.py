@@ -158,7 +158,8 @@ def open_corpus(config: Any) -> tuple[PreTrainedTokenizerBase, TokenizerInfo, di
     if name := config.model.tokenizer_name or config.model.model_name_or_path:
         tokenizer = load_tokenizer(name, config.model.trust_remote_code)
     else:
-        tokenizer = corpus_tokenizer(config.corpus, vocabulary_size(config.model), store_folder(config.token_store))
+        size, kept = vocabulary_size(config.model), config.token_store
+        tokenizer = corpus_tokenizer(config.corpus, size, store_folder(kept), kept.overwrite_cache)
     info = tokenizer_info(tokenizer)
     stores = prepare(config.corpus, tokenizer, info, config.token_store, config.masking.whole_word_mask)
     for split, store in stores.items():

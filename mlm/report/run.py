@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mlm.data import corpus
 from mlm.data.token_store import TokenStore
 from mlm.engine import checkpoint
 from mlm.engine.checkpoint import Stateful, Writer, not_written
@@ -43,6 +44,9 @@ class Run:
         check_same({**settings, **versions(), "device": accelerator.device.type}, accelerator)
         self.directory = RunDirectory(config.run, config.checkpoint.resume_from_checkpoint, accelerator)
         self.folder, self.is_main = self.directory.folder, accelerator.is_main_process
+        for text in (config.corpus, corpus.out_of_domain(config.out_of_domain, config.corpus)):
+            if text:
+                corpus.keep_apart(text, "--output_dir", self.folder)
         self.log = Log(self.folder, accelerator)
         self.stops = config.checkpoint.on_save_error == "stop"
         self.writer = Writer(self.directory.checkpoints, config.checkpoint.save_total_limit, self.stops)

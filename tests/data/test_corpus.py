@@ -16,11 +16,12 @@ from hashlib import blake2b
 from pathlib import Path
 
 import datasets
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlm.data import corpus
+from mlm.data import corpus, faults
 from mlm.data.corpus import CorpusConfig, OutOfDomainConfig, identify, load, strip_html
 from mlm.data.token_store import TokenStoreConfig, prepare
 from mlm.data.tokenizer import corpus_tokenizer, tokenizer_info
@@ -376,6 +377,21 @@ def test_the_name_changes_with_whatever_changes_the_documents(tmp_path):
     assert identify(configs[6]) != by_folder
 
 
+@pytest.mark.parametrize("change", ["written over", "replaced"])
+def test_the_name_knows_a_file_that_changed_and_hides_it(tmp_path, change):
+    """The same size, and the old modification time, as tools that copy with times leave it."""
+    path = tmp_path / "train.txt"
+    write(path, LINES)
+    config, times = CorpusConfig(train_file=str(path)), path.stat()
+    before = identify(config)
+    new = path if change == "written over" else tmp_path / "new.txt"
+    new.write_text(path.read_text().replace("1", "2"))
+    os.utime(new, ns=(times.st_atime_ns, times.st_mtime_ns))
+    new.replace(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    assert identify(config) != before
+
+
 def test_the_name_is_the_same_from_any_working_directory(tmp_path, monkeypatch):
     write(tmp_path / "texts.txt", LINES)
     absolute = identify(CorpusConfig(train_file=str(tmp_path / "texts.txt")))
@@ -432,6 +448,156 @@ def test_the_library_is_quiet_inside_and_as_it_was_outside(tmp_path, capfd):
 
 
 # Mistakes.
+
+
+@pytest.mark.parametrize("flag", ["--token_store", "--output_dir"])
+def test_what_a_run_writes_into_the_dataset_folder_would_be_text_for_the_next(tmp_path, flag, monkeypatch):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train.jsonl", LINES)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    monkeypatch.chdir(tmp_path / "data")
+    config = CorpusConfig(dataset_name=str(tmp_path / "data"))
+    for folder in (tmp_path / "data", tmp_path / "data" / "a" / "b", tmp_path / "link" / "a", "runs/1"):
+        with pytest.raises(UserError, match=rf"^{flag} {folder} lies in --dataset_name {tmp_path}/data, .*another"):
+            corpus.keep_apart(config, flag, folder)
+    for folder in (tmp_path, tmp_path / "data2", tmp_path / "data" / ".." / "runs", "../runs"):
+        corpus.keep_apart(config, flag, folder)
+    corpus.keep_apart(CorpusConfig(train_file=str(tmp_path / "data" / "train.jsonl")), flag, tmp_path / "data" / "run")
+    corpus.keep_apart(CorpusConfig(dataset_name="some/name"), flag, "some/name")
+
+
+def test_neither_store_nor_vocabulary_is_kept_in_the_dataset_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train.jsonl", LINES)
+    config, kept = CorpusConfig(dataset_name=str(tmp_path / "data")), tmp_path / "data" / "stores"
+    tokenizer = corpus_tokenizer(config, 60, tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="--token_store"):
+        prepare(config, tokenizer, tokenizer_info(tokenizer), TokenStoreConfig(str(kept)))
+    with pytest.raises(UserError, match="--token_store"):
+        corpus_tokenizer(config, 60, kept)
+    assert not kept.exists()
+
+
+OUTSIDE = {
+    "a pattern": {"data_files": "../elsewhere/*.txt"},
+    "splits": {"data_files": [{"split": "train", "path": ["../elsewhere/text.txt"]}]},
+    "a list": {"data_files": ["../*/text.txt"]},
+    "absolute": {"data_files": "{folder}/elsewhere/text.txt"},
+    "a folder": {"data_dir": "../elsewhere"},
+}
+
+
+@pytest.mark.parametrize("points", OUTSIDE)
+def test_files_that_the_readme_of_a_folder_points_to_are_part_of_its_name(tmp_path, points):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "text.txt").write_text("one\ntwo\n")
+    (tmp_path / "folder" / "beside.txt").write_text("not read\n")
+    head = json.dumps({"configs": [{"config_name": "default", **OUTSIDE[points]}]}).replace("{folder}", str(tmp_path))
+    (tmp_path / "folder" / "README.md").write_text(f"---\n{head}\n---\n# Text\n")
+    config = CorpusConfig(dataset_name=str(tmp_path / "folder"), validation_split_percentage=50)
+    before = identify(config)
+    found = documents(config)
+    assert sorted(found["train"] + found["validation"]) == ["one", "two"], "the library reads it"
+    (tmp_path / "elsewhere" / "text.txt").write_text("one\ntwo\nthree\n")
+    assert identify(config) != before
+
+
+@pytest.mark.parametrize("head", ["configs: [", "configs: 5", "configs: [5]", "configs: [{data_files: 5}]"])
+def test_a_readme_with_a_head_that_cannot_be_read_is_one_line(tmp_path, head):
+    write(tmp_path / "train.txt", LINES)
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
+    assert f"{tmp_path}/README.md: cannot read its head" in refusal(identify, dataset_name=str(tmp_path))
+    for harmless in ("# No head\n", "---\nlicense: mit\nconfigs:\n---\n"):
+        (tmp_path / "README.md").write_text(harmless)
+        identify(CorpusConfig(dataset_name=str(tmp_path)))
+
+
+def damaged(data, how):
+    half = len(data) // 2
+    return {
+        "empty": b"",
+        "cut": data[:half],
+        "zeros": bytes(len(data)),
+        "no text": data[:half] + b"\xff" * 500 + data[half + 500 :],
+        "zeroed lengths": data[:1000] + bytes(500) + data[1500:],
+    }[how]
+
+
+@pytest.mark.parametrize("how", ["empty", "cut", "zeros", "no text", "zeroed lengths"])
+def test_damage_in_the_datasets_cache_is_one_line_and_overwrite_cache_helps(tmp_path, datasets_cache, how):
+    texts = [f"document {number} of {tmp_path}" for number in range(500)]
+    config = CorpusConfig(validation_file=write(tmp_path / "texts.jsonl", texts))
+    assert documents(config)["validation"] == texts
+    cached = max(datasets_cache.rglob("*.arrow"), key=lambda path: path.stat().st_mtime_ns)
+    cached.write_bytes(damaged(cached.read_bytes(), how))
+    message = refusal(load, validation_file=config.validation_file)
+    assert message.startswith(f"cannot read {config.validation_file}: ")
+    assert f"if its copy in {datasets_cache} is damaged, --overwrite_cache makes that anew" in message
+    assert list(load(config, overwrite_cache=True).documents("validation")) == texts
+
+
+NO_TEXT = {
+    "a number": ('{"text": 5}', ": column 'text' holds int64, no text"),
+    "a list": ('{"text": ["a"]}', ": column 'text' holds a list, no text"),
+    "an object": ('{"text": {"a": "b"}}', ": column 'text' holds an object, no text"),
+    "false": ('{"text": false}', ": column 'text' holds bool, no text"),
+    "half a pair": (r'{"text": "a \ud83d b"}', r": column 'text' holds half of a surrogate pair, \ud83d"),
+    "twice": ('{"text": "a", "text": "b"}', " has the column 'text' twice"),
+    "twice elsewhere": ('{"text": "a", "label": 1, "label": 2}', " has the column 'label' twice"),
+    "deep": ('{"text": "a", "deep": ' + "[" * 10**5 + "]" * 10**5 + "}", " is nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("row", NO_TEXT)
+@pytest.mark.parametrize("place", ["first", "second", "last of many", "in another file"])
+def test_a_row_of_a_json_file_that_has_no_text_is_told_with_its_line(tmp_path, row, place):
+    bad, fault = NO_TEXT[row]
+    good = '{"text": "a", "label": 1}'
+    before = {"first": 0, "second": 1, "last of many": 30_000, "in another file": 2}[place]
+    path = tmp_path / "train-2.jsonl"
+    path.write_text("\n".join([good] * before + [bad, good]))
+    source = {"train_file": str(path)}
+    if place == "in another file":
+        (tmp_path / "train-1.jsonl").write_text("\n".join([good] * 3))
+        source = {"dataset_name": str(tmp_path)}
+    assert f"{path}: line {before + 1}{fault}" in refusal(load, **source)
+
+
+def test_json_is_no_worse_for_being_spread_over_lines_or_a_list(tmp_path):
+    path = tmp_path / "texts.json"
+    rows = [{"text": "a", "label": 1}, {"text": None, "label": None}, {"label": 2.5, "text": "é 👍"}, {"text": "b"}]
+    for written in (
+        "\n".join(json.dumps(row, indent=1) for row in rows),
+        json.dumps(rows, indent=1),
+        json.dumps(rows),
+    ):
+        path.write_text(written, encoding="utf-8")
+        assert documents(CorpusConfig(validation_file=str(path))) == {"validation": ["a", "é 👍", "b"]}
+    rows[3]["text"] = 7
+    path.write_text("\n".join(json.dumps(row, indent=1) for row in rows))
+    assert f"{path}: line 13: column 'text' holds int64" in refusal(load, validation_file=str(path))
+    path.write_text(json.dumps(rows, indent=1))
+    assert f"{path}: row 4 of the list: column 'text' holds int64" in refusal(load, validation_file=str(path))
+
+
+def test_columns_of_mixed_types_are_told_with_both_lines_where_the_library_fails_on_them(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"text": "a", "n": 1}\n{"text": "b", "n": null}\n{"text": "c", "n": 2.5}\n{"text": "d", "n": "x"}\n'
+    )
+    assert faults.find_fault(str(path)) == "line 4: column 'n' holds string, but int64 on line 1"
+
+
+def test_a_gzip_bomb_is_refused_before_it_fills_memory_or_disk(tmp_path):
+    path = tmp_path / "train.txt.gz"
+    with gzip.open(path, "wb") as file:
+        for _ in range(400):
+            file.write(b"a" * 2**20)
+    before = psutil.Process().memory_info().rss
+    for source in ({"train_file": str(path)}, {"dataset_name": str(tmp_path)}):
+        assert f"{path}: unpacks to more than 200 times its size" in refusal(load, **source)
+    assert psutil.Process().memory_info().rss - before < 50 * 2**20
 
 
 @pytest.mark.parametrize("function", [identify, load])

@@ -18,10 +18,20 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlm.data import corpus, token_store
+from mlm.data import corpus, token_store, verify
+from mlm.data.cache import key
 from mlm.data.corpus import CorpusConfig
-from mlm.data.token_store import TokenStoreConfig, check_words, limit_threads, open_store, prepare, store_folder
+from mlm.data.token_store import (
+    TokenStoreConfig,
+    Unusable,
+    check_words,
+    limit_threads,
+    open_store,
+    prepare,
+    store_folder,
+)
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
+from mlm.data.verify import checksum
 from mlm.errors import UserError
 from tests.conftest import REPOSITORY
 from tests.data.stores import CHINESE, TEXTS, TOKENIZERS, built, documents_of, kinds, slow_tokenizer
@@ -181,7 +191,7 @@ class World:
         files = [path for store in self.stores() for path in store.rglob("*") if path.is_file()]
         return {path: path.stat().st_mtime_ns for path in files}
 
-    def python(self, code):
+    def python(self, code, **options):
         """Starts a Python in which `again()` is `prepare` with the same files and the tokenizer from disk."""
         self.tokenizer.save_pretrained(self.folder.parent / "tokenizer")
         code = (
@@ -195,7 +205,8 @@ class World:
             f"    return prepare({self.source!r}, tokenizer, tokenizer_info(tokenizer), config)\n{code}"
         )
         environment = {**os.environ, "HF_HOME": str(self.folder.parent / "hf")}
-        return subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE)
+        pipes = {"stdout": subprocess.PIPE, **options}
+        return subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, **pipes)
 
 
 def test_the_header_counts_what_is_in_the_split(world):
@@ -282,6 +293,7 @@ def damage_version_2(store):
     """As the version before wrote it, which counted ordinary tokens."""
     header = json.loads((store / "train" / "header.json").read_text())
     header |= {"version": 2, "ordinary_tokens": header.pop("maskable_tokens")}
+    del header["seal"], header["checksums"], header["vocabulary_size"]
     (store / "train" / "header.json").write_text(json.dumps(header))
 
 
@@ -300,26 +312,90 @@ def damage_an_older_header(store):
     path.write_text(json.dumps(header))
 
 
-def change_header(store, **changes):
+def damage_seal(store):
     path = store / "train" / "header.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    header = json.loads(path.read_text())
+    path.write_text(json.dumps(header | {"words": header["words"] + 1}))
+
+
+def damage_zeroed_ids(store):
+    ids = np.load(store / "train" / "ids.npy")
+    np.save(store / "train" / "ids.npy", np.zeros_like(ids))
+
+
+def damage_shuffled_ids(store):
+    ids = np.load(store / "train" / "ids.npy")
+    np.save(store / "train" / "ids.npy", ids[::-1])
+
+
+def damage_one_bit_in_place(store):
+    """As a disk does it: neither size nor modification time tells."""
+    path = store / "validation" / "word_starts.npy"
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        [last] = file.read()
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def damage_bytes_of_another_type(store):
+    path = store / "train" / "document_offsets.npy"
+    path.write_bytes(path.read_bytes().replace(b"'<i8'", b"'>i8'"))
+
+
+def damage_ids_beyond_the_vocabulary(store):
+    """Here and below the checksums are those of what is in the files: a store that was built wrong."""
+    change_array(store, "ids", lambda ids: np.where(np.arange(len(ids)) == 7, 255, ids).astype(ids.dtype))
+
+
+def damage_falling_offsets(store):
+    change_array(store, "document_offsets", lambda offsets: np.r_[0, offsets[-2:0:-1], offsets[-1]])
+
+
+def damage_offsets_that_end_early(store):
+    change_array(store, "document_offsets", lambda offsets: np.r_[offsets[:-1], offsets[-1] - 1])
+
+
+def damage_an_array_of_another_length(store):
+    change_array(store, "word_starts", lambda starts: starts[:-1])
+
+
+def change_array(store, name, change):
+    path = store / "train" / f"{name}.npy"
+    np.save(path, change(np.load(path)))
+    header = json.loads((store / "train" / "header.json").read_text())
+    header["bytes"][name] = path.stat().st_size
+    change_header(store, bytes=header["bytes"], checksums=header["checksums"] | {name: checksum(path)})
+
+
+def change_header(store, **changes):
+    """Changes the header as the program itself would write it."""
+    path = store / "train" / "header.json"
+    header = json.loads(path.read_text()) | changes
+    del header["seal"]
+    path.write_text(json.dumps(header | {"seal": key(header)}))
 
 
 DAMAGES = [value for name, value in globals().items() if name.startswith("damage_")]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__.removeprefix("damage_"))
-def test_a_damaged_store_is_rebuilt_not_used(damage, world):
+def test_a_damaged_store_is_rebuilt_not_used_and_a_line_says_so(damage, world, caplog):
     expected = {split: documents_of(store) for split, store in world.prepare().items()}
     (store,) = world.stores()
-    for path in store.rglob("ids.npy"):  # tells a store that is used from one that is rebuilt
-        ids = np.load(path)
-        np.save(path, np.zeros_like(ids))
-    assert not world.prepare()["train"].ids.any(), "a store of the right sizes is used"
+    inode = store.stat().st_ino
+    world.prepare()
+    assert (store.stat().st_ino, caplog.text) == (inode, ""), "a store that is whole is used"
 
     damage(store)
     rebuilt = world.prepare()
+    assert store.stat().st_ino != inode
     assert {split: documents_of(store) for split, store in rebuilt.items()} == expected
+    [line] = caplog.messages
+    assert line.startswith(f"{store}: ")
+    assert line.endswith("; building it anew")
     beside = {store, store.with_name(f"{store.name}.lock")}
     assert set(world.folder.iterdir()) == beside, "in the same place, beside it its lock file alone"
 
@@ -331,11 +407,95 @@ def test_another_tokenizer_has_a_store_of_its_own(world):
     assert documents_of(world.prepare(other)["train"]) == [tokens_of(other, text) for text in TEXTS]
     first, second = world.stores()
     for folder in (first, second):
-        stores = [
-            open_store(folder / "train", tokenizer_info(tokenizer).fingerprint)
-            for tokenizer in (world.tokenizer, other)
-        ]
-        assert sorted(store is None for store in stores) == [False, True], "each opens for its own tokenizer"
+        refused = 0
+        for tokenizer in (world.tokenizer, other):
+            try:
+                open_store(folder / "train", tokenizer_info(tokenizer).fingerprint)
+            except Unusable as why:
+                refused += str(why) == "it is another tokenizer's"
+        assert refused == 1, "each opens for its own tokenizer"
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The names of the files that are read to be verified."""
+    names = []
+
+    def counted(path):
+        names.append(f"{path.parent.name}/{path.name}")
+        return checksum(path)
+
+    monkeypatch.setattr(verify, "checksum", counted)
+    return names
+
+
+ALL_ARRAYS = sorted(f"{split}/{array}.npy" for split in ("train", "validation") for array in token_store.ARRAYS)
+
+
+def test_a_store_is_read_to_verify_it_once_a_machine_and_boot(world, read):
+    world.prepare()
+    assert sorted(read) == ALL_ARRAYS
+    for _ in range(2):
+        read.clear()
+        world.prepare()
+        assert read == []
+    world.prepare(verify_store=True)
+    assert sorted(read) == ALL_ARRAYS
+    for name in ("another", "a third"):
+        with pytest.MonkeyPatch.context() as elsewhere:
+            elsewhere.setattr(verify, "_machine", lambda name=name: name)
+            read.clear()
+            world.prepare()
+            world.prepare()
+            assert sorted(read) == ALL_ARRAYS, "by another machine once more"
+    read.clear()
+    world.prepare()
+    assert read == [], "machines that share a store do not forget each other"
+
+
+def test_a_file_that_changes_after_it_was_verified_is_read_again(world, read):
+    world.prepare()
+    (path,) = world.folder.glob("*/train/ids.npy")
+    times = path.stat()
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    read.clear()
+    world.prepare()
+    assert sorted(set(read)) == [name for name in ALL_ARRAYS if name.startswith("train")]
+
+
+@pytest.mark.parametrize("array", ["ids", "word_starts"])
+def test_a_store_that_is_cut_short_while_it_is_mapped_is_one_line_not_a_bus_error(array, world):
+    world.train_file.write_text("".join(f"{text}\n" for text in TEXTS * 1000))
+    run = world.python(
+        "import sys, numpy as np\n"
+        "from mlm.data.chunks import concatenate\n"
+        "from mlm.errors import UserError\n"
+        "store = again()['train']\n"
+        "chunks = concatenate(store.ids, store.word_starts, 16, 0, 'drop')\n"
+        "print(len(chunks.take(np.arange(len(chunks))).ids), flush=True)\n"
+        "sys.stdin.readline()\n"
+        "try: chunks.take(np.arange(len(chunks)))\n"
+        "except UserError as error: print(error)",
+        stdin=subprocess.PIPE,
+    )
+    assert int(run.stdout.readline()) > 1000
+    (path,) = world.folder.glob(f"*/train/{array}.npy")
+    os.truncate(path, 5000)
+    said, _ = run.communicate(b"\n")
+    assert run.returncode == 0, "no signal"
+    assert said.decode().strip() == f"{path} was cut short while in use; run again, which builds the token store anew"
+
+
+def test_a_store_in_a_folder_that_cannot_be_written_is_verified_by_each_run(world, read):
+    world.prepare()
+    for path in world.folder.glob("*/*/verified.json"):
+        path.unlink()
+        path.mkdir()  # root may write into any folder
+    for _ in range(2):
+        read.clear()
+        world.prepare()
+        assert sorted(read) == ALL_ARRAYS
 
 
 def test_a_tokenizer_saved_under_another_name_shares_the_store(world, tmp_path):
@@ -454,7 +614,7 @@ def test_a_disk_that_is_full_is_one_line_and_harms_nothing(same_place, world):
 def test_a_run_that_comes_second_uses_the_store_of_the_quicker_one(world, monkeypatch):
     kept = {}
 
-    def load(source):  # while this run reads the corpus, another one begins and ends
+    def load(source, overwrite_cache):  # while this run reads the corpus, another one begins and ends
         monkeypatch.undo()
         documents = corpus.load(source)
         world.prepare()
