@@ -8,8 +8,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,7 +22,6 @@ from mlm import cli
 from mlm.config import Config
 from mlm.errors import UserError
 from mlm.train import main
-from tests.runs import PYTHON, SCRIPT, run
 from tests.scripts import load_script
 
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD")
@@ -343,23 +340,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): tables.get(path) or path.read_bytes() for path in files}
 
 
-@pytest.mark.slow
-def test_no_secret_of_the_environment_is_written_or_printed(toy, tmp_path, monkeypatch):
+def test_no_secret_of_the_environment_is_written_or_printed(toy, tmp_path, monkeypatch, capfd):
     secrets = {name: f"hf_{hashlib.sha256(name.encode()).hexdigest()}" for name in SECRETS}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     folder = tmp_path / "run"
     flags = {"checkpointing_steps": 2, "max_train_steps": 4, "token_store": tmp_path / "stores"}
-    flags |= {"with_tracking": "true", "report_to": "tensorboard"}
-    status, output, errors = run(PYTHON, toy.flags(folder, **flags), SCRIPT)
-    assert status == 0, errors
-    command = [sys.executable, "scripts/report.py", str(folder)]
-    made = subprocess.run(command, cwd=Path(SCRIPT).parents[1], capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
+    main(toy.flags(folder, **flags, with_tracking="true", report_to="tensorboard"))
+    load_script("report").main([str(folder)])
     written = contents(tmp_path)
     assert {Path(name).suffix for name in written} >= {".json", ".jsonl", ".parquet", ".safetensors", ".html", ".npy"}
     assert any(str(folder).encode() in data for data in written.values()), "what is written can be found"
-    printed = f"{output}{errors}{made.stdout}{made.stderr}"
+    printed = "".join(capfd.readouterr())
+    assert str(folder) in printed
     for name, value in secrets.items():
         assert value not in printed, name
         assert not [path for path, data in written.items() if value.encode() in data], name

@@ -120,15 +120,16 @@ class Injection:
         status, errors = server.run(self.toy, folder, (fault, number))
         if number > len(made := calls(folder)):  # threads take turns, and this run made fewer calls
             return "not met", None
+        end = {-9: "killed", 0: "went on"}.get(status, "stopped in one line")
         wrong = self.ends_badly(folder / "run", fault, status, errors)
         if not wrong:
-            status, errors = server.run(self.toy, folder, resume_from_checkpoint="latest")
-            wrong = self.differs(folder / "run") if status == 0 else f"resumed: {status}, {errors[-1500:]}"
+            resumed, errors = server.run(self.toy, folder, resume_from_checkpoint="latest")
+            wrong = self.differs(folder / "run") if resumed == 0 else f"resumed: {resumed}, {errors[-1500:]}"
         if wrong:
             name = "kill" if fault == KILL else errno.errorcode[fault]
-            return "badly", f"{name} at call {number}, {' '.join(made[number - 1])}: {wrong}"
+            return end, f"{name} at call {number}, {' '.join(made[number - 1])}: {end}, {wrong}"
         shutil.rmtree(folder)
-        return {-9: "was killed", 0: "went on"}.get(status, "said so in one line and ended"), None
+        return end, None
 
     def ends_badly(self, run: Path, fault: int, status: int, errors: str) -> str | None:
         """What is wrong with the end of a run that has met a fault."""
@@ -150,7 +151,10 @@ class Injection:
             mine, whole = (figures(folder) for folder in (run, self.whole / "run"))
             if mine != whole:
                 return f"finished with other figures: {mine} for {whole}"
-            assert_each_step_once(run)
+            try:
+                assert_each_step_once(run)
+            except AssertionError as error:
+                return f"metrics.jsonl: {error}"
         return None
 
     def torment(self, servers: list[Server], fault: int, numbers: list[int]) -> Counter:
