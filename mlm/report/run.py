@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any, NoReturn
 
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm.data.token_store import TokenStore
@@ -220,7 +219,7 @@ class Run:
             checkpoint.load_best(self.directory.checkpoints, self.model, self.accelerator)
         try:
             self.directory.save_model(self.model, tokenizer, self.progress.step)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # from the tokenizers library a bare Exception
             reason = one_line(getattr(error, "strerror", None) or error)
             resumes = ", then --resume_from_checkpoint latest resumes from the last checkpoint"
             then = f"make room{resumes if checkpoint.steps(self.directory.checkpoints) else ''}"
