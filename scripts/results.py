@@ -20,7 +20,7 @@ SUITE_COMMAND = (
 )
 FAULTS_COMMAND = (
     './scripts/test.sh -n 0 -m "" tests/engine/test_checkpoint.py tests/engine/test_faults.py '
-    "tests/engine/test_signals.py tests/data/test_lock.py --faults benchmarks/results/faults.json"
+    "tests/engine/test_signals.py tests/data/test_lock.py tests/faults --faults benchmarks/results/faults.json"
 )
 ONCE = "mlm, no evaluation before"  # what does as much as run_mlm_no_trainer's recipe
 BF16 = "bf16 on a CPU is a matter of the CPU"
@@ -298,8 +298,8 @@ def faults() -> str:
     result = f"{len(stored['faults'])} kinds of faults, {cases} cases, each with the outcome that it should have"
     lines = [
         section("Faults", None, result, stored["environment"], FAULTS_COMMAND),
-        "Workload: toy runs in real processes, which are killed or signalled, or run out of memory or disk. "
-        "It takes 12 minutes; the suite leaves out the tests marked `torture`, which `-m torture` runs.\n",
+        "Workload: toy runs in real processes, which are killed or signalled, run out of memory or disk, or meet a "
+        "system call that fails. The suite leaves out the tests marked `torture`, which `-m torture` runs.\n",
         '| fault | cases | outcome | `./scripts/test.sh -m "" -k …` |',
         "| --- | --- | --- | --- |",
     ]

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm.data import corpus
@@ -249,7 +248,7 @@ class Run:
             checkpoint.load_best(checkpoints, self.model, self.accelerator)
         try:
             self.directory.save_model(self.model, tokenizer, step)
-        except (OSError, SafetensorError, UserError) as error:
+        except Exception as error:  # from the tokenizers library a bare Exception
             self.save()
             self.log.print(self.writer.wait())
             reason = one_line(getattr(error, "strerror", None) or error)
