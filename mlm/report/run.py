@@ -115,8 +115,8 @@ class Run:
             self.log.print(f"resumed from {found}, after step {self.progress.step}")
         elif wanted is not None:
             self.log.print(f"--resume_from_checkpoint {wanted}: no checkpoint yet; training from the start")
-        self._create_repository()
         self._check_room(resumed=found is not None)
+        self._create_repository()
         about = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "data": data}
         about |= {"configuration": asdict(self.config), "experiment": self.experiment}
         about |= {"environment": environment(self.accelerator)}

@@ -99,7 +99,7 @@ def conclude_run(
         results["epochs"] = run.progress.step * batches.global_batch / batches.num_chunks
         results["peak_memory_mib"] = peak_memory_mib(run.accelerator.device)
         run.log.print(conclusion.lines)
-        card = model_card(run.hub_id or run.folder.name, run.config, results)
+        card = model_card(run.hub_id or run.folder.resolve().name, run.config, results)
         run.directory.save_results(results, conclusion, card)
         run.log.print(
             f"held-out perplexity {figure(results['perplexity'])}, where token frequencies alone reach "
