@@ -416,28 +416,6 @@ def test_a_gain_from_a_handful_of_tokens_says_so_beside_it(run):
     assert "token type" not in text_of(render([few]), "header")
 
 
-def test_a_gain_on_whole_documents_stands_beside_the_one_in_chunks(run):
-    [record] = read_runs([run])
-    comparison = json.loads(json.dumps(record.comparison))
-    gain = comparison["held_out"]["gain"]["value"]
-    whole = {"gain": {"value": 1.5, "interval": [1.4, 1.6]}, "differs": True, "documents": 60, "longest": 64}
-    comparison["held_out"]["one_by_one"] = whole
-    figures = {"documents_gain": 1.5, "documents_gain_low": 1.4, "documents_gain_high": 1.6}
-    figures |= {"documents_perplexity_before": 90.0, "documents_perplexity": 60.0}
-    measured = dataclasses.replace(record, comparison=comparison, results=record.results | figures)
-    sentence = (
-        "Document by document (60 documents of at most 64 tokens): perplexity 90.00 before and 60.00 after, gain "
-    )
-    assert gain > 1.5
-    shown = text_of(render([measured]), "header")
-    assert f"{sentence}1.500× (1.400 to 1.600)." in shown
-    assert "The two gains tell different stories: a part of the gain in chunks is of how they are cut" in shown
-    assert text_of(render([measured, record])).count(sentence) == 1
-    whole["differs"] = False
-    assert "different stories" not in text_of(render([measured]), "header")
-    assert "Document by document" not in text_of(render([record]), "header")
-
-
 def test_scripts_without_spaces_are_not_spaced_apart(run):
     for decoded, text in (
         ("酒 店 很 好 ， 有 3 个 [MASK] 子 。 a good film", "酒店很好，有 3 个[MASK]子。 a good film"),
