@@ -92,6 +92,7 @@ def holds_run(folder: Path) -> bool:
 def recorded_files(folder: Path) -> list[str]:
     """The names, without folders, of the files of the model that a run has saved, as its run.json has them."""
     names = read_object(folder / "run.json").get("files", [])
+    names = names if isinstance(names, list) else []
     return [name for name in names if isinstance(name, str) and name == Path(name).name]
 
 
