@@ -179,7 +179,7 @@ def _mistake(error: Exception) -> str | None:
         return f"out of memory ({one_line(error, 200)}); {advice} or a shorter --max_seq_length"
     if lost_a_process(error):
         reason = "another process of the run has ended; the reason, if it printed one, is in its output"
-        resumes = "--resume_from_checkpoint latest resumes from the last checkpoint"
+        resumes = "--resume_from_checkpoint latest resumes from the last checkpoint, if it has written one"
         return f"process {os.environ.get('RANK', '0')} ends because {reason}; {resumes}"
     if isinstance(error, OSError) and error.errno is not None:  # too long a name, a loop of links, no permission, …
         return f"{one_line(error.filename or 'a file or standard output')}: {error.strerror}"

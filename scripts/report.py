@@ -9,6 +9,7 @@ from mlm.startup import quick_imports
 
 with quick_imports():
     from mlm import cli
+    from mlm.errors import printable
     from mlm.files import read_sentences
     from mlm.report.examples import with_examples
     from mlm.report.report import write_report
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         print(why_not, end="")
         runs.append(filled)
     write_report(runs, output)
-    print(f"report: {output}")
+    print(printable(f"report: {output}"))
     return {"report": str(output)}
 
 

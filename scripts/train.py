@@ -12,6 +12,7 @@ with quick_imports():
 
     from mlm import cli
     from mlm.config import Config
+    from mlm.errors import printable
     from mlm.report.summary import outcome
     from mlm.train import train
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 def words(result: dict[str, Any]) -> str:
     """For a person on a terminal: the figures, and what to look at next."""
     scripts, run = Path(__file__).parent, shlex.quote(result["output_dir"])
-    return (
+    return printable(
         f"\n{outcome(result)}\n\nnext: python {scripts}/report.py {run}\n"
         f"      python {scripts}/fill_mask.py --model_name_or_path {run} 'a sentence with a [MASK] .'"
     )

@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from mlm.errors import UserError, one_line
+from mlm.errors import UserError, one_line, printable
 from mlm.files import write_json
 from mlm.inference.fill_mask import fill, load
 from mlm.inference.sentences import MASK, own_mask
 from mlm.model.load import ModelConfig, load_model
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.report import unspaced
-from mlm.report.run_record import Rows, RunRecord
+from mlm.report.run_record import Rows, RunRecord, files_of
 
 EXAMPLES = 6
 TOP_K = 5
@@ -46,13 +46,15 @@ def with_examples(
     if sentences is None and (run.examples is not None or not run.comparison):
         return run, ""
     try:
-        *models, tokenizer = _load(run, trust_remote_code)
+        with files_of(run.folder):
+            *models, tokenizer = _load(run, trust_remote_code)
+            chosen = from_held_out(run.folder, tokenizer) if sentences is None else []
         if sentences is None:
-            examples = _fill(models, tokenizer, from_held_out(run.folder, tokenizer))
+            examples = _fill(models, tokenizer, chosen)
             with suppress(OSError):  # a run that may only be read
                 write_json(run.folder / "fill_mask.json", {"results": run.results, "sentences": examples})
     except UserError as error:  # the base may be gone, and a report is good without
-        return run, f"{run.folder}: no examples of filled masks, as {error}\n"
+        return run, f"{printable(str(run.folder))}: no examples of filled masks, as {error}\n"
     if sentences is not None:
         given = [(text.replace(tokenizer.mask_token or MASK, MASK), None) for text in sentences]
         examples = _fill(models, tokenizer, given)

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from mlm.engine.update import Step
-from mlm.errors import one_line
+from mlm.errors import one_line, printable
 from mlm.figures import finite
 
 RATES = ("mask_rate", "tokens_per_second")
@@ -105,7 +105,7 @@ class Log:
         if self.is_main and text:
             # A full disk, a terminal or a reader that is gone, a character that it lacks: training goes on.
             with suppress(OSError, ValueError), tqdm.external_write_mode():
-                print(text, flush=True)
+                print(printable(text), flush=True)
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """Appends a line to metrics.jsonl, and sends its numbers to the trackers."""
@@ -161,7 +161,7 @@ class Log:
         shown = [f"{name} {value:.3f}" for name, value in window.items() if name not in RATES]
         shown += [f"lr {rate:.1e}" for rate in learning_rates]
         text = ", ".join([*shown, f"{window['tokens_per_second']:,.0f} tokens/s"])
-        self.bar.set_postfix_str(text)
+        self.bar.set_postfix_str(printable(text))  # a fork may name its scalars as it likes
         if self.bar.disable or not sys.stdout.isatty():
             first, since = self._first
             left = (self.bar.total - step) * (time.perf_counter() - since) / (step - first)

@@ -1,5 +1,7 @@
 """The model card: README.md of a run directory, as a page of the Hub shows it."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from mlm.data import corpus
 from mlm.data.corpus import CorpusConfig
+from mlm.errors import one_line, printable
 from mlm.figures import figure
 
 METRICS = {"perplexity": "Perplexity", "accuracy": "Accuracy", "bits_per_character": "Bits per character"}
@@ -18,12 +21,17 @@ def short(source: str, parts: int = 1) -> str:
     return "/".join(Path(source).parts[-parts:]) if local else source
 
 
+def _letters(name: str) -> str:
+    """A name as Markdown shows it letter for letter, with no tag, link, table or line of its own."""
+    return re.sub(r"([\\`*_\[\]<>#|~&!$])", r"\\\1", one_line(printable(name)))
+
+
 def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
     """The text of README.md, with the figures in its metadata as the Hub's model-index takes them.
 
     config: the run's config.Config, or a fork's; results: as in all_results.json
     """
-    base, text = config.model.model_name_or_path, config.corpus
+    name, base, text = printable(name), config.model.model_name_or_path, config.corpus
     out_of_domain = corpus.out_of_domain(config.out_of_domain, text)
     data = ModelCardData(
         library_name="transformers",
@@ -34,20 +42,20 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
         model_name=name,
         eval_results=[*_eval_results(results, "", text), *_eval_results(results, "general_", out_of_domain)],
     )
-    domain = short(text.dataset_name or text.train_file)
-    model = short(base) if base else f"A {config.model.model_type or 'small BERT'} from scratch"
+    domain = _letters(short(text.dataset_name or text.train_file))
+    model = _letters(short(base)) if base else f"a {config.model.model_type or 'small BERT'} from scratch"
     rate, unigram = config.optimizer.learning_rate, figure(results["perplexity_unigram"])
     forgotten = ""
     if out_of_domain is not None:
-        source = short(corpus.origin(out_of_domain, "validation"))
+        source = _letters(short(corpus.origin(out_of_domain, "validation")))
         forgotten = f"\nOn out-of-domain text, {source}:\n\n{_figures(results, 'general_')}"
     return f"""---
 {data.to_yaml()}
 ---
 
-# {name}
+# {_letters(name)}
 
-{model}, adapted to {domain} by masked language modelling.
+Adapted to {domain} by masked language modelling, from {model}.
 
 On {results["eval_masked_tokens"]:,} masked tokens of held-out documents, under fixed masks:
 
@@ -56,7 +64,7 @@ On {results["eval_masked_tokens"]:,} masked tokens of held-out documents, under 
 ```python
 from transformers import pipeline
 
-fill = pipeline("fill-mask", "{name}")
+fill = pipeline("fill-mask", {json.dumps(name, ensure_ascii=False)})
 ```
 
 - {results["steps"]:,} optimizer steps ({results["epochs"]:.3g} epochs), learning rate {rate:g}
@@ -70,7 +78,7 @@ def _eval_results(results: dict[str, Any], prefix: str, text: CorpusConfig | Non
     """The figures that are numbers, as the Hub takes no null. It tells data sets apart by type and config."""
     if text is None:
         return []
-    name, kind = short(corpus.origin(text, "validation")), "out-of-domain text" if prefix else None
+    name, kind = printable(short(corpus.origin(text, "validation"))), "out-of-domain text" if prefix else None
     task = {"task_type": "fill-mask", "task_name": "Masked language modelling", "dataset_split": "validation"}
     task |= {"dataset_type": name, "dataset_name": f"{name} ({kind})" if kind else name}
     task |= {"dataset_config": text.dataset_config_name or kind}

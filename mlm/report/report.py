@@ -21,7 +21,7 @@ from mlm.figures import flat
 from mlm.files import write_text
 from mlm.report.charts import Compared, breakdown_chart, event_chart, gain_chart, loss_chart, mean
 from mlm.report.model_card import short
-from mlm.report.run_record import ABOUT, COMPARED, RunRecord
+from mlm.report.run_record import ABOUT, COMPARED, RunRecord, files_of
 
 LOGGED = {"event", "step", "seconds", "tokens", "loss", "learning_rate", "mask_rate", "tokens_per_second"}
 
@@ -44,8 +44,9 @@ MEASURED = {
 
 
 def write_report(runs: Sequence[RunRecord], output: Path) -> None:
-    """Writes the page, whole or not at all. Raises UserError where `output` cannot be written."""
-    page = render(runs)
+    """Writes the page, whole or not at all. Raises UserError where it cannot be made of the runs, or written."""
+    with files_of(*(run.folder for run in runs)):
+        page = render(runs)
     try:
         write_text(output, page)
     except OSError as error:

@@ -89,6 +89,20 @@ class Run:
             self.log.print(f"{self.folder} is finished: {done}; give --overwrite_output_dir to train anew")
         return results
 
+    def _create_repository(self) -> None:
+        """Makes sure, on the main process, that there is a repository on the Hub where one is asked for."""
+        config = self.config.run
+        if self.is_main and config.push_to_hub:
+            name = config.hub_model_id or self.folder.resolve().name
+            self.hub_id = create_repository(name, config.hub_private_repo)
+
+    def _upload(self) -> None:
+        if self.hub_id is not None:
+            files = self.directory.published()
+            self.log.print(announcement(files, self.hub_id, self.config.run.hub_private_repo))
+            upload(files, self.hub_id)
+            self.log.print(f"uploaded to {self.hub_id}")
+
     def __enter__(self) -> "Run":
         """From here on signals ask for a checkpoint, and the directory, if it is there, stays as it is."""
         self.directory.claim()
@@ -115,8 +129,8 @@ class Run:
             self.log.print(f"resumed from {found}, after step {self.progress.step}")
         elif wanted is not None:
             self.log.print(f"--resume_from_checkpoint {wanted}: no checkpoint yet; training from the start")
-        self._create_repository()
         self._check_room(resumed=found is not None)
+        self._create_repository()
         about = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "data": data}
         about |= {"configuration": asdict(self.config), "experiment": self.experiment}
         about |= {"environment": environment(self.accelerator)}
@@ -280,17 +294,3 @@ class Run:
         self.log.finish_trackers()
         self.accelerator.wait_for_everyone()
         self._upload()
-
-    def _create_repository(self) -> None:
-        """Makes sure, on the main process, that there is a repository on the Hub where one is asked for."""
-        config = self.config.run
-        if self.is_main and config.push_to_hub:
-            name = config.hub_model_id or self.folder.resolve().name
-            self.hub_id = create_repository(name, config.hub_private_repo)
-
-    def _upload(self) -> None:
-        if self.hub_id is not None:
-            files = self.directory.published()
-            self.log.print(announcement(files, self.hub_id, self.config.run.hub_private_repo))
-            upload(files, self.hub_id)
-            self.log.print(f"uploaded to {self.hub_id}")

@@ -39,10 +39,11 @@ TRACKER_FILES = ("events.out.tfevents.*", "hparams.yml")  # of TensorBoard's tra
 # The names that save_pretrained gives its files, in this version of transformers or an earlier one. One that is left
 # beside a new model is read with it: special_tokens_map.json would give it another mask token.
 MODEL_FILES = (
-    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *("pytorch_model*.bin", "pytorch_model.bin.index.json", "chat_template.jinja", "tokenizer.json"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json"),
-    *("merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
+    *("config.json", "generation_config.json", "model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors"),
+    *("model.safetensors.index.json", "pytorch_model.bin", "pytorch_model-[0-9]*-of-[0-9]*.bin"),
+    *("pytorch_model.bin.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model"),
+    *("spiece.model", "sentencepiece.bpe.model"),
 )
 PATHS = {"name_or_path", "_name_or_path", "tokenizer_file", "special_tokens_map_file"}  # of the machine, in their JSON
 

@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,23 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
     Raises UserError where one holds no run, a file of it is damaged, or it is named twice.
     """
-    return [_read(folder, name, i) for i, (folder, name) in enumerate(zip(folders, _names(folders), strict=True))]
+    runs = []
+    for folder, name in zip(folders, _names(folders), strict=True):
+        with files_of(folder):
+            runs.append(_read(folder, name, len(runs)))
+    return runs
+
+
+@contextmanager
+def files_of(*folders: Path) -> Iterator[None]:
+    """A context in which JSON that is not what a run has written raises UserError, whatever it leads to."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        named, reason = ", ".join(map(str, folders)), one_line(f"{type(error).__name__}: {error}", 150)
+        raise UserError(f"{named}: files of a run that are altered, or of another version ({reason})") from error
 
 
 def _read(folder: Path, name: str, number: int) -> RunRecord:
@@ -76,6 +92,7 @@ def holds_run(folder: Path) -> bool:
 def recorded_files(folder: Path) -> list[str]:
     """The names, without folders, of the files of the model that a run has saved, as its run.json has them."""
     names = read_object(folder / "run.json").get("files", [])
+    names = names if isinstance(names, list) else []
     return [name for name in names if isinstance(name, str) and name == Path(name).name]
 
 
@@ -83,7 +100,7 @@ def read_events(path: Path) -> Rows:
     """The lines of metrics.jsonl, each with an "event" and a "step", without those that are damaged."""
     events = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        with suppress(json.JSONDecodeError):  # the line that a running, or killed, run was writing
+        with suppress(ValueError, RecursionError):  # the line that a running, or killed, run was writing
             events.append(json.loads(line))
     return [e for e in events if isinstance(e, dict) and "event" in e and isinstance(e.get("step"), int)]
 
@@ -115,7 +132,7 @@ def read_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} cannot be read: it holds no JSON object")

@@ -9,6 +9,7 @@ from mlm.data.token_store import TokenStore
 from mlm.engine.distributed import from_main
 from mlm.engine.experiment import identity, optimizer_identity
 from mlm.engine.update import Update
+from mlm.errors import printable
 from mlm.evaluation.compare import CONFIDENCE, conclude
 from mlm.evaluation.eval_set import EvalSet
 from mlm.evaluation.evaluate import Evaluation, token_counts
@@ -99,7 +100,7 @@ def conclude_run(
         results["epochs"] = run.progress.step * batches.global_batch / batches.num_chunks
         results["peak_memory_mib"] = peak_memory_mib(run.accelerator.device)
         run.log.print(conclusion.lines)
-        card = model_card(run.hub_id or run.folder.name, run.config, results)
+        card = model_card(run.hub_id or run.folder.resolve().name, run.config, results)
         run.directory.save_results(results, conclusion, card)
         run.log.print(
             f"held-out perplexity {figure(results['perplexity'])}, where token frequencies alone reach "
@@ -126,4 +127,4 @@ def outcome(results: dict[str, Any]) -> str:
     speed = f"{results['tokens_per_second']:,.0f} tokens/s"
     lines = ["{:<26}{:<11}{:<11}{}".format(*row).rstrip() for row in rows]
     lines += [f"{results['steps']:,} steps at {speed} in {minutes}:{seconds:02}", f"saved to {results['output_dir']}"]
-    return "\n".join(lines)
+    return printable("\n".join(lines))

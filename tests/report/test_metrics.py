@@ -164,3 +164,14 @@ def test_a_terminal_that_is_closed_costs_no_training(toy, tmp_path):
     os.close(mine)
     process.wait(timeout=240)
     assert json.loads((tmp_path / "run" / "all_results.json").read_text())["steps"] == 300
+
+
+def test_escapes_in_names_are_shown_and_not_sent(toy, tmp_path, capsys):
+    """A checkpoint's folder may have any name: a title of the terminal, colours, lines that go back."""
+    base = tmp_path / "\x1b]0;owned\x07\x1b[2J"
+    shutil.copytree(toy.checkpoint, base)
+    train(toy.config(tmp_path / "\x1b[31mred", max_train_steps=1, model_name_or_path=str(base)))
+    printed = capsys.readouterr()
+    assert "\\x1b]0;owned" in printed.out
+    assert "\\x1b[31mred" in printed.out
+    assert "\x1b" not in printed.out + printed.err

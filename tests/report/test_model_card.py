@@ -1,6 +1,7 @@
 """The model card: what the Hub reads in it are the figures of the run."""
 
 import json
+import re
 
 import pytest
 from huggingface_hub import ModelCard
@@ -64,3 +65,24 @@ def test_a_dataset_of_the_hub_keeps_its_name(toy, run):
     assert card.data.datasets == "stanfordnlp/imdb"
     [dataset] = {(r.dataset_type, r.dataset_config) for r in card.data.eval_results}
     assert dataset == ("stanfordnlp/imdb", "plain_text")
+
+
+NASTY = '<img src=x onerror=alert(1)> | `a` [b](http://c) *d* _e_ # $f$ & "g" \x1b[31m\n---\n# h\udcff'
+
+
+def test_names_are_shown_letter_for_letter(toy, run, tmp_path):
+    """A folder or file of any name is no tag, link, table, heading or metadata of the card."""
+    results = json.loads((run / "all_results.json").read_text())
+    modules = {"corpus": CorpusConfig(train_file=f"data/{NASTY.replace('/', '⁄')}", validation_file="v|<b>.txt")}
+    text = model_card(NASTY, toy.config(modules=modules), results)
+    text.encode()  # as a file takes it
+    assert "\x1b" not in text
+    card = ModelCard(text)
+    assert "\nh" not in card.text.replace("# h", "")
+    assert {r.dataset_name for r in card.data.eval_results} == {"v|<b>.txt"}
+    assert [line for line in card.text.splitlines() if line.startswith("#")] == [card.text.strip().splitlines()[0]]
+    prose, _, rest = card.text.partition("```python")
+    code, _, after = rest.partition("```")
+    for part in (prose, after):
+        assert not re.search(r"(?<!\\)[<`\[*_$&]", part)
+    assert json.loads(re.search(r'"fill-mask", (.*)\)', code)[1]) == card.data.model_name

@@ -34,5 +34,9 @@ def test_a_run_that_measured_nothing_before_shows_what_there_is():
     assert rows(ENDED)[:3] == ["after", "held-out perplexity 40", "held-out loss 3.689"]
 
 
+def test_the_name_of_the_folder_is_shown_and_not_sent():
+    assert rows({**ENDED, "output_dir": "runs/\x1b[2Jx"})[-1] == "saved to runs/\\x1b[2Jx"
+
+
 def test_a_run_that_has_diverged_says_undefined():
     assert rows({**ENDED, "perplexity": None, "eval_loss": None})[1] == "held-out perplexity undefined"

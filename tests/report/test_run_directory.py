@@ -63,9 +63,15 @@ def test_overwriting_removes_all_that_a_run_writes_and_nothing_else(toy, tmp_pat
     about = json.loads((folder / "run.json").read_text())
     about["files"] += ["bpe.codes", "../outside.txt", "notes"]
     stale = {"special_tokens_map.json": '{"mask_token": "cat"}', "added_tokens.json": '{"[X]": 9999}', "vocab.txt": ""}
-    stale |= {"bpe.codes": "", "report.html": "", "fill_mask.json": "{}", "checkpoints/step_7.old.partial/x": ""}
+    stale |= {
+        "model-00001-of-00002.safetensors": "",
+        "bpe.codes": "",
+        "report.html": "",
+        "fill_mask.json": "{}",
+        "checkpoints/step_7.old.partial/x": "",
+    }
     mine = {"notes/a.txt": "a", "notes.txt": "b", "checkpoints/best_model/weights": "c", "mine.partial": "d"}
-    mine |= {"checkpoints/of mine.partial/x": "e", "checkpoints/step_x/y": "f"}
+    mine |= {"checkpoints/of mine.partial/x": "e", "checkpoints/step_x/y": "f", "model-of-mine.safetensors": "h"}
     fill(folder, stale | mine)
     fill(tmp_path, {"outside.txt": "g", "run/run.json": json.dumps(about)})
 
