@@ -233,6 +233,25 @@ def gain_figures(compared: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return {f"{prefix}{name}": value for name, value in figures.items()}
 
 
+def nothing_learnt(results: dict[str, Any]) -> str | None:
+    """Why a run with these results, as in all_results.json, is no success; None: nothing speaks against it.
+
+    A model that has become worse than it was, beyond chance, and worse than token frequencies alone, is destroyed.
+    """
+    if results["steps"] and not results["mask_rate"]:
+        return "no token was masked in any step: give more text, or a higher --mlm_probability"
+    before, after, unigram = (results.get(f"perplexity{name}") for name in ("_before", "", "_unigram"))
+    if not results["steps"] or before is None or (after is not None and after <= max(before, unigram)):
+        return None
+    high = results["gain_high"] or 2 * (results["gain"] or 0)  # without an interval, half as good
+    if high >= 1:
+        return None
+    return (
+        f"held-out perplexity {figure(before)} before, {figure(after)} after, where token frequencies alone reach "
+        f"{figure(unigram)}: training has destroyed the model, give a lower --learning_rate, or warm up"
+    )
+
+
 def _named(measured: dict[str, Any], prefix: str, suffix: str = "") -> dict[str, Any]:
     """The figures of a text for all_results.json."""
     by_seed = measured.pop("perplexity_by_seed")
