@@ -10,6 +10,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data.tokenizer import spell
+from mlm.errors import printable
 from mlm.evaluation.breakdown import breakdowns, by_token, by_word, grouped
 from mlm.evaluation.evaluate import EvalSet, Evaluation, measure, unigram_perplexity
 from mlm.evaluation.interval import CONFIDENCE, FEWEST, interval
@@ -197,7 +198,7 @@ def in_words(compared: dict[str, Any]) -> str:
         sure = f"{made['confidence']:.0%} interval {low} to {high}, from {made['units']:,} {made['unit']}"
     if few := compared["concentration"]:
         without = (
-            f"; {len(few['types'])} tokens carry {few['share']:.0%} of it ({' '.join(few['types'])}), "
+            f"; {len(few['types'])} tokens carry {few['share']:.0%} of it ({printable(' '.join(few['types']))}), "
             f"on all others it is {figure(few['gain_without'])}"
         )
     whole = f"\n{documents_in_words(compared)}" if compared["one_by_one"] else ""
