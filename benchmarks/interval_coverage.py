@@ -98,14 +98,14 @@ def main() -> None:
     for name, (draw, truth) in populations.items():
         rows[name] = {
             method.__name__: {documents: coverage(draw, documents, samples, 0, truth, method) for documents in SIZES}
-            for method, samples in ((interval, args.samples), (percentiles, args.samples // 10))
+            for method, samples in ((interval, args.samples), (percentiles, args.samples // 25))
         }
         print(name, rows[name], flush=True)
     write_json(
         args.out,
         {
             "what": "share of samples of so many documents whose 95% interval holds the truth",
-            "samples": {"interval": args.samples, "percentiles": args.samples // 10},
+            "samples": {"interval": args.samples, "percentiles": args.samples // 25},
             "coverage": rows,
             "environment": environment(Accelerator(cpu=True)),
         },

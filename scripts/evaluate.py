@@ -22,7 +22,7 @@ with quick_imports():
     from mlm.data.token_store import TokenStore, TokenStoreConfig
     from mlm.engine.device import make_accelerator
     from mlm.engine.distributed import local_main_process_first
-    from mlm.errors import UserError
+    from mlm.errors import UserError, printable
     from mlm.evaluation.compare import compare, gain_figures, in_words
     from mlm.evaluation.eval_set import EvalSet, EvaluateConfig, open_eval_sets
     from mlm.evaluation.evaluate import Evaluations, evaluate_all, measure, token_counts
@@ -142,7 +142,7 @@ def compare_both(base: Measured, adapted: Measured) -> tuple[dict[str, Any], str
             )
             for n in names
         }
-        lines = [f"{compared[n]['text']}: {in_words(compared[n])}" for n in names]
+        lines = [f"{printable(compared[n]['text'])}: {in_words(compared[n])}" for n in names]
         return {"held_out": None, "general": None, **compared, "same_tokenizer": True}, "\n".join(lines)
 
     result, lines = {}, []
@@ -150,7 +150,7 @@ def compare_both(base: Measured, adapted: Measured) -> tuple[dict[str, Any], str
         after, text = adapted.figures()[name], adapted.eval_sets[name].name
         result[name] = {"text": text, "before": before, "after": after}
         lines.append(
-            f"{text}: {figure(before['bits_per_character'])} bits per character before, "
+            f"{printable(text)}: {figure(before['bits_per_character'])} bits per character before, "
             f"{figure(after['bits_per_character'])} after"
         )
     if adapted.eval_sets["held_out"].config.max_eval_samples:
@@ -181,7 +181,7 @@ def in_words_alone(figures: dict[str, Any], eval_set: EvalSet) -> str:
     return (
         f"perplexity {figures['perplexity']:.4g}, loss {figures['eval_loss']:.4f} nats, accuracy "
         f"{figures['accuracy']:.2%}, {bits}, over {figures['eval_masked_tokens']:,} masked tokens in "
-        f"{len(eval_set.chunk_ids):,} chunks of {eval_set.chunks.chunk_size} of {eval_set.name}"
+        f"{len(eval_set.chunk_ids):,} chunks of {eval_set.chunks.chunk_size} of {printable(eval_set.name)}"
     )
 
 

@@ -26,7 +26,7 @@ from mlm.evaluation.eval_set import EvaluateConfig
 from mlm.model.load import ModelConfig
 from mlm.report.run_directory import RunConfig
 from mlm.train import select, train
-from tests.runs import TORCHRUN, assert_same_bits, assert_same_weights, half_precision, metrics, run, weights
+from tests.runs import PYTHON, TORCHRUN, assert_same_bits, assert_same_weights, half_precision, metrics, run, weights
 
 
 def slow_training(config):
@@ -176,10 +176,12 @@ def test_evaluation_follows_the_epochs(toy, tmp_path):
 def test_the_best_weights_are_kept_where_asked(toy, tmp_path):
     """A learning rate that ruins the model: the best evaluation is not the last."""
     loop = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "eval_steps": 1, "max_train_steps": 3}
-    last = train(toy.config(tmp_path / "last", **loop))
+    with pytest.raises(UserError, match="nothing was learnt"):
+        train(toy.config(tmp_path / "last", **loop))
+    last = json.loads((tmp_path / "last" / "all_results.json").read_text())
     best = train(toy.config(tmp_path / "best", load_best_model_at_end=True, **loop))
     losses = [line["eval_loss"] for line in metrics(tmp_path / "best", "eval")]
-    assert last.results["eval_loss"] == losses[-1] > min(losses) == best.results["eval_loss"]
+    assert last["eval_loss"] == losses[-1] > min(losses) == best.results["eval_loss"]
     untouched = weights(toy.checkpoint)
     assert losses.index(min(losses)) == 0
     assert_same_bits(weights(tmp_path / "best"), untouched)
@@ -191,10 +193,63 @@ def test_whole_words_train_too(toy, tmp_path):
 
 
 def test_a_batch_with_nothing_masked_gives_zero_loss_and_no_nan(toy, tmp_path):
-    result = train(toy.config(tmp_path / "run", mlm_probability=0.0, eval_mlm_probability=0.0))
-    assert result.results["train_loss"] == 0.0
-    assert result.results["perplexity"] is None  # of nothing
+    """Some of the steps: batches of one chunk of 16 tokens."""
+    few = {"mlm_probability": 0.02, "train_batch_size": 1, "logging_steps": 1}
+    result = train(toy.config(tmp_path / "run", **few))
+    losses = [line["loss"] for line in metrics(tmp_path / "run", "train")]
+    assert 0 < losses.count(0.0) < len(losses) == 12
     assert all(tensor.isfinite().all() for tensor in result.model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mlm_probability": 0.0}, "--mlm_probability 0 predicts no token"),
+        ({"eval_mlm_probability": 0.0}, "no token in 37 chunks is masked, .* more than --eval_mlm_probability 0"),
+        ({"eval_mlm_probability": 1e-6}, "no token in 37 chunks is masked"),
+    ],
+)
+def test_a_run_that_could_learn_or_measure_nothing_is_refused(toy, tmp_path, settings, words):
+    with pytest.raises(UserError, match=words):
+        train(toy.config(tmp_path / "run", **settings))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mlm_probability": 1e-7}, "no token was masked in any step"),
+        (
+            {"learning_rate": 1.0, "lr_scheduler_type": "constant"},
+            "frequencies alone reach .*: training has destroyed the model, give a lower --learning_rate",
+        ),
+    ],
+)
+def test_a_run_that_has_learnt_nothing_ends_in_an_error(toy, tmp_path, settings, words):
+    """After its figures are written, so that one can see what happened."""
+    with pytest.raises(UserError, match=f"^nothing was learnt: .*{words}"):
+        train(toy.config(tmp_path / "run", **settings))
+    assert (tmp_path / "run" / "all_results.json").exists()
+    assert metrics(tmp_path / "run", "end")
+
+
+def test_line_by_line_says_which_share_of_the_text_it_leaves_out(toy, tmp_path, caplog):
+    """Documents of 10 tokens in rows of 8; where all fit there is nothing to say."""
+    with caplog.at_level("WARNING", "mlm"):
+        train(toy.config(tmp_path / "whole", line_by_line=True, max_train_steps=1))
+        assert "--line_by_line" not in caplog.text
+        train(toy.config(tmp_path / "cut", line_by_line=True, max_seq_length=8, max_train_steps=1))
+    said = [message for message in caplog.messages if "--line_by_line" in message]
+    for split in ("train", "validation"):
+        assert f"--line_by_line leaves out 20% of the tokens of the {split} split, from documents" in "".join(said)
+
+
+@pytest.mark.slow
+def test_a_destroyed_model_is_a_failing_exit_status(toy, tmp_path):
+    flags = toy.flags(tmp_path / "run", learning_rate=1.0, lr_scheduler_type="constant")
+    status, _, errors = run(PYTHON, flags)
+    assert status == 2
+    assert errors.splitlines()[-1].startswith("error: nothing was learnt: held-out perplexity ")
 
 
 @pytest.mark.parametrize(

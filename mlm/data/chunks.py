@@ -7,6 +7,7 @@ line_by_line       abc_, defg, j___                 one document per row, cut an
 """
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -16,6 +17,10 @@ from mlm.data.token_store import TokenStore
 from mlm.data.tokenizer import TokenizerInfo
 from mlm.data.verify import check_mapped
 from mlm.errors import UserError, at_least, at_most
+
+log = logging.getLogger(__name__)
+
+MUCH = 0.01  # of a split's tokens
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,10 @@ def cut_into_chunks(store: TokenStore, config: ChunkConfig, chunk_size: int, inf
     """The chunks of a split by `config`. Raises UserError where there is none."""
     if config.line_by_line:
         chunks = line_by_line(store.ids, store.word_starts, store.document_offsets, chunk_size, info)
+        lost = 1 - chunks.lengths.sum() / max(len(store.ids), 1)
+        if lost > MUCH:
+            split = f"the {store.header['split']} split, from documents of more than {chunk_size} tokens"
+            log.warning("--line_by_line leaves out %.0f%% of the tokens of %s (--max_seq_length)", 100 * lost, split)
     else:
         chunks = concatenate(store.ids, store.word_starts, chunk_size, info.pad_id, config.remainder)
     if len(store.ids) == 0:

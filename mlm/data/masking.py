@@ -53,6 +53,8 @@ class MaskingConfig:
         for name in ("mlm_probability", "mask_replace_prob", "random_replace_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name} {getattr(self, name)}: a probability lies between 0 and 1")
+        if not self.mlm_probability:
+            raise UserError("--mlm_probability 0 predicts no token, so that nothing would be learnt")
         mask, randomise = self.mask_replace_prob, self.random_replace_prob
         if mask + randomise > 1 + 1e-9:
             raise UserError(f"--mask_replace_prob {mask} and --random_replace_prob {randomise} sum to more than 1")

@@ -10,6 +10,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data.tokenizer import spell
+from mlm.errors import printable
 from mlm.evaluation.breakdown import breakdowns, by_token, by_word, grouped
 from mlm.evaluation.evaluate import EvalSet, Evaluation, measure, unigram_perplexity
 from mlm.evaluation.interval import CONFIDENCE, FEWEST, interval
@@ -197,7 +198,7 @@ def in_words(compared: dict[str, Any]) -> str:
         sure = f"{made['confidence']:.0%} interval {low} to {high}, from {made['units']:,} {made['unit']}"
     if few := compared["concentration"]:
         without = (
-            f"; {len(few['types'])} tokens carry {few['share']:.0%} of it ({' '.join(few['types'])}), "
+            f"; {len(few['types'])} tokens carry {few['share']:.0%} of it ({printable(' '.join(few['types']))}), "
             f"on all others it is {figure(few['gain_without'])}"
         )
     whole = f"\n{documents_in_words(compared)}" if compared["one_by_one"] else ""
@@ -231,6 +232,25 @@ def gain_figures(compared: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         figures |= {"documents_gain": whole["gain"]["value"], "documents_gain_low": low, "documents_gain_high": high}
         figures |= {f"documents_{name}": whole[name] for name in ("perplexity_before", "perplexity")}
     return {f"{prefix}{name}": value for name, value in figures.items()}
+
+
+def nothing_learnt(results: dict[str, Any]) -> str | None:
+    """Why a run with these results, as in all_results.json, is no success; None: nothing speaks against it.
+
+    A model that has become worse than it was, beyond chance, and worse than token frequencies alone, is destroyed.
+    """
+    if results["steps"] and not results["mask_rate"]:
+        return "no token was masked in any step: give more text, or a higher --mlm_probability"
+    before, after, unigram = (results.get(f"perplexity{name}") for name in ("_before", "", "_unigram"))
+    if not results["steps"] or before is None or (after is not None and after <= max(before, unigram)):
+        return None
+    high = results["gain_high"] or 2 * (results["gain"] or 0)  # without an interval, half as good
+    if high >= 1:
+        return None
+    return (
+        f"held-out perplexity {figure(before)} before, {figure(after)} after, where token frequencies alone reach "
+        f"{figure(unigram)}: training has destroyed the model, give a lower --learning_rate, or warm up"
+    )
 
 
 def _named(measured: dict[str, Any], prefix: str, suffix: str = "") -> dict[str, Any]:

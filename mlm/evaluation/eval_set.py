@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm.data import corpus
 from mlm.data.batches import Batch, mask_chunks
-from mlm.data.chunks import ChunkConfig, Chunks, cut_into_chunks
+from mlm.data.chunks import ChunkConfig, Chunks, cut_into_chunks, line_by_line
 from mlm.data.masking import Recipe, make_recipe, select_fold, select_words
 from mlm.data.order import subset
 from mlm.data.token_store import TokenStore, check_words, prepare
@@ -87,8 +87,8 @@ class EvalSet:
 def make_eval_set(
     name: str, store: TokenStore, chunking: ChunkConfig, length: int, info: TokenizerInfo, config: EvaluateConfig
 ) -> EvalSet:
-    """The chunks of `length` tokens that `config` chooses. Raises UserError where there is not even one, or it has
-    fewer tokens than there are folds."""
+    """The chunks of `length` tokens that `config` chooses. Raises UserError where there is not even one, it has fewer
+    tokens than there are folds, or nothing is masked."""
     try:
         chunks = cut_into_chunks(store, chunking, length, info)
     except UserError as error:
@@ -96,7 +96,14 @@ def make_eval_set(
     if config.eval_mask_folds and config.eval_mask_folds > length:
         raise UserError(f"--eval_mask_folds {config.eval_mask_folds}: a chunk has {length} tokens only")
     chunk_ids = subset(config.eval_mask_seed, len(chunks), config.max_eval_samples)
-    return EvalSet(name, store, chunks, chunk_ids, make_recipe(info), info, config)
+    eval_set = EvalSet(name, store, chunks, chunk_ids, make_recipe(info), info, config)
+    batches = (chunk_ids[first : first + 32] for first in range(0, len(chunk_ids), 32))
+    if not any(len(eval_set.batch(part, 0).positions) for part in batches):  # the first batch is enough as a rule
+        raise UserError(
+            f"{name}: no token in {len(chunk_ids):,} chunks is masked, so that nothing would be measured; give more "
+            f"text, or more than --eval_mlm_probability {config.eval_mlm_probability:g}"
+        )
+    return eval_set
 
 
 def one_by_one(eval_set: EvalSet, chunking: ChunkConfig, model: ModelConfig, limit: int | None) -> EvalSet | None:
@@ -112,11 +119,10 @@ def one_by_one(eval_set: EvalSet, chunking: ChunkConfig, model: ModelConfig, lim
     one_length = not model.is_demo and model_config(model).model_type in OF_ONE_LENGTH
     if chunking.line_by_line or documents < FEWEST or one_length:
         return None
-    static = chunking.pad_to_max_length
+    static, store = chunking.pad_to_max_length, eval_set.store
     longest = length if static else max(length, min(limit or READ, READ))
-    chunks = cut_into_chunks(
-        eval_set.store, ChunkConfig(longest, line_by_line=True, pad_to_max_length=static), longest, eval_set.info
-    )
+    rows = line_by_line(store.ids, store.word_starts, store.document_offsets, longest, eval_set.info)
+    chunks = replace(rows, pad_to_max_length=static)
     chosen = subset(config.eval_mask_seed, documents, min(config.max_eval_samples or DOCUMENTS, DOCUMENTS))
     chosen = chosen[np.argsort(chunks.lengths[chosen], kind="stable")]  # so that batches have little padding
     size = max(config.per_device_eval_batch_size * length // longest, 1)

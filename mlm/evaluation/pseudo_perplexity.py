@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from mlm.columns import PAGE, fit
 from mlm.data.encode import encode_texts
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
-from mlm.errors import one_line
+from mlm.errors import one_line, printable
 from mlm.evaluation.evaluate import unknown_bits
 from mlm.figures import exp_or_inf, finite, mean
 from mlm.files import read_sentences
@@ -118,7 +118,7 @@ def measure(path: str, config: ModelConfig, batch_size: int, accelerator: Accele
         figures = {"pseudo_log_likelihood": nats, "tokens": tokens, "pseudo_perplexity": perplexity}
         records.append({"line": line, "text": text, **finite(figures)})
         head = f"{line:>6} {tokens:>6} {nats:>10.2f} {perplexity:>9.4g}  "
-        accelerator.print(head + fit(text.strip(), PAGE - len(head)).rstrip())
+        accelerator.print(head + fit(printable(text.strip()), PAGE - len(head)).rstrip())
     summary = scores.summary()
     accelerator.print(
         f"pseudo-perplexity {summary['pseudo_perplexity']:.4g} over {summary['tokens']:,} tokens in "

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm.columns import PAGE, fit
 from mlm.data.tokenizer import load_tokenizer, spell
-from mlm.errors import UserError, at_least
+from mlm.errors import UserError, at_least, printable
 from mlm.inference.sentences import encode, predict
 from mlm.model.load import ModelConfig, load_trained
 from mlm.model.sparse_head import SparseMaskedLM
@@ -87,9 +87,9 @@ def table(sentence: str, names: Sequence[str], answers: Sequence[Sequence[Sequen
     width = cell_width(len(names))
 
     def line(cells: Sequence[Any]) -> str:
-        return "".join(f"    {fit(str(cell), width)}" for cell in cells).rstrip()
+        return "".join(f"    {fit(printable(str(cell)), width)}" for cell in cells).rstrip()
 
-    lines = [sentence]
+    lines = [printable(sentence)]
     if len(names) > 1:  # a name that is too long keeps its end, where folders differ
         lines.append(line([name if len(name) <= width else f"…{name[1 - width :]}" for name in names]))
     masks = list(zip(*answers, strict=True))  # [mask][model][rank]

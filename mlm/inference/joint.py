@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm.columns import columns
 from mlm.data.tokenizer import spell, template
+from mlm.errors import printable
 from mlm.inference.sentences import encode, predict
 from mlm.model.sparse_head import SparseMaskedLM
 
@@ -32,7 +33,7 @@ class Filled(NamedTuple):
 
 def cells(answers: Sequence[Sequence[Filled]], width: int) -> list[list[str]]:
     """`[model][rank]`, cells of a table: sentences, or the fillers alone where one is wider than `width`."""
-    with_text = [[f"{filled.log_probability:8.2f} nats  {filled.text}" for filled in answer] for answer in answers]
+    with_text = [[f"{f.log_probability:8.2f} nats  {printable(f.text)}" for f in answer] for answer in answers]
     if all(columns(cell) <= width for answer in with_text for cell in answer):
         return with_text
     return [[f"{filled.log_probability:8.2f} nats  {' … '.join(filled.tokens)}" for filled in a] for a in answers]

@@ -21,6 +21,7 @@ from mlm.engine.nonfinite import find_nonfinite
 from mlm.engine.signals import Stopped, StopSignals
 from mlm.engine.update import Update
 from mlm.errors import UserError, one_line
+from mlm.evaluation.compare import nothing_learnt
 from mlm.evaluation.eval_set import EvalSet
 from mlm.evaluation.evaluate import Evaluations, evaluate_all
 from mlm.figures import figure, flat
@@ -289,8 +290,10 @@ class Run:
             ) from error
 
     def finish(self, results: dict[str, Any]) -> None:
-        """The last line of the log; then, if asked, the Hub."""
+        """The last line of the log; then, if asked, the Hub. Raises UserError where nothing was learnt."""
         self.log.event("end", self.progress.step, **results)
         self.log.finish_trackers()
         self.accelerator.wait_for_everyone()
+        if reason := nothing_learnt(results):
+            raise UserError(f"nothing was learnt: {reason}; what is in {self.folder} is no success")
         self._upload()

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import (
     AutoModelForMaskedLM,
     BertConfig,
+    BertForMaskedLM,
     ConvBertConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -30,6 +31,8 @@ from mlm.inference.fill_mask import Filler, FillMaskConfig, fill, load, table
 from mlm.inference.joint import Filled, fill_jointly
 from mlm.inference.targets import Target, score_targets
 from mlm.model.load import ModelConfig, check_embeddings
+from tests.scripts import load_script
+from tests.tokenizers_for_tests import wordpiece
 
 ROOT = Path(__file__).parents[2]
 TINY_CHECKPOINT = ROOT.parent / "shared/data/models/bert-tiny-wikitext"
@@ -242,6 +245,31 @@ def test_top_k_is_between_one_and_the_vocabulary(bert):
 
 
 names = st.text(st.characters(codec="ascii", categories=["L", "P"]), min_size=1, max_size=120)
+ESCAPE = "\x1b]0;owned\x07\x9b2J"  # names the terminal's window, and clears it
+
+
+@pytest.mark.parametrize("order", [None, "left_to_right"])
+def test_escapes_in_sentences_and_in_tokens_are_shown_and_not_sent(order, tmp_path, capsys):
+    tokenizer = wordpiece(["the old cat", "\u202e"] * 3, 60)
+    vocabulary = {**tokenizer.get_vocab(), ESCAPE: len(tokenizer)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")),
+        **{f"{kind}_token": f"[{kind.upper()}]" for kind in ("pad", "unk", "cls", "sep", "mask")},
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForMaskedLM(BertConfig(vocab_size=len(vocabulary), **size))
+    model.cls.predictions.bias.data[vocabulary[ESCAPE]] = 20.0  # the likeliest filler
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    flags = ["--model_name_or_path", str(tmp_path), f"the {ESCAPE} [MASK] \u202e"]
+    load_script("fill_mask").main(flags + ([] if order is None else ["--order", order]))
+    printed = capsys.readouterr().out
+    assert printed.count("\\x1b]0;owned\\x07\\x9b2J") >= 2, "in the sentence and as a filler"
+    assert "\\u202e" in printed
+    assert not set(printed) & set("\x1b\x07\x9b\u202e")
+
+
 fillers = st.builds(Filler, st.text(st.sampled_from("aé酒店ｗ"), min_size=1, max_size=60), st.floats(0, 1))
 
 

@@ -51,11 +51,13 @@ def test_the_card_tells_people_the_gain_and_what_was_forgotten(run):
 
 
 def test_figures_that_do_not_exist_are_left_out_of_the_metadata(toy, tmp_path):
-    """The Hub's model-index takes no null: a run in which nothing was masked has a card without it."""
-    train(toy.config(tmp_path / "run", eval_mlm_probability=0.0, max_train_steps=1))
+    """The Hub's model-index takes no null: of too many unknown tokens the card gives no bits per character."""
+    unknown = tmp_path / "unknown.txt"
+    unknown.write_text(toy.validation_file.read_text() + "房间 早餐 服务员\n" * 20)
+    train(toy.config(tmp_path / "run", validation_file=str(unknown), max_train_steps=1))
     card = ModelCard.load(tmp_path / "run" / "README.md")
-    assert not card.data.eval_results
-    assert "undefined" in card.text
+    assert {result.metric_type for result in card.data.eval_results} == {"perplexity", "accuracy"}
+    assert "| bits per character | undefined | undefined |" in card.text
 
 
 def test_a_dataset_of_the_hub_keeps_its_name(toy, run):

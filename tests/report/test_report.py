@@ -517,6 +517,21 @@ def test_the_out_of_domain_text_is_described_as_the_held_out_one_is(run):
         assert re.search(r"The interval is Student's, over [\d,]+ documents left out one by one\.", shown)
 
 
+def test_the_gain_on_documents_one_by_one_is_beside_the_other(run):
+    [record] = read_runs([run])
+    comparison = json.loads(json.dumps(record.comparison))
+    whole = comparison["held_out"]["one_by_one"]
+    changed = dataclasses.replace(record, comparison=comparison)
+    whole |= {"documents": 60, "gain": {"value": 1.25, "interval": [1.125, 1.5]}}
+    sentence = "On 60 documents one by one, each from its start, the gain is 1.250× (1.125 to 1.500)"
+    assert f"{sentence}." in text_of(render([changed]), "header")
+    assert text_of(render([changed, record])).count(sentence) == 1
+    whole["differs"] = True
+    assert f"{sentence}, another story: " in text_of(render([changed]), "header")
+    del comparison["held_out"]["one_by_one"]  # a run of an older version
+    assert "one by one, each" not in text_of(render([changed]), "header")
+
+
 @pytest.mark.parametrize(
     ("units", "why"), [(4, "4 chunks are too few"), (1, "there is one chunk only"), (0, "nothing was masked")]
 )
@@ -534,7 +549,7 @@ def test_no_interval_is_said_to_be_none(run, units, why):
     assert re.search(r"95% interval\s*none", text_of(page, "header"))
     assert shown.count(f"No interval can be given: {why}.") == 4
     assert ("1 masked token of 1 document of" in shown) == (units == 1)
-    for wrong in ("–––", "bootstrap over", "one by one", "1 documents", "1 chunks", "–×", "– to –"):
+    for wrong in ("–––", "bootstrap over", "left out one", "1 documents", "1 chunks", "–×", "– to –"):
         assert wrong not in shown
 
 
