@@ -101,13 +101,16 @@ def test_a_run_whose_terminal_is_closed_stops_with_a_checkpoint(toy, tmp_path, t
 ASCII = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
 
 
-def test_an_ascii_locale_costs_nothing_else(toy, tmp_path, whole, tally):
-    process = launch(toy.flags(tmp_path / "run", logging_steps=1), subprocess.PIPE, environment=ASCII)
+def test_output_in_ascii_costs_nothing_else(toy, tmp_path, whole, tally):
+    """The run says where it is saved: in escapes."""
+    folder = tmp_path / "Läufe ×2"
+    environment = {"PYTHONIOENCODING": "ascii"}
+    process = launch(toy.flags(folder, logging_steps=1), subprocess.PIPE, environment=environment)
     status, output, errors = finish(process)
     assert (status, errors) == (0, "")
-    assert output.isascii()
-    check_it_is_whole(tmp_path / "run", whole)
-    tally("an ASCII locale", 1, "training goes on, exit status 0")
+    assert "saved to " in output and r"L\xe4ufe \xd72" in output
+    check_it_is_whole(folder, whole)
+    tally("standard output in ASCII", 1, "training goes on, exit status 0")
 
 
 def test_a_name_that_libraries_cannot_write_is_refused_before_training(toy, tmp_path):
