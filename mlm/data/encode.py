@@ -20,7 +20,7 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data.pieces import PIECE, cut
-from mlm.data.tokenizer import TokenizerInfo, text_encoder
+from mlm.data.tokenizer import TokenizerInfo, explained, text_encoder
 
 Piece = tuple[str, bool]  # text, and whether its document ends with it
 
@@ -48,11 +48,12 @@ def pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
     backend = text_encoder(tokenizer) if tokenizer.is_fast else None
 
     def encode(part: str) -> tuple[list[int], list[bool]]:
-        if backend is None:
-            ids, word_starts, _ = _encode_slow([part], tokenizer)
-        else:
-            ids, word_starts, _ = _unpack([backend.encode(part, add_special_tokens=False)])
-        return ids.tolist(), word_starts.tolist()
+        with explained(tokenizer):
+            if backend is None:
+                tokens = _encode_slow([part], tokenizer)
+            else:
+                tokens = _unpack([backend.encode(part, add_special_tokens=False)])
+        return tokens.ids.tolist(), tokens.word_starts.tolist()
 
     return cut(text, encode)
 
@@ -87,7 +88,8 @@ def _fast(
     with ThreadPoolExecutor(1) as ahead:
         tasks = ((batch, ahead.submit(encode, batch)) for batch in batches)
         for (batch, task), _ in itertools.pairwise(itertools.chain(tasks, [None])):
-            tokens = _unpack(task.result())
+            with explained(tokenizer):
+                tokens = _unpack(task.result())
             if info.special[tokens.ids[tokens.ids != info.unknown_id]].any():
                 # A vocabulary can hold its special tokens as pieces (XLM-R's does) and so find them in text.
                 pairs = zip(batch, task.result(), strict=True)
@@ -99,7 +101,9 @@ def _slow(
     batches: Iterator[list[Piece]], tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo
 ) -> Iterator[tuple[list[Piece], Tokens]]:
     for batch in batches:
-        yield batch, _encode_slow([text for text, _ in batch], tokenizer)
+        with explained(tokenizer):
+            tokens = _encode_slow([text for text, _ in batch], tokenizer)
+        yield batch, tokens
 
 
 def _unpack(encodings: list[Encoding]) -> Tokens:
