@@ -1,11 +1,15 @@
 """Files that are written completely or not at all, and files of sentences."""
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from mlm.errors import UserError, one_line
+
+# What flock answers on a file system that has no locks, or has lost them.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ESTALE)
 
 
 def write_text(path: Path, text: str) -> None:

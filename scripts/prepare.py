@@ -19,8 +19,8 @@ with quick_imports():
     from mlm.data.corpus import CorpusConfig
     from mlm.data.masking import MaskingConfig, make_recipe
     from mlm.data.token_store import TokenStore, TokenStoreConfig
-    from mlm.data.tokenizer import TokenizerInfo
-    from mlm.errors import at_least
+    from mlm.data.tokenizer import TokenizerInfo, readable
+    from mlm.errors import at_least, printable
     from mlm.model.load import ModelConfig, open_corpus, position_limit
     from mlm.train import select
 
@@ -67,8 +67,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         number_of = store.header["documents"]
         for number in draw.choice(number_of, min(show.show, number_of), replace=False):
             start, end = store.document_offsets[number : number + 2]
-            text = tokenizer.decode(store.ids[start:end], skip_special_tokens=True)
-            print(f"\n{split} document {number}: {text}")
+            print(f"\n{split} document {number}: {printable(readable(tokenizer, store.ids[start:end]))}")
         for number in draw.choice(len(chunks), min(show.show, len(chunks)), replace=False):
             masked = show_chunk(number, chunks, tokenizer, info, masking, show.seed)
             print(f"\n{split} chunk {number}: {masked}")
@@ -134,14 +133,14 @@ def show_chunk(
     starts[0] = True
 
     def spelt(place: int) -> str:
-        text = tokenizer.decode([ids[place]]).strip().removeprefix("##")
+        text = printable(tokenizer.decode([ids[place]])).strip().removeprefix("##")
         if place not in predicted:
             return text
         if seen_ids[place] == info.mask_id:
             return f"‹{text}›"
         if seen_ids[place] == ids[place]:
             return f"‹{text}=›"
-        return f"‹{text}→{tokenizer.decode([seen_ids[place]]).strip()}›"
+        return f"‹{text}→{printable(tokenizer.decode([seen_ids[place]])).strip()}›"
 
     words = np.split(np.arange(len(ids)), np.flatnonzero(starts)[1:])
     return " ".join("".join(map(spelt, word.tolist())) for word in words)

@@ -64,3 +64,9 @@ def test_documents_and_chunks_are_shown_with_their_masks(prepare):
     assert "‹" in printed
     _, again = prepare(reviews(20, []), "--show", "2", "--mlm_probability", "0.5")
     assert again.partition("validation document")[2] == printed.partition("validation document")[2]
+
+
+def test_what_is_shown_hides_no_unknown_token_and_moves_no_terminal(prepare):
+    _, printed = prepare(["the cat ж likes milk every day " * 3] * 9, "--show", "1")
+    [document] = [line for line in printed.splitlines() if line.startswith("validation document ")]
+    assert document.count("[UNK]") == 3

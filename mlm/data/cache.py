@@ -21,6 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mlm.errors import UserError, one_line
+from mlm.files import NO_LOCKS
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +86,9 @@ def _one_builder(place: Path) -> Iterator[bool]:
             lock.acquire(timeout=LOCK_TIMEOUT, poll_interval=0.2)  # a try asks the server of a shared folder
     except Timeout:
         log.warning("%s has held %s for %g s: building without it", holder, path, LOCK_TIMEOUT)
-    except OSError:
-        pass  # building will show whether the place can be written at all
+    except OSError as error:  # building will show whether the place can be written at all
+        if error.errno in NO_LOCKS:
+            log.warning("no locks where %s is (%s): building without one", path, error.strerror)
     try:
         yield lock.is_locked
     finally:

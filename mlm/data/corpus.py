@@ -26,6 +26,7 @@ from mlm.files import stamp
 if TYPE_CHECKING:
     import datasets
 
+READ = 1 << 24  # bytes of text that are read at a time, unless a document has more
 KNOWN = f"{', '.join(READERS)}, each also with .gz"
 
 # Tags, comments and declarations in a row, with the blanks between them. The name of a tag follows "<" and
@@ -175,7 +176,8 @@ def out_of_domain(config: OutOfDomainConfig, domain: CorpusConfig) -> CorpusConf
 
 def texts(dataset: "datasets.Dataset") -> Iterator[str | None]:
     """The documents of a split, in order. They are read in small batches, since one may be a book."""
-    for table in dataset.with_format("arrow").iter(batch_size=100):
+    rows = READ * dataset.data.num_rows // max(dataset.data.nbytes, 1)
+    for table in dataset.with_format("arrow").iter(batch_size=min(max(rows, 1), 100)):
         yield from table["text"].to_pylist()
 
 

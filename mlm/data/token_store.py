@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +31,8 @@ from transformers import PreTrainedTokenizerBase
 from mlm.data import corpus
 from mlm.data.cache import build_once, key
 from mlm.data.corpus import CorpusConfig
-from mlm.data.encode import encode_batches
+from mlm.data.encode import Piece, encode_batches, pieces
+from mlm.data.pieces import PIECE
 from mlm.data.tokenizer import TokenizerInfo
 from mlm.data.verify import checksum, find_fault
 from mlm.errors import UserError, at_least, at_most, one_line
@@ -41,7 +43,7 @@ FORMAT_VERSION = 4
 ARRAYS = ("ids", "word_starts", "document_offsets")
 COUNTS = ("documents", "tokens", "maskable_tokens", "unknown_tokens", "words", "characters", "spaced_words")
 BATCH_DOCUMENTS = 1000
-BATCH_CHARACTERS = 4_000_000  # held in memory at a time, unless one document is longer
+BATCH_CHARACTERS = 1_000_000  # whose tokens are held in memory at a time, some 200 bytes a character
 MAX_MEAN_WORD = 10  # tokens; "words" that are longer on average are sentences of an unsegmented script
 
 
@@ -215,13 +217,13 @@ def build(
         _growing(folder / "document_offsets.npy", np.int64) as append_offsets,
     ):
         append_offsets(np.zeros(1, np.int64))
-        for encoded in encode_batches(_batches(texts, digest, counts), tokenizer, info):
+        for encoded in encode_batches(_batches(texts, tokenizer, digest, counts), tokenizer, info):
             append_ids(encoded.ids)
             append_starts(encoded.word_starts)
-            append_offsets(counts["tokens"] + np.cumsum(encoded.lengths))
+            append_offsets(counts["tokens"] + encoded.ends)
             maskable = info.maskable[encoded.ids]
             counts.update(
-                documents=len(encoded.lengths),
+                documents=len(encoded.ends),
                 tokens=len(encoded.ids),
                 maskable_tokens=int(maskable.sum()),
                 unknown_tokens=int(np.sum(encoded.ids == info.unknown_id)),
@@ -256,8 +258,10 @@ def check_words(store: TokenStore, flag: str = "--whole_word_mask") -> None:
         raise UserError(f"{flag}: {store.why_no_words}; choose another with --tokenizer_name, or mask tokens")
 
 
-def _batches(texts: Iterable[str], digest: "hashlib._Hash", counts: Counter) -> Iterator[list[str]]:
-    """Batches of at most BATCH_DOCUMENTS texts, and about BATCH_CHARACTERS characters.
+def _batches(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, digest: "hashlib._Hash", counts: Counter
+) -> Iterator[list[Piece]]:
+    """Batches of at most BATCH_DOCUMENTS pieces, and about BATCH_CHARACTERS characters.
 
     digest: updated with each text and its length, so that the borders between texts count
     counts: of characters (code points) and words (by white space), which depend on no tokenizer
@@ -265,13 +269,17 @@ def _batches(texts: Iterable[str], digest: "hashlib._Hash", counts: Counter) -> 
     batch, characters = [], 0
     for text in texts:
         data = text.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-        counts.update(characters=len(text), spaced_words=len(text.split()))
-        batch.append(text)
-        characters += len(text)
-        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+        # A list of words takes ten times the memory of the text.
+        words = len(text.split()) if len(text) <= PIECE else sum(1 for _ in re.finditer(r"\S+", text))
+        counts.update(characters=len(text), spaced_words=words)
+        for piece in pieces(text, tokenizer):
+            batch.append(piece)
+            characters += len(piece[0])
+            if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
     if batch:
         yield batch
 

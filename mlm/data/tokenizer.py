@@ -4,7 +4,8 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from mlm.data import corpus
 from mlm.data.cache import build_once, key
 from mlm.data.corpus import CorpusConfig
-from mlm.errors import UserError, explain_load_failure
+from mlm.errors import UserError, explain_load_failure, one_line
 from mlm.hub import local_files_only
 
 # Placeholders that occur in no text: BERT's and ModernBERT's, Gemma's, fairseq's, CamemBERT's, ESM's.
@@ -45,8 +46,37 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         return AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code, local_files_only=local_files_only(name)
         )
-    except Exception as error:
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+        if remedy := _remedy(name):
+            raise UserError(f"{name} holds no tokenizer that can be loaded{remedy}") from error
         raise explain_load_failure("tokenizer", name, error) from error
+
+
+@contextmanager
+def explained(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Turns what fails inside a tokenizer into a UserError, panics of its Rust code too."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, UserError) or not _is_failure(error):
+            raise
+        it, words = tokenizer.name_or_path or type(tokenizer).__name__, one_line(f"{type(error).__name__}: {error}")
+        raise UserError(f"the tokenizer {it} fails ({words}): choose another with --tokenizer_name") from error
+
+
+def _is_failure(error: BaseException) -> bool:
+    """A panic is no Exception, and its class cannot be imported."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _remedy(name: str) -> str:
+    """What to do with a folder that has a vocabulary alone, as old checkpoints do."""
+    if not Path(name, "vocab.txt").is_file() or Path(name, "tokenizer.json").is_file():
+        return ""
+    make = f"BertTokenizer(vocab='{name}/vocab.txt').save_pretrained('{name}')"
+    return f'; if its vocab.txt is BERT\'s, make one: python -c "from transformers import BertTokenizer; {make}"'
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -96,6 +126,12 @@ def spell(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids).strip() or " ".join(spelt)
 
 
+def readable(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
+    """Tokens as text for a reader: unknown ones are shown, other special ones are not."""
+    hidden = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    return tokenizer.decode([int(token_id) for token_id in ids if token_id not in hidden])
+
+
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """A copy of a fast tokenizer's engine that does not truncate, and takes a literal `[MASK]` as text."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -111,7 +147,8 @@ def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
     if mask_id is None:
         it = name or type(tokenizer).__name__
         raise UserError(f"the tokenizer {it} has no mask token: choose one that has with --tokenizer_name")
-    vocabulary = tokenizer.get_vocab()
+    with explained(tokenizer):
+        vocabulary, (prefix, suffix) = tokenizer.get_vocab(), template(tokenizer)
     size = max(vocabulary.values()) + 1
     special, maskable = np.zeros(size, bool), np.zeros(size, bool)
     added = [token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]
@@ -119,9 +156,8 @@ def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
     maskable[[token_id for token, token_id in vocabulary.items() if not UNUSED.fullmatch(token)]] = True
     maskable &= ~special
     if not maskable.any():
-        raise UserError(f"the tokenizer {name} knows no token besides its special ones")
+        raise UserError(f"the tokenizer {name} knows no token besides its special ones{_remedy(name)}")
 
-    prefix, suffix = template(tokenizer)
     slow = [type(tokenizer).__name__, sorted(vocabulary.items())]
     engine = text_encoder(tokenizer).to_str() if tokenizer.is_fast else slow
     roles = [np.flatnonzero(special).tolist(), mask_id, pad_id]

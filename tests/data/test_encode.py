@@ -1,14 +1,21 @@
 """Claims about encoding: which ids and words a document has in the token store (invariants 6 and 7)."""
 
+import random
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from tokenizers.normalizers import Replace
+from tokenizers.normalizers import Prepend, Replace, Sequence
 from transformers import PreTrainedTokenizerFast
 
+from mlm.data import encode, pieces, token_store
 from mlm.data.token_store import build
 from mlm.data.tokenizer import tokenizer_info
+from tests.conftest import REPOSITORY
 from tests.data.stores import TEXTS, TOKENIZERS, built, documents_of, few, kinds, slow_tokenizer
 from tests.oracles import tokens_of
 from tests.tokenizers_for_tests import wordpiece
@@ -140,3 +147,113 @@ def test_long_documents_are_whole_and_nobody_is_warned(kind, tmp_path, recwarn, 
     whole = len(TOKENIZERS[kind](text)["input_ids"])
     assert len(store.ids) == whole > 100
     assert (len(recwarn), caplog.text, capfd.readouterr()) == (0, "", ("", ""))
+
+
+def long_document(seed, characters):
+    """Words, numbers and punctuation with all kinds of white space between them, a hundred letters in a row, literal
+    special tokens, Chinese, and characters that tokenizers make one of."""
+    draw = random.Random(seed)
+    parts = [
+        *" ".join(TEXTS[:3]).split(),
+        *LITERALS,
+        "e\u0301",
+        "ﬁ",
+        "家酒店的房间很干净。",
+        "3.14",
+        "don't",
+        "x" * 99,
+    ]
+    text = ""
+    while len(text) < characters:
+        text += draw.choice(parts) + draw.choice(
+            ["", " ", " ", " ", "  ", "\n", "\n\n", "\t", " \u0301", "\u3000", ", ", ". "]
+        )
+    return text
+
+
+def llama_like(texts):
+    """A tokenizer that puts a space before a text in any case, also where there is one."""
+    tokenizer = TOKENIZERS["unigram"]
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
+    backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", mask_token="<mask>", cls_token="<s>")
+
+
+LONG = {**TOKENIZERS, "llama-like": llama_like(TEXTS)}
+
+
+@pytest.fixture
+def short_pieces(monkeypatch):
+    """Pieces of some hundred characters, so that many are needed; gives their number."""
+    counts = []
+
+    def counted(text, tokenizer):
+        found = list(whole(text, tokenizer))
+        counts.append(len(found))
+        return iter(found)
+
+    whole = encode.pieces
+    for module in (pieces, encode, token_store):
+        monkeypatch.setattr(module, "PIECE", 600)
+    monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 1500)
+    monkeypatch.setattr(token_store, "pieces", counted)
+    return counts
+
+
+@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_long_document_in_pieces_has_the_tokens_and_words_of_the_whole(
+    kind, seed, tmp_path, short_pieces, monkeypatch
+):
+    texts = ["fox", long_document(seed, 8000), "", "\x00" * 5000, long_document(seed + 10, 3000), "owl"]
+    parts = built(texts, LONG[kind], tmp_path / "parts")
+    assert short_pieces[1] > 8
+    assert short_pieces[4] > 1
+    monkeypatch.undo()
+    whole = built(texts, LONG[kind], tmp_path / "whole")
+    for array in token_store.ARRAYS:
+        assert np.array_equal(getattr(parts, array), getattr(whole, array)), array
+    timeless = dict.fromkeys(("seconds", "seal"), 0)
+    assert parts.header | timeless == whole.header | timeless
+
+
+def test_a_slow_tokenizer_takes_long_documents_in_pieces_too(tmp_path, short_pieces, monkeypatch):
+    tokenizer = slow_tokenizer(tmp_path)
+    texts = ["LAG " * 1000, "GA<mask>L"]
+    parts = built(texts, tokenizer, tmp_path / "parts")
+    assert short_pieces[0] > 5
+    monkeypatch.undo()
+    assert documents_of(built(texts, tokenizer, tmp_path / "whole")) == documents_of(parts)
+
+
+def test_a_long_document_without_a_place_to_cut_is_one_piece(tmp_path, short_pieces):
+    ((ids, _),) = documents_of(built(["fox" * 2000], TOKENIZERS["byte_level_bpe"], tmp_path))
+    assert short_pieces == [1]
+    assert TOKENIZERS["byte_level_bpe"].decode(ids, skip_special_tokens=True) == "fox" * 2000
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from mlm.data.token_store import build
+from mlm.data.tokenizer import load_tokenizer, tokenizer_info
+tokenizer = load_tokenizer(sys.argv[1])
+info, line = tokenizer_info(tokenizer), "the old fox likes grapes, unlikely 12345. "
+build([line * 100], tokenizer, info, Path(sys.argv[2], "small"), {})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+build([line * (int(sys.argv[3]) // len(line))], tokenizer, info, Path(sys.argv[2], "large"), {})
+unit = 1 if sys.platform == "darwin" else 1024
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
+"""
+
+
+@pytest.mark.parametrize(
+    "characters", [10**7, pytest.param(3 * 10**8, marks=pytest.mark.torture)], ids=["10 MB", "300 MB"]
+)
+def test_memory_does_not_grow_with_the_tokens_of_a_document(characters, tmp_path):
+    """It held 200 bytes for each of its characters; now a few of its own, and a batch's tokens."""
+    TOKENIZERS["wordpiece"].save_pretrained(tmp_path / "tokenizer")
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "tokenizer"), str(tmp_path), str(characters)]
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY).stdout)
+    assert grown < 500e6 + 3 * characters

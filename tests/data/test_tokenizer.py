@@ -3,7 +3,10 @@
 import copy
 import json
 import os
+import shlex
 import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +17,15 @@ from transformers.models.esm.tokenization_esm import EsmTokenizer
 
 from mlm.data import corpus
 from mlm.data.corpus import CorpusConfig
-from mlm.data.tokenizer import corpus_tokenizer, load_tokenizer, text_encoder, tokenizer_info, train_tokenizer
+from mlm.data.token_store import build
+from mlm.data.tokenizer import (
+    corpus_tokenizer,
+    load_tokenizer,
+    readable,
+    text_encoder,
+    tokenizer_info,
+    train_tokenizer,
+)
 from mlm.errors import UserError
 from tests.tokenizers_for_tests import byte_level_bpe, unigram, wordpiece
 
@@ -158,6 +169,49 @@ def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
             load_tokenizer(name)
         assert name in str(error.value)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", [None, {"model_type": "bert"}, {"model_type": "roberta"}], ids=str)
+def test_a_folder_with_vocab_txt_alone_is_a_line_with_a_command_that_helps(tmp_path, config):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fox", "##es"]))
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    try:
+        info = tokenizer_info(load_tokenizer(str(tmp_path)))
+    except UserError as error:
+        _, _, command = str(error).partition("if its vocab.txt is BERT's, make one: ")
+        [python, *rest] = shlex.split(command)
+        assert python == "python"
+        subprocess.run([sys.executable, *rest], check=True, capture_output=True)
+        info = tokenizer_info(load_tokenizer(str(tmp_path)))
+    assert np.flatnonzero(info.maskable).tolist() == [5, 6]
+
+
+def test_a_tokenizer_that_panics_is_one_line(tmp_path):
+    state = json.loads(word_level({"[UNK]": 0, "[MASK]": 1, "fox": 2}).backend_tokenizer.to_str())
+    # A table of characters that points nowhere: the Rust code panics at any text.
+    state["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8A"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "mask_token": "[MASK]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=rf"^the tokenizer {tmp_path} fails \(PanicException: .*--tokenizer_name$"):
+        tokenizer_info(load_tokenizer(str(tmp_path)))
+
+
+def test_a_tokenizer_that_fails_on_a_document_is_one_line(tmp_path):
+    backend = Tokenizer(models.WordPiece({"[MASK]": 0, "a": 1}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="[MASK]")
+    info = tokenizer_info(tokenizer)
+    assert build(["a"], tokenizer, info, tmp_path / "known", {}).ids.tolist() == [1]
+    with pytest.raises(UserError, match=r"^the tokenizer .* fails \(.*Missing \[UNK\].*--tokenizer_name$"):
+        build(["b"], tokenizer, info, tmp_path / "unknown", {})
+
+
+def test_a_reader_sees_unknown_tokens_and_no_other_special_ones():
+    tokenizer = wordpiece(TEXTS)
+    ids = np.array(tokenizer("the ж fox")["input_ids"], np.uint16)
+    assert readable(tokenizer, ids) == "the [UNK] fox"
+    assert readable(tokenizer, ids[:2]) == "the"
 
 
 def test_code_of_a_tokenizer_runs_only_when_asked_for(tmp_path):
