@@ -59,6 +59,7 @@ def page() -> str:
         *(suite(name) for name in SUITES),
         *([gpu(_stored("gpu"))] if (BENCHMARKS / "results" / "gpu.json").exists() else []),
         noise(),
+        intervals(),
         checkpoints(),
         faults(),
         (BENCHMARKS / "NOTES.md").read_text(encoding="utf-8"),
@@ -269,6 +270,30 @@ def noise() -> str:
         "beside a masked token 15% of the others are masked in a mask round, and in a fold those that share "
         "it, 17.3 of 127.\n"
     )
+
+
+def intervals() -> str:
+    """How often the interval of a gain holds the truth, and how often percentiles of a bootstrap do."""
+    stored = _stored("interval_coverage")
+    populations = stored["coverage"]
+    usual = [row["interval"] for name, row in populations.items() if not name.startswith("extreme")]
+    sizes = list(usual[0])
+    lines = [
+        section(
+            "Whether intervals hold with few documents",
+            "interval_coverage.py",
+            f"at least {min(min(row.values()) for row in usual):.1%} of the samples, the extreme population aside",
+            stored["environment"],
+            "python benchmarks/interval_coverage.py --documents RUN/documents.parquet",
+        ),
+        f"| interval / percentiles, documents: | {' | '.join(sizes)} |",
+        "| --- |" + " --- |" * len(sizes),
+    ]
+    for name, row in populations.items():
+        cells = (f"{row['interval'][n]:.1%} / {row['percentiles'][n]:.0%}" for n in sizes)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    samples = " and ".join(f"{number:,}" for number in stored["samples"].values())
+    return "\n".join(lines) + f"\n\nThe {stored['what']}; {samples} samples.\n"
 
 
 def checkpoints() -> str:
