@@ -149,7 +149,7 @@ def unknown():
 def test_a_uid_that_the_machine_does_not_know_can_train(toy, tmp_path, home, unknown, tally):
     unset = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "USER", "LOGNAME")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
-    environment |= {**CPU, **home, "TMPDIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    environment |= {**CPU, **home, "TMPDIR": str(tmp_path)}
     (tmp_path / "work").mkdir()
     flags = [flag for flag in toy.flags("run") if not flag.startswith("--token_store")]
     command = [*unknown, *PYTHON, SCRIPT, *flags]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import torch
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from mlm.columns import PAGE, fit
@@ -51,11 +51,11 @@ class Filler(NamedTuple):
 
 
 def load(name: str, trust_remote_code: bool = False) -> tuple[SparseMaskedLM, PreTrainedTokenizerBase]:
-    """A checkpoint and its tokenizer, by Hub name or folder, the model on the GPU where there is one. Raises UserError
+    """A checkpoint and its tokenizer, by Hub name or folder, the model on accelerate's device. Raises UserError
     where either cannot be loaded, they do not fit each other, or the model takes one length only."""
     tokenizer = load_tokenizer(name, trust_remote_code)
     config = ModelConfig(model_name_or_path=name, trust_remote_code=trust_remote_code)
-    return load_trained(config, tokenizer, "cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return load_trained(config, tokenizer, PartialState().device), tokenizer
 
 
 def fill(

@@ -293,7 +293,7 @@ class Run:
         """The last line of the log; then, if asked, the Hub. Raises UserError where nothing was learnt."""
         self.log.event("end", self.progress.step, **results)
         self.log.finish_trackers()
-        self.accelerator.wait_for_everyone()
+        agree([0], self.group)  # all are here; accelerate would wait on a GPU that CPU processes do not use
         if reason := nothing_learnt(results):
             raise UserError(f"nothing was learnt: {reason}; what is in {self.folder} is no success")
         self._upload()

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -105,9 +106,11 @@ class RunDirectory:
             raise UserError(f"--output_dir {self.folder}: cannot write in {nearest} ({reason})")
 
     def room(self) -> int:
-        """Bytes that can be written here; files that are replaced make room."""
+        """Bytes that can be written here, as far as its file system knows; files that are replaced make room."""
         files = self.folder.rglob("*") if self.overwrites else ()
-        return shutil.disk_usage(self._nearest).free + sum(path.lstat().st_size for path in files if path.is_file())
+        disk = shutil.disk_usage(self._nearest)
+        free = disk.free if disk.total else sys.maxsize  # of those that keep no count, as /proc
+        return free + sum(path.lstat().st_size for path in files if path.is_file())
 
     def finished(self, experiment: dict[str, Any]) -> dict[str, Any] | None:
         """The results of a run of this very experiment that has finished here; None: there is none.
