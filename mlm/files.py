@@ -8,8 +8,15 @@ from typing import Any
 
 from mlm.errors import UserError, one_line
 
-# What flock answers on a file system that has no locks, or has lost them.
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ESTALE)
+
+def no_locks(error: Exception) -> bool:
+    """Whether this is the answer of a file system that has no locks, or has lost them, to `FileLock.acquire`.
+
+    With preserve_lock_file=True there is such an answer. Otherwise filelock makes do with a file that a killed run
+    leaves behind and that keeps out all later ones.
+    """
+    answers = errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ESTALE
+    return isinstance(error, NotImplementedError) or getattr(error, "errno", None) in answers
 
 
 def write_text(path: Path, text: str) -> None:

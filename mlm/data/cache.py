@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mlm.errors import UserError, one_line
-from mlm.files import NO_LOCKS
+from mlm.files import no_locks
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,6 @@ def _one_builder(place: Path) -> Iterator[bool]:
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
-    # Preserving the file also rules out filelock's soft locks, which outlive a killed process.
     lock = FileLock(path, preserve_lock_file=True, on_acquired=sign)
     try:
         try:
@@ -86,9 +85,9 @@ def _one_builder(place: Path) -> Iterator[bool]:
             lock.acquire(timeout=LOCK_TIMEOUT, poll_interval=0.2)  # a try asks the server of a shared folder
     except Timeout:
         log.warning("%s has held %s for %g s: building without it", holder, path, LOCK_TIMEOUT)
-    except OSError as error:  # building will show whether the place can be written at all
-        if error.errno in NO_LOCKS:
-            log.warning("no locks where %s is (%s): building without one", path, error.strerror)
+    except (OSError, NotImplementedError) as error:  # building will show whether the place can be written at all
+        if no_locks(error):
+            log.warning("no locks where %s is (%s): building without one", path, error)
     try:
         yield lock.is_locked
     finally:

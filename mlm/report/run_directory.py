@@ -12,6 +12,7 @@
 """
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -30,9 +31,11 @@ from mlm.engine.distributed import from_main
 from mlm.engine.experiment import differences
 from mlm.errors import UserError, at_least
 from mlm.evaluation.compare import Conclusion
-from mlm.files import sync, write_json, write_text
+from mlm.files import no_locks, sync, write_json, write_text
 from mlm.hub import no_bars
 from mlm.report.run_record import holds_run, read_events, read_object, recorded_files
+
+log = logging.getLogger(__name__)
 
 ENDED = ("all_results.json", "comparison.json", "documents.parquet", "fill_mask.json", "report.html")
 TRACKER_FILES = ("events.out.tfevents.*", "hparams.yml")  # of TensorBoard's tracker, in <output_dir>/mlm
@@ -86,7 +89,7 @@ class RunDirectory:
         self.overwrites = config.overwrite_output_dir
         source = str(self.folder) if resume == "latest" else resume
         self.resumes = bool(source) and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(self.folder))
-        self._lock = FileLock(self.folder / ".lock", timeout=0)  # the kernel's: a killed run does not keep it
+        self._lock = FileLock(self.folder / ".lock", timeout=0, preserve_lock_file=True)
         # None writes yet: a mistake that is found later must not have cost what is here.
         here = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         early = {".lock", "run.json.partial"}  # what a run leaves that is killed as it begins
@@ -132,8 +135,10 @@ class RunDirectory:
                 self._lock.acquire()
         except Timeout:
             raise UserError(f"--output_dir {self.folder}: another run is at work in it") from None
-        except NotImplementedError:
-            pass  # a file system without locks
+        except (OSError, NotImplementedError) as error:
+            if not no_locks(error):
+                raise
+            log.warning("--output_dir %s: no locks there (%s): another run is not kept out", self.folder, error)
 
     def release(self) -> None:
         if self._lock.is_locked:

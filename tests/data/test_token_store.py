@@ -645,7 +645,7 @@ def test_without_locks_in_the_file_system_a_store_is_built_and_a_line_says_so(co
         assert time.monotonic() - started < 20
         [line] = caplog.messages
         assert line.startswith("no locks where ")
-        assert line.endswith(f" ({os.strerror(code)}): building without one")
+        assert line.endswith(f"{os.strerror(code)}): building without one")
 
 
 def test_colleagues_can_read_a_store(world):
