@@ -4,6 +4,7 @@ A corpus is a Hub dataset, a local folder or local files. `identify` names it at
 reads it.
 """
 
+import errno
 import html
 import os
 import re
@@ -400,6 +401,9 @@ def _explained(origin: str) -> Iterator[None]:
         import datasets
 
         cause = error.__cause__ or error  # the library's own error says less than what it was raised from
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            cache = datasets.config.HF_DATASETS_CACHE
+            raise UserError(f"{cache}: cannot write the converted text there ({cause.strerror})") from error
         words = one_line(f"{type(cause).__name__}: {cause}")
         if not type(error).__module__.startswith("datasets"):  # those are of what the library was given
             cache = f"its copy in {datasets.config.HF_DATASETS_CACHE} is damaged"

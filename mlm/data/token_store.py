@@ -271,6 +271,7 @@ def _batches(
         data = text.encode()
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
+        del data  # one may be a book
         # A list of words takes ten times the memory of the text.
         words = len(text.split()) if len(text) <= PIECE else sum(1 for _ in re.finditer(r"\S+", text))
         counts.update(characters=len(text), spaced_words=words)

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data.token_store import TokenStore
+from mlm.data.tokenizer import readable
 from mlm.engine.update import Update
 from mlm.errors import one_line
 
@@ -19,7 +20,7 @@ class NonFinite(NamedTuple):
 
     def message(self, step: int, store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> str:
         start, end = store.document_offsets[self.documents[0] : self.documents[0] + 2]
-        opening = tokenizer.decode(store.ids[start : min(end, start + OPENING)], skip_special_tokens=True)
+        opening = readable(tokenizer, store.ids[start : min(end, start + OPENING)])
         which = "chunk" if self.alone else "no chunk shows it alone: all of"
         return (
             f"step {step + 1}: the loss or its gradient is not finite, so that no update was made; {which} "

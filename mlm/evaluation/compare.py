@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from mlm.data.tokenizer import spell
+from mlm.data.tokenizer import readable, spell
 from mlm.errors import printable
 from mlm.evaluation.breakdown import breakdowns, by_token, by_word, grouped
 from mlm.evaluation.evaluate import EvalSet, Evaluation, measure, unigram_perplexity
@@ -179,7 +179,7 @@ def documents(
     return pa.table({
         "text": pa.array([name] * len(numbers), pa.string()),
         "document": numbers,
-        "opening": pa.array([tokenizer.decode(ids, skip_special_tokens=True) for ids in opening], pa.string()),
+        "opening": pa.array([readable(tokenizer, ids) for ids in opening], pa.string()),
         "masked_tokens": count,
         "nats_before": nats_before,
         "nats_after": nats_after,

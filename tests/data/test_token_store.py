@@ -598,13 +598,22 @@ def test_a_store_that_is_removed_behind_ones_back_is_one_line(world, monkeypatch
 
 
 @pytest.mark.parametrize("same_place", [True, False])
-def test_a_disk_that_is_full_is_one_line_and_harms_nothing(same_place, world):
+def test_a_disk_that_is_full_is_one_line_and_harms_nothing(same_place, world, monkeypatch):
     world.prepare()
     files = world.files()
     tokenizer = world.tokenizer if same_place else TOKENIZERS["unigram"]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))  # bytes a file, as good as a full disk
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))  # bytes a file, as good as a full disk
+
+    fill()
     try:
+        with pytest.raises(UserError, match=r"datasets.*: cannot write the converted text there \(File too large\)"):
+            world.prepare(tokenizer, overwrite_cache=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        load = corpus.load
+        monkeypatch.setattr(corpus, "load", lambda *given: (load(*given), fill())[0])
         with pytest.raises(UserError, match=r"--token_store .*: cannot write there \(File too large\)"):
             world.prepare(tokenizer, overwrite_cache=True)
     finally:
