@@ -39,8 +39,8 @@ def find_bomb(file: str) -> str | None:
 
 
 def find_bad_row(file: str, column: str) -> str | None:
-    """What is wrong with a row of a JSON file, be the JSON sound: its text is no string or no Unicode, it has a name
-    twice, or is nested too deeply. Readers guess or convert there, or crash."""
+    """What is wrong with a row of a JSON file, be the JSON sound: its text is no string, it is no Unicode, has a name
+    twice or is nested too deeply. Readers guess or convert there, or crash."""
     if reader_of(file) != "json":
         return None
     try:
@@ -134,19 +134,16 @@ def _rows(file: str) -> Iterator[tuple[str, Any]]:
 
 
 def _row_fault(row: Row, column: str) -> str | None:
-    text = row.get(column)
     if row.twice:
         return f" has the column {row.twice!r} twice"
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        return f": column {column!r} holds {_kind(text)}, no text: choose with --text_column"
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return (
-            f": column {column!r} holds half of a surrogate pair, \\u{ord(text[error.start]):x}, which is no character"
-        )
+    if not isinstance(row.get(column, ""), str | None):
+        return f": column {column!r} holds {_kind(row[column])}, no text: choose with --text_column"
+    for name, text in row.items():
+        try:
+            str(text).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):x}"
+            return f": column {name!r} holds half of a surrogate pair, {half}, which is no character"
     return None
 
 

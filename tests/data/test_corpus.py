@@ -543,6 +543,10 @@ NO_TEXT = {
     "an object": ('{"text": {"a": "b"}}', ": column 'text' holds an object, no text"),
     "false": ('{"text": false}', ": column 'text' holds bool, no text"),
     "half a pair": (r'{"text": "a \ud83d b"}', r": column 'text' holds half of a surrogate pair, \ud83d"),
+    "half a pair elsewhere": (
+        r'{"text": "a", "id": "\udc00"}',
+        r": column 'id' holds half of a surrogate pair, \udc00",
+    ),
     "twice": ('{"text": "a", "text": "b"}', " has the column 'text' twice"),
     "twice elsewhere": ('{"text": "a", "label": 1, "label": 2}', " has the column 'label' twice"),
     "deep": ('{"text": "a", "deep": ' + "[" * 10**5 + "]" * 10**5 + "}", " is nested too deeply"),
