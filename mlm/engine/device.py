@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
+from mlm.engine.distributed import leave_group
 from mlm.errors import UserError, one_line
 from mlm.startup import set_by_accelerate_launch
 
@@ -61,8 +62,7 @@ def make_accelerator(
     except ValueError as error:  # accelerate's own words on a precision or a tracker that it does not know
         raise UserError(one_line(error)) from error
     if dist.is_initialized() and not had_group:
-        # Left over, a group's threads can abort a process that ends: "terminate called without …".
-        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+        atexit.register(leave_group)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU; on a CPU, use bf16 or no")
     if report_to is not None and not accelerator.log_with:

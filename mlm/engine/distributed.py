@@ -4,6 +4,7 @@ A reduction ends only when every process has entered it. So before it they agree
 a gradient: one that ran out of memory and tried again alone would leave the others waiting.
 """
 
+import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,6 +48,19 @@ def local_main_process_first(accelerator: Accelerator, config: Any) -> Iterator[
     yield config
     if first and group is not None:
         dist.barrier(group)
+
+
+def leave_group() -> None:
+    """Destroys this process's group, and ends its threads while Python still runs.
+
+    A thread of gloo may hold the tensor of the last message for a moment. To drop it, it needs Python's lock, and if
+    Python ends meanwhile the process is aborted: "terminate called without an active exception". The threads end with
+    the last reference to the group: torch's, ours, and those of objects that refer to each other.
+    """
+    _gloo.cache_clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
 
 
 def agree(values: Sequence[int], group: dist.ProcessGroup | None) -> list[int]:
