@@ -38,7 +38,6 @@ from mlm.engine.distributed import lost_a_process
 from mlm.engine.memory import out_of_memory
 from mlm.engine.signals import Stopped
 from mlm.errors import UserError, one_line, printable
-from mlm.startup import find_home
 
 # The words for a boolean, and for None, in any case.
 BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
@@ -114,7 +113,6 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]], words: Callable[[dict[s
     hub_logging.set_verbosity_error()
     try:
         _check_surroundings()
-        find_home()
         result = body(sys.argv[1:])
         with suppress(OSError) if "output_dir" in result else nullcontext():  # where the figures are, too
             if is_main and ("--json" in sys.argv or not sys.stdout.isatty()):

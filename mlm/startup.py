@@ -26,7 +26,6 @@ def quick_imports() -> Iterator[None]:
     Where the command line asks for help, stand-ins take the libraries' place; the process must end after printing it.
     """
     _check_working_directory()
-    find_home()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # four times as fast where others use the cores
     # For one process `accelerate launch` sets one thread if nobody asked for another number.
     alone = os.environ.get("WORLD_SIZE", "1") == "1"

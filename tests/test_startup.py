@@ -1,6 +1,7 @@
 """Claims about what scripts do before torch is there: garbage collection, help, OpenMP."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 SCRIPTS = ("demo", "evaluate", "fill_mask", "prepare", "report", "train")
+FORKS = REPOSITORY / "scripts" / "forks"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -69,6 +71,23 @@ def test_the_wait_policy_that_a_user_has_chosen_stays():
     command = [sys.executable, "-c", OPENMP]
     run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert run.stdout.split()[1] == "active"
+
+
+def test_the_package_finds_a_home_before_any_library_looks_for_it(tmp_path):
+    program = "import sys, mlm; before = {*sys.modules}; from huggingface_hub import constants\n"
+    program += "from mlm.startup import HEAVY; print(constants.HF_HOME, HEAVY & before)"
+    environment = {**os.environ, "HOME": "/nowhere", "TMPDIR": str(tmp_path)}
+    for name in ("HF_HOME", "XDG_CACHE_HOME"):
+        environment.pop(name, None)
+    command = [sys.executable, "-c", program]
+    printed = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True).stdout
+    assert printed == f"{tmp_path}/home-{os.getuid()}/.cache/huggingface set()\n"
+
+
+@pytest.mark.parametrize("path", ["mlm/train.py", *sorted(FORKS.glob("*.py"))])
+def test_what_is_launched_as_a_file_imports_the_package_before_other_libraries(path):
+    imports = re.findall(r"^(?:from|import) (\w+)", (REPOSITORY / path).read_text(), re.MULTILINE)
+    assert next(name for name in imports if name not in sys.stdlib_module_names) == "mlm"
 
 
 def test_help_as_a_sentence_after_two_dashes_needs_the_libraries():

@@ -40,6 +40,7 @@ from mlm.files import sync, write_json
 Files = dict[str, Any]  # name of a file: its tensors by name for .safetensors, a JSON value for .json
 PARTIAL = ".partial"  # ends the name of a folder that is being written, or removed
 GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # another OSError says nothing about a checkpoint
+LOOP = {"update", "progress", "before"}  # the loop's own states
 COPIES = 2  # in host memory at most: a checkpoint, and the best weights of the same step
 
 
@@ -95,7 +96,8 @@ def load(folder: Path, model: torch.nn.Module, states: dict[str, Stateful], expe
         stored = load_file(folder / "state.safetensors")
         for name, state in states.items():
             saved = _unpack(packed[name], stored)
-            _check_form(saved, state.state_dict(), name)
+            if name in LOOP:  # what a fork adds may take any form
+                _check_form(saved, state.state_dict(), name)
             state.load_state_dict(saved)
         for name in {"update", "progress"} & states.keys():
             if folder.name != f"step_{states[name].step}":
@@ -344,7 +346,7 @@ def share_weights(folder: Path, model: Path) -> None:
 def clear(checkpoints: Path, after: int = -1) -> None:
     """Removes the checkpoints of steps later than `after`, and what killed writers left; all by default."""
     _remove(*(path for step, path in steps(checkpoints).items() if step > after))
-    partial = re.compile(rf"(step|best)_[0-9]+(\.old)?{re.escape(PARTIAL)}")
+    partial = re.compile(rf"(step|best)_[0-9]+(\.(old|partial))*{re.escape(PARTIAL)}")
     _remove(*(path for path in checkpoints.glob(f"*{PARTIAL}") if partial.fullmatch(path.name)))
     _remove(*(bests(checkpoints) if after < 0 else ()))
 
@@ -375,7 +377,7 @@ def _on_host(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _remove(*folders: Path) -> None:
     """Removes folders so that none is ever half-removed under its name."""
     for folder in folders:
-        doomed = folder.with_name(f"{folder.name}.old{PARTIAL}")
+        doomed = folder if folder.suffix == PARTIAL else folder.with_name(f"{folder.name}.old{PARTIAL}")
         shutil.rmtree(doomed, ignore_errors=True)
         if folder.is_dir():
             folder.rename(doomed)

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import textwrap
 from collections.abc import Callable
-from types import FunctionType
+from types import CodeType, EllipsisType, FunctionType
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 SIMPLE = (int, float, str, bool, tuple, list, dict, set, type(None))
+PLAIN = (int, float, complex, str, bytes, type(None), EllipsisType, torch.dtype)
 
 
 def identity(function: Callable[..., Any]) -> str:
@@ -23,7 +24,7 @@ def identity(function: Callable[..., Any]) -> str:
     """
     if isinstance(function, functools.partial):
         arguments = _simple(function.keywords)
-        return f"{identity(function.func)} {arguments}" if arguments else identity(function.func)
+        return f"{identity(function.func)} {_text(arguments)}" if arguments else identity(function.func)
     digest = hashlib.sha256("\n".join(_parts(function, set())).encode()).hexdigest()[:12]
     return f"{getattr(function, '__name__', type(function).__name__)} {digest}"
 
@@ -38,7 +39,7 @@ def _parts(function: Any, seen: set[Any]) -> list[str]:
         if isinstance(value, FunctionType) and value.__module__ == function.__module__:
             parts += _parts(value, seen)
         elif isinstance(value, SIMPLE) and name in function.__globals__:
-            parts.append(f"{name} = {value!r}")
+            parts.append(f"{name} = {_text(value)}")
     return parts
 
 
@@ -46,7 +47,7 @@ def _code(function: FunctionType) -> str:
     try:
         [definition] = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     except (OSError, SyntaxError, ValueError):  # typed at a prompt, or a lambda amid a line
-        return f"{function.__code__.co_code!r} {function.__code__.co_consts!r}"
+        return _text(function.__code__)
     for node in ast.walk(definition):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
@@ -58,9 +59,42 @@ def optimizer_identity(optimizer: Optimizer, scheduler: LRScheduler, model: torc
     names = {id(p): name for name, p in model.named_parameters()}
     held = [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
     settings = [_simple(group, without="params") for group in optimizer.param_groups]
-    schedule = [identity(rule) for rule in getattr(scheduler, "lr_lambdas", ())] or _simple(vars(scheduler))
-    digest = hashlib.sha256(repr([settings, held, schedule]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(_text([settings, held, _schedule(scheduler)]).encode()).hexdigest()[:12]
     return [type(optimizer).__name__, type(scheduler).__name__, digest]
+
+
+def _schedule(scheduler: LRScheduler) -> list[str]:
+    """Its rules, or else its settings."""
+    return [identity(rule) for rule in getattr(scheduler, "lr_lambdas", ())] or [
+        f"{name} {value if _plain(value) else _text(value)}" for name, value in _simple(vars(scheduler)).items()
+    ]
+
+
+def _plain(value: Any) -> bool:
+    """Whether its repr is the same in every process: it has no address, and no order that depends on hashes."""
+    if isinstance(value, dict):
+        return all(map(_plain, (*value, *value.values())))
+    if isinstance(value, set | frozenset):
+        return all(isinstance(item, int | float) for item in value)
+    return all(map(_plain, value)) if isinstance(value, list | tuple) else isinstance(value, PLAIN)
+
+
+def _text(value: Any) -> str:
+    """A value as text that is the same in every process: its repr where that is, other objects by their type."""
+    if _plain(value):
+        return repr(value)
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_text(key)}: {_text(item)}' for key, item in value.items())}}}"
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(_text, value)))}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, CodeType):
+        return f"{value.co_code!r} {_text(value.co_consts)}"
+    if isinstance(value, torch.Tensor):
+        return repr(value.cpu())  # wherever it lies; the device synchronises here
+    name = type(value).__name__
+    return f"{name} {_schedule(value)}" if isinstance(value, LRScheduler) else name
 
 
 def _simple(values: dict[str, Any], without: str | None = None) -> dict[str, Any]:

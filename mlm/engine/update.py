@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import release_memory
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LRScheduler
 
 from mlm.data.batches import Batch, Batches
 from mlm.data.masking import DROPOUT, stream_key
@@ -231,18 +231,22 @@ class Update:
     @property
     def step(self) -> int:
         """The updates that were applied, by the schedule."""
-        return self.schedulers[0].last_epoch
+        scheduler = self.schedulers[0]
+        while isinstance(scheduler, ChainedScheduler):  # which does not count; all of its own do
+            scheduler = scheduler._schedulers[0]
+        return scheduler.last_epoch
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave. Raises ValueError for moments or learning rates that cannot be."""
-        all_peaks = [scheduler.base_lrs for scheduler in self.schedulers]
+        all_peaks = [getattr(scheduler, "base_lrs", None) for scheduler in self.schedulers]
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             _check_moments(optimizer, saved["state"], self.step)
             optimizer.load_state_dict(saved)
         for optimizer, scheduler, peaks in zip(self.optimizers, self.schedulers, all_peaks, strict=True):
-            _check_rates(optimizer, scheduler, peaks, self.step)
+            if isinstance(scheduler, LambdaLR):  # whose rule is known
+                _check_rates(optimizer, scheduler, peaks, self.step)
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         world, micro_batch = state["micro_batch"]
@@ -267,11 +271,10 @@ def _check_moments(optimizer: Optimizer, saved: dict[int, dict[str, Any]], step:
                 raise ValueError(f"{name} of parameter {number} does not fit it")
 
 
-def _check_rates(optimizer: Optimizer, scheduler: LRScheduler, peaks: list[float], step: int) -> None:
-    """Raises ValueError where the learning rates are not those that the schedule, if it is a rule, gives at a step."""
+def _check_rates(optimizer: Optimizer, scheduler: LambdaLR, peaks: list[float], step: int) -> None:
+    """Raises ValueError where the learning rates are not those that the schedule gives at a step."""
     rates = [group["lr"] for group in optimizer.param_groups]
-    rules = scheduler.lr_lambdas if isinstance(scheduler, LambdaLR) else []
-    by_schedule = [peak * rule(step) for peak, rule in zip(peaks, rules, strict=False)] or rates
+    by_schedule = [peak * rule(step) for peak, rule in zip(peaks, scheduler.lr_lambdas, strict=True)]
     if (scheduler.last_epoch, scheduler.base_lrs) != (step, peaks) or not all(map(math.isclose, rates, by_schedule)):
         has = f"learning rates {rates} of peaks {scheduler.base_lrs} after step {scheduler.last_epoch}"
         raise ValueError(f"{has}, by the schedule {by_schedule} of {peaks} after step {step}")

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, exact, found again, and never another experiment's (invariant 4)."""
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -22,7 +23,19 @@ from transformers import AutoModelForMaskedLM
 
 from mlm.data.masking import MaskingConfig
 from mlm.engine import checkpoint
-from mlm.engine.checkpoint import CheckpointConfig, Writer, bests, damaged, find, load, snapshot, steps, tensors, write
+from mlm.engine.checkpoint import (
+    CheckpointConfig,
+    Writer,
+    bests,
+    clear,
+    damaged,
+    find,
+    load,
+    snapshot,
+    steps,
+    tensors,
+    write,
+)
 from mlm.errors import UserError
 from mlm.report.metrics import Progress
 from mlm.train import train
@@ -510,6 +523,28 @@ def test_a_checkpoint_is_a_copy_that_later_steps_do_not_reach(toy, tmp_path):
     load(tmp_path / "step_1", model, states, {})
     assert states["progress"].step == 1
     assert_same_bits(before, everything())
+
+
+def test_a_removal_that_was_killed_is_finished_by_the_next(tmp_path, monkeypatch):
+    for name in ("step_5.partial", "step_6.partial.old.partial"):  # the second: as an earlier version left it
+        (tmp_path / name).mkdir()
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda *_, **__: None)
+        clear(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_5.partial", "step_6.partial.old.partial"]
+    clear(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_fork_adds_may_change_its_form(tmp_path):
+    saved = {"seen": torch.ones(3), "by kind": {"noun": 1, "verb": 2}, "best": None}
+    model, state = torch.nn.Linear(2, 2), collections.UserDict(saved)
+    state.state_dict, state.load_state_dict = lambda: state.data, state.update
+    write(tmp_path / "step_1", snapshot(model, {"mine": state}, {}))
+    state.data = {"seen": torch.ones(0), "by kind": {"noun": 0}, "best": 0}
+    load(tmp_path / "step_1", model, {"mine": state}, {})
+    assert state["seen"].tolist() == [1, 1, 1]
+    assert (state["by kind"], state["best"]) == (saved["by kind"], None)
 
 
 def test_only_the_newest_checkpoints_are_kept(toy, tmp_path):

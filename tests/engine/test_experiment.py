@@ -2,7 +2,11 @@
 
 import functools
 
-from mlm.engine.experiment import differences, identity
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from mlm.engine.experiment import differences, identity, optimizer_identity
 
 TEMPERATURE = 2.0
 
@@ -49,6 +53,60 @@ def test_a_function_without_source_has_an_identity():
     exec("def other(x): return x + 2", here)
     assert identity(here["typed"]).startswith("typed ")
     assert identity(here["typed"]).split()[1] != identity(here["other"]).split()[1]
+
+
+WORDS = [f"word{number}" for number in range(100)]
+NOUNS, RULES = set(WORDS), [object(), softened]
+
+
+def nouns(x):
+    return NOUNS, RULES
+
+
+def scheduled(make):
+    """What identifies an AdamW of two parameters under the schedule that `make` gives it."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    return optimizer_identity(optimizer, make(optimizer), model)
+
+
+def warmed_up(optimizer, steps=5):
+    warm_up = lr_scheduler.LambdaLR(optimizer, lambda step: step / 5)
+    return lr_scheduler.SequentialLR(optimizer, [warm_up, lr_scheduler.CosineAnnealingLR(optimizer, steps)], [5])
+
+
+def identities(words):
+    typed = {}
+    exec(f"def typed(x): return [x in {{{', '.join(map(repr, words))}}}, lambda: x]", typed)
+    bound = functools.partial(objective, of={"these": [set(words), object()]})
+    return [identity(nouns), identity(bound), identity(typed["typed"]), scheduled(warmed_up)]
+
+
+def test_addresses_and_the_order_of_sets_which_no_two_processes_share_do_not_count(monkeypatch):
+    before = identities(WORDS)
+    monkeypatch.setitem(globals(), "NOUNS", set(reversed(WORDS)))
+    monkeypatch.setitem(globals(), "RULES", [object(), lambda x: x])
+    assert list(NOUNS) != list(set(WORDS))
+    assert identities(WORDS[::-1]) == before
+    fewer = identities(WORDS[1:])
+    assert fewer[1] != before[1] and fewer[2] != before[2]
+
+
+def test_settings_of_a_schedule_within_a_schedule_count():
+    assert scheduled(warmed_up) == scheduled(warmed_up) != scheduled(lambda o: warmed_up(o, 6))
+
+
+@pytest.mark.parametrize(
+    ("make", "digest"),
+    [
+        (lambda o: lr_scheduler.CosineAnnealingLR(o, 10), "52f7774b3451"),
+        (lambda o: lr_scheduler.OneCycleLR(o, 0.1, 10), "4d2e95dde35e"),
+        (lambda o: lr_scheduler.MultiStepLR(o, [5, 10]), "03b7424f52cb"),
+    ],
+    ids=["cosine", "one cycle", "steps"],
+)
+def test_earlier_checkpoints_have_the_same_identity(make, digest):
+    assert scheduled(make)[2] == digest
 
 
 def test_differences_name_both_values():

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.optim import lr_scheduler
 from transformers import get_scheduler
 
 from mlm.data.batches import Batches
@@ -15,6 +16,7 @@ from mlm.data.corpus import CorpusConfig
 from mlm.data.masking import MaskingConfig, make_recipe
 from mlm.data.token_store import TokenStoreConfig, prepare
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
+from mlm.engine.checkpoint import load, snapshot, write
 from mlm.engine.memory import out_of_memory
 from mlm.engine.update import Update, UpdateConfig
 from mlm.errors import UserError
@@ -178,6 +180,34 @@ def test_what_it_saves_puts_it_back_to_the_bit(toy, data, optimizers):
     for step in range(2, STEPS):
         one(step)
         other(step)
+    assert_same_bits(weights(one), weights(other))
+
+
+def in_sequence(optimizer):
+    warm_up = lr_scheduler.LinearLR(optimizer, 0.5, total_iters=2)
+    return lr_scheduler.SequentialLR(optimizer, [warm_up, lr_scheduler.CosineAnnealingLR(optimizer, 2)], [1])
+
+
+def in_a_chain(optimizer):
+    warm_up = lr_scheduler.LinearLR(optimizer, 0.5, total_iters=2)
+    return lr_scheduler.ChainedScheduler([warm_up, lr_scheduler.ExponentialLR(optimizer, 0.9)])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [in_sequence, in_a_chain, lambda o: lr_scheduler.MultiStepLR(o, [1, 3])],
+    ids=["in sequence", "in a chain", "in steps"],
+)
+def test_schedules_without_a_rule_are_put_back_too(toy, data, tmp_path, schedule):
+    one, other = make_update(toy, data, plain), make_update(toy, data, plain)
+    one.schedulers, other.schedulers = ([schedule(update.optimizers[0])] for update in (one, other))
+    one(0)
+    one(1)
+    write(tmp_path / "step_2", snapshot(one.model.model, {"update": one}, {}))
+    load(tmp_path / "step_2", other.model.model, {"update": other}, {})
+    assert one.step == other.step == 2
+    one(2)
+    other(2)
     assert_same_bits(weights(one), weights(other))
 
 
