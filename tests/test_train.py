@@ -224,14 +224,26 @@ def test_a_run_that_could_learn_or_measure_nothing_is_refused(toy, tmp_path, set
             {"learning_rate": 1.0, "lr_scheduler_type": "constant"},
             "frequencies alone reach .*: training has destroyed the model, give a lower --learning_rate",
         ),
+        (
+            {"learning_rate": 1.0, "lr_scheduler_type": "constant", "eval_on_start": False},
+            "perplexity [0-9.e+]* after, where token frequencies alone reach .*: training has destroyed the model",
+        ),
     ],
 )
 def test_a_run_that_has_learnt_nothing_ends_in_an_error(toy, tmp_path, settings, words):
-    """After its figures are written, so that one can see what happened."""
-    with pytest.raises(UserError, match=f"^nothing was learnt: .*{words}"):
-        train(toy.config(tmp_path / "run", **settings))
+    """After its figures are written, so that one can see what happened; and again where it is started again."""
+    for again in ({}, {"resume_from_checkpoint": "latest"}):
+        with pytest.raises(UserError, match=f"^nothing was learnt: .*{words}"):
+            train(toy.config(tmp_path / "run", **settings, **again))
     assert (tmp_path / "run" / "all_results.json").exists()
     assert metrics(tmp_path / "run", "end")
+
+
+def test_a_model_from_scratch_far_beyond_token_frequencies_is_a_loud_line(toy, tmp_path, capsys):
+    model = ModelConfig(config_name=str(toy.checkpoint), tokenizer_name=str(toy.checkpoint))
+    settings = {"learning_rate": 1.0, "lr_scheduler_type": "constant", "eval_on_start": False}
+    assert train(toy.config(tmp_path / "run", modules={"model": model}, **settings)).results["steps"] == 12
+    assert "warning: nothing was learnt: held-out perplexity " in capsys.readouterr().out
 
 
 def test_line_by_line_says_which_share_of_the_text_it_leaves_out(toy, tmp_path, caplog):

@@ -343,12 +343,17 @@ def share_weights(folder: Path, model: Path) -> None:
             beside.replace(saved)  # neither changes through the other: no file is written in place
 
 
-def clear(checkpoints: Path, after: int = -1) -> None:
-    """Removes the checkpoints of steps later than `after`, and what killed writers left; all by default."""
-    _remove(*(path for step, path in steps(checkpoints).items() if step > after))
+def outdated(checkpoints: Path, after: int = -1) -> list[Path]:
+    """The checkpoints of steps later than `after`, and what killed writers left; all by default."""
     partial = re.compile(rf"(step|best)_[0-9]+(\.(old|partial))*{re.escape(PARTIAL)}")
-    _remove(*(path for path in checkpoints.glob(f"*{PARTIAL}") if partial.fullmatch(path.name)))
-    _remove(*(bests(checkpoints) if after < 0 else ()))
+    left = [path for path in checkpoints.glob(f"*{PARTIAL}") if partial.fullmatch(path.name)]
+    later = [path for step, path in steps(checkpoints).items() if step > after]
+    return [*later, *left, *(bests(checkpoints) if after < 0 else ())]
+
+
+def clear(checkpoints: Path, after: int = -1) -> None:
+    """Removes what is `outdated`."""
+    _remove(*outdated(checkpoints, after))
 
 
 def bests(checkpoints: Path) -> list[Path]:

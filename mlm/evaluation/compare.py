@@ -3,6 +3,7 @@
 gain = perplexity before / perplexity after = exp(loss before − loss after), with an interval (interval.py)
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from mlm.evaluation.interval import CONFIDENCE, FEWEST, interval
 from mlm.figures import exp_or_inf, figure, finite
 
 HANDFUL, LEAST, MOST_OF = 5, 0.05, 0.5  # a concentrated gain, see `concentration`
+BEYOND = 100  # times the perplexity of token frequencies: more than of equal odds for 30,000 tokens of English
 OPENING = 24  # tokens of a document by which a person knows it
 EVAL_SETS = {"held_out": ("", "held-out"), "general": ("general_", "out-of-domain")}  # prefix of JSON keys, words
 
@@ -238,17 +240,23 @@ def nothing_learnt(results: dict[str, Any]) -> str | None:
     """Why a run with these results, as in all_results.json, is no success; None: nothing speaks against it.
 
     A model that has become worse than it was, beyond chance, and worse than token frequencies alone, is destroyed.
+    Where nothing was measured before, one that is BEYOND times worse than token frequencies is.
     """
-    if results["steps"] and not results["mask_rate"]:
+    if not results["steps"]:
+        return None
+    if results.get("mask_rate") == 0:
         return "no token was masked in any step: give more text, or a higher --mlm_probability"
-    before, after, unigram = (results.get(f"perplexity{name}") for name in ("_before", "", "_unigram"))
-    if not results["steps"] or before is None or (after is not None and after <= max(before, unigram)):
+    before, after = results.get("perplexity_before"), results["perplexity"]
+    unigram = results.get("perplexity_unigram") or math.inf  # not in those of an earlier version
+    limit = BEYOND * unigram if before is None else max(before, unigram)
+    if after is not None and after <= limit:
         return None
-    high = results["gain_high"] or 2 * (results["gain"] or 0)  # without an interval, half as good
-    if high >= 1:
+    high = results.get("gain_high") or 2 * (results.get("gain") or 0)  # without an interval, half as good
+    if before is not None and high >= 1:
         return None
+    was = "" if before is None else f"{figure(before)} before, "
     return (
-        f"held-out perplexity {figure(before)} before, {figure(after)} after, where token frequencies alone reach "
+        f"held-out perplexity {was}{figure(after)} after, where token frequencies alone reach "
         f"{figure(unigram)}: training has destroyed the model, give a lower --learning_rate, or warm up"
     )
 

@@ -82,10 +82,13 @@ class Run:
         """The results of this very experiment, where --resume_from_checkpoint latest finds it finished."""
         if self.config.checkpoint.resume_from_checkpoint != "latest":
             return None
-        results = from_main(self.directory.finished(self.experiment), self.accelerator)
+        try:
+            found = self.directory.finished(self.experiment) if self.is_main else None
+        except UserError as error:
+            found = error
+        results = from_main(found, self.accelerator)
         if results:
-            self._create_repository()
-            self._upload()  # one that has failed is made up for
+            self._publish(results)  # an upload that has failed is made up for
             done = f"{results['steps']} steps, held-out perplexity {figure(results['perplexity'])}"
             self.log.print(f"{self.folder} is finished: {done}; give --overwrite_output_dir to train anew")
         return results
@@ -95,12 +98,21 @@ class Run:
         config = self.config.run
         if self.is_main and config.push_to_hub:
             name = config.hub_model_id or self.folder.resolve().name
-            self.hub_id = create_repository(name, config.hub_private_repo)
+            self.hub_id, self.hub_private = create_repository(name, config.hub_private_repo)
 
-    def _upload(self) -> None:
+    def _publish(self, results: dict[str, Any]) -> None:
+        """Uploads a run that has ended, if asked, and it is a success. Raises UserError where nothing was learnt."""
+        if reason := nothing_learnt(results):
+            message = f"nothing was learnt: {reason}; what is in {self.folder} is no success"
+            scratch, measured = self.config.model.model_name_or_path is None, "perplexity_before" in results
+            if measured or not scratch or results.get("mask_rate") == 0:
+                raise UserError(message)
+            self.log.print(f"warning: {message}")  # a model from scratch may also have had too few steps
+        if self.hub_id is None:
+            self._create_repository()
         if self.hub_id is not None:
-            files = self.directory.published()
-            self.log.print(announcement(files, self.hub_id, self.config.run.hub_private_repo))
+            files = self.directory.published(self.config.model.trust_remote_code)
+            self.log.print(announcement(files, self.hub_id, self.hub_private))
             upload(files, self.hub_id)
             self.log.print(f"uploaded to {self.hub_id}")
 
@@ -130,7 +142,7 @@ class Run:
             self.log.print(f"resumed from {found}, after step {self.progress.step}")
         elif wanted is not None:
             self.log.print(f"--resume_from_checkpoint {wanted}: no checkpoint yet; training from the start")
-        self._check_room(resumed=found is not None)
+        self._check_room(self.progress.step if found else None)
         self._create_repository()
         about = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "data": data}
         about |= {"configuration": asdict(self.config), "experiment": self.experiment}
@@ -143,16 +155,24 @@ class Run:
         sizes = {name: self.experiment[name] for name in ("steps", "train_batch_size", "chunks")}
         self.log.event("start", self.progress.step, **sizes)
 
-    def _check_room(self, resumed: bool) -> None:
-        """Raises UserError, or says under --on_save_error continue, that a checkpoint and the model do not fit."""
-        state: dict[str, torch.Tensor] = {}
-        for name, stateful in self.states.items():
-            checkpoint.pack(stateful.state_dict(), name, state)
-        moments = 0 if resumed else 2 * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)  # of AdamW
-        weights = sum(tensor.nbytes for tensor in checkpoint.tensors(self.model).values())
-        needed, room = 2 * weights + moments + sum(t.nbytes for t in state.values()), self.directory.room()
+    def _check_room(self, step: int | None) -> None:
+        """Raises UserError, or says under --on_save_error continue, that what is to be written does not fit.
+
+        That is a checkpoint and the model; the model alone where a run is resumed after its last step.
+
+        step: after which a resumed run begins; None: at the beginning
+        """
+        needed, what = sum(tensor.nbytes for tensor in checkpoint.tensors(self.model).values()), "the model takes"
+        if step != self.experiment["steps"]:
+            state: dict[str, torch.Tensor] = {}
+            for name, stateful in self.states.items():
+                checkpoint.pack(stateful.state_dict(), name, state)
+            moments = 2 * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)  # of AdamW
+            needed += needed + (moments if step is None else 0) + sum(t.nbytes for t in state.values())
+            what = "a checkpoint and the model take"
+        room = from_main(self.directory.room(step) if self.is_main else None, self.accelerator)
         if needed > room:
-            takes = f"a checkpoint and the model take {needed / 1e6:,.1f} MB, and {room / 1e6:,.1f} MB are free there"
+            takes = f"{what} {needed / 1e6:,.1f} MB, and {room / 1e6:,.1f} MB are free there"
             message = f"--output_dir {self.folder}: {takes}; make room, or name another folder"
             if self.stops:
                 raise UserError(f"{message} (--on_save_error continue tries it all the same)")
@@ -294,6 +314,4 @@ class Run:
         self.log.event("end", self.progress.step, **results)
         self.log.finish_trackers()
         agree([0], self.group)  # all are here; accelerate would wait on a GPU that CPU processes do not use
-        if reason := nothing_learnt(results):
-            raise UserError(f"nothing was learnt: {reason}; what is in {self.folder} is no success")
-        self._upload()
+        self._publish(results)

@@ -19,6 +19,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from mlm.report.run_record import holds_run, read_events, read_object, recorded_
 log = logging.getLogger(__name__)
 
 ENDED = ("all_results.json", "comparison.json", "documents.parquet", "fill_mask.json", "report.html")
+PARTIALS = tuple(f"{name}.partial" for name in (*ENDED, "run.json", "metrics.jsonl", "README.md"))  # of a killed run
 TRACKER_FILES = ("events.out.tfevents.*", "hparams.yml")  # of TensorBoard's tracker, in <output_dir>/mlm
 # The names that save_pretrained gives its files, in this version of transformers or an earlier one. One that is left
 # beside a new model is read with it: special_tokens_map.json would give it another mask token.
@@ -47,7 +49,7 @@ MODEL_FILES = (
     *("model.safetensors.index.json", "pytorch_model.bin", "pytorch_model-[0-9]*-of-[0-9]*.bin"),
     *("pytorch_model.bin.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model"),
-    *("spiece.model", "sentencepiece.bpe.model"),
+    *("spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "bpe.codes"),
 )
 PATHS = {"name_or_path", "_name_or_path", "tokenizer_file", "special_tokens_map_file"}  # of the machine, in their JSON
 
@@ -105,12 +107,18 @@ class RunDirectory:
             reason = "no permission" if nearest.is_dir() else "a file"
             raise UserError(f"--output_dir {self.folder}: cannot write in {nearest} ({reason})")
 
-    def room(self) -> int:
-        """Bytes that can be written here, as far as its file system knows; files that are replaced make room."""
-        files = self.folder.rglob("*") if self.overwrites else ()
+    def room(self, step: int | None) -> int:
+        """Bytes that can be written here, as far as the file system knows, once `begin` has removed what is old."""
         disk = shutil.disk_usage(self._nearest)
         free = disk.free if disk.total else sys.maxsize  # of those that keep no count, as /proc
-        return free + sum(path.lstat().st_size for path in files if path.is_file())
+        folders = [self.folder / "model.partial", *checkpoint.outdated(self.checkpoints, self._kept(step))]
+        files = [path for folder in folders for path in folder.rglob("*")]
+        status = [path.lstat() for path in files + (self.model_files() if self.overwrites else [])]
+        return free + sum({s.st_ino: s.st_blocks * 512 for s in status}.values())  # hard links take their room once
+
+    def _kept(self, step: int | None) -> int:
+        """The last step whose checkpoint stays where a run begins after `step`, as in `begin`; -1: none stays."""
+        return step if step is not None and self.resumes else -1
 
     def finished(self, experiment: dict[str, Any]) -> dict[str, Any] | None:
         """The results of a run of this very experiment that has finished here; None: there is none.
@@ -165,9 +173,11 @@ class RunDirectory:
             old = [*self.model_files(), self.folder / "README.md"] if self.overwrites else []
             self.about = about | {"files": recorded_files(self.folder)}
             write_json(self.folder / "run.json", self.about)  # before all else: with it the folder is a run's
-            kept = step if step is not None and self.resumes else -1
+            kept = self._kept(step)
             checkpoint.clear(self.checkpoints, after=kept)
             write_text(self.folder / "metrics.jsonl", self._events_until(kept))
+            old += [self.folder / name for name in PARTIALS]
+            shutil.rmtree(self.folder / "model.partial", ignore_errors=True)
             if kept < 0:
                 old += [path for pattern in TRACKER_FILES for path in (self.folder / "mlm").rglob(pattern)]
             for path in old:
@@ -191,11 +201,20 @@ class RunDirectory:
         patterns = (path.name for pattern in MODEL_FILES for path in self.folder.glob(pattern) if path.is_file())
         return [self.folder / name for name in sorted(recorded.union(patterns))]
 
-    def published(self) -> list[Path]:
-        """What an upload takes: the model as this run has saved it, the model card and the results."""
-        model = recorded_files(self.folder) or [path.name for path in self.model_files()]  # a run from before has none
-        files = [self.folder / name for name in (*model, "README.md", "all_results.json")]
-        return [path for path in files if path.is_file()]
+    def published(self, code: bool) -> list[Path]:
+        """What an upload takes: the model as this run has saved it, the model card and the results.
+
+        code: whether the model may bring Python files along. Raises UserError for a link, which may lead anywhere.
+        """
+        allowed = (*MODEL_FILES, "*.py") if code else MODEL_FILES
+        recorded = recorded_files(self.folder)  # a run from before has none
+        model = [path.name for path in self.model_files() if not recorded or path.name in recorded]
+        model = [name for name in model if any(fnmatchcase(name, pattern) for pattern in allowed)]
+        files = [path for name in (*model, "README.md", "all_results.json") if (path := self.folder / name).is_file()]
+        for path in files:
+            if path.is_symlink():
+                raise UserError(f"--push_to_hub: {path} is a link; put the file itself there")
+        return files
 
     @no_bars()
     def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
@@ -232,8 +251,9 @@ class RunDirectory:
         """The figures and the model card, of the main process. Raises OSError."""
         if conclusion.comparison is not None:
             write_json(self.folder / "comparison.json", conclusion.comparison)
-            pq.write_table(conclusion.documents, self.folder / "documents.partial")
-            (self.folder / "documents.partial").replace(self.folder / "documents.parquet")
+            partial = self.folder / "documents.parquet.partial"
+            pq.write_table(conclusion.documents, partial)
+            partial.replace(self.folder / "documents.parquet")
         write_text(self.folder / "README.md", card)
         self._sync("comparison.json", "documents.parquet", "README.md")
         write_json(self.folder / "all_results.json", results)  # the last: with it the run is finished

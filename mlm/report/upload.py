@@ -8,19 +8,22 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from mlm.errors import UserError, one_line
 
 
-def create_repository(name: str, private: bool) -> str:
-    """Returns the repository's full name. Raises UserError where it cannot be made, or is public and must not be."""
+def create_repository(name: str, private: bool) -> tuple[str, bool]:
+    """Returns the repository's full name, and whether it is private.
+
+    Raises UserError where it cannot be made, or is public and must not be.
+    """
     api = HfApi()
     try:
         full_name = api.create_repo(name, private=private, exist_ok=True).repo_id
-        public = private and api.model_info(full_name).private is False
+        is_private = api.model_info(full_name).private is not False
     except Exception as error:  # of the network, of the login, of the name
         advice = "log in with `hf auth login`"
         raise UserError(f"--push_to_hub: cannot create {name} there; {advice} ({one_line(error, 200)})") from None
-    if public:
+    if private and not is_private:
         advice = "give --hub_private_repo false to upload to it, or another --hub_model_id"
         raise UserError(f"--push_to_hub: {full_name} is there already, and everyone can read it; {advice}")
-    return full_name
+    return full_name, is_private
 
 
 def announcement(files: Sequence[Path], name: str, private: bool) -> str:

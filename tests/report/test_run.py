@@ -127,16 +127,22 @@ assert threads() or sys.platform != "linux"
 @pytest.mark.slow
 def test_processes_agree_on_the_folder_that_nobody_named(toy, tmp_path):
     flags = [flag for flag in toy.flags(tmp_path, max_train_steps=2) if "output_dir" not in flag]
+    flags += ["--resume_from_checkpoint=latest"]
     program = tmp_path / "program.py"
     program.write_text(f"""
-import os, time
+import os, shutil, time
+from types import SimpleNamespace
 from mlm import cli
 from mlm.config import Config
+from mlm.report.run_directory import RunDirectory
 from mlm.train import train
 os.chdir({str(tmp_path)!r})
 clock = time.strftime
 late = "-late" if os.environ["RANK"] == "1" else ""
 time.strftime = lambda form, *t: clock(form, *t) + (late if "runs/" in form else "")
+if late:  # its own disk is full, and its own view of the folder another
+    shutil.disk_usage = lambda _: SimpleNamespace(total=1, free=0)
+    RunDirectory.finished = lambda *_: 1 / 0
 print("folder", train(cli.parse_config(Config, {flags!r})).output_dir, flush=True)
 """)
     status, output, errors = run(TORCHRUN, [], str(program))

@@ -4,12 +4,15 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from accelerate import Accelerator
 from transformers import AutoTokenizer
 
 from mlm.engine.checkpoint import CheckpointConfig
 from mlm.errors import UserError
+from mlm.report.run_directory import RunConfig, RunDirectory
 from mlm.train import train
 
 USERS = {
@@ -55,7 +58,7 @@ def test_a_folder_that_holds_no_run_is_never_touched(toy, tmp_path, run_json, fl
     assert contents(tmp_path / "folder") == before
 
 
-def test_overwriting_removes_all_that_a_run_writes_and_nothing_else(toy, tmp_path):
+def test_overwriting_removes_all_that_a_run_writes_and_nothing_else(toy, tmp_path, monkeypatch):
     """Among it a file that another version's tokenizer has written, by which this one's would have another mask."""
     folder = tmp_path / "run"
     config = toy.config(folder, max_train_steps=2, checkpointing_steps=1)
@@ -69,11 +72,26 @@ def test_overwriting_removes_all_that_a_run_writes_and_nothing_else(toy, tmp_pat
         "report.html": "",
         "fill_mask.json": "{}",
         "checkpoints/step_7.old.partial/x": "",
+        "model.partial/model.safetensors": "",
+        "documents.parquet.partial": "",
+        "fill_mask.json.partial": "",
     }
-    mine = {"notes/a.txt": "a", "notes.txt": "b", "checkpoints/best_model/weights": "c", "mine.partial": "d"}
+    mine = {
+        "corpus.txt": "x" * 10**6,
+        "notes/a.txt": "a",
+        "notes.txt": "b",
+        "checkpoints/best_model/weights": "c",
+        "mine.partial": "d",
+    }
     mine |= {"checkpoints/of mine.partial/x": "e", "checkpoints/step_x/y": "f", "model-of-mine.safetensors": "h"}
     fill(folder, stale | mine)
     fill(tmp_path, {"outside.txt": "g", "run/run.json": json.dumps(about)})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, free=10**9))
+    directory = RunDirectory(RunConfig(str(folder), overwrite_output_dir=True), None, Accelerator(cpu=True))
+    once = ["model.safetensors", "checkpoints/step_1/model.safetensors"]  # the first is that of step 2 too
+    once += [f"checkpoints/step_{step}/state.safetensors" for step in (1, 2)]
+    large = sum((folder / name).stat().st_blocks * 512 for name in once)
+    assert large <= directory.room(None) - 10**9 < large + 150_000, "the rest is small, and files of mine stay"
 
     train(toy.config(folder, max_train_steps=2, overwrite_output_dir=True))
     left = contents(folder)
@@ -100,6 +118,20 @@ def test_a_model_of_a_resumed_run_is_not_read_with_files_of_another(toy, tmp_pat
 def test_a_run_that_was_killed_as_it_began_is_in_nobodys_way(toy, tmp_path):
     fill(tmp_path / "run", {".lock": "", "run.json.partial": "{"})
     assert train(toy.config(tmp_path / "run", max_train_steps=1)).results["steps"] == 1
+
+
+def test_an_upload_takes_no_link_and_no_name_that_only_run_json_vouches_for(tmp_path):
+    about = {"configuration": {"model": {}, "corpus": {}}, "experiment": {}, "environment": {}}
+    about["files"] = ["config.json", "own.py", ".env", "id_rsa", "model.safetensors"]
+    fill(tmp_path, {name: "" for name in about["files"]} | {"run.json": json.dumps(about), "vocab.txt": ""})
+    directory = RunDirectory(RunConfig(str(tmp_path)), "latest", Accelerator(cpu=True))
+    names = [path.name for path in directory.published(code=False)]
+    assert names == ["config.json", "model.safetensors"]
+    assert {path.name for path in directory.published(code=True)} == {*names, "own.py"}
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / ".env")
+    with pytest.raises(UserError, match=r"model.safetensors is a link"):
+        directory.published(code=False)
 
 
 def killed_at(call):

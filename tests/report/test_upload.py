@@ -108,8 +108,10 @@ def test_a_repository_that_everyone_can_read_takes_nothing_unasked(finished, hub
 
 def test_an_upload_that_is_cut_in_its_middle_is_tried_again(finished, hub, tmp_path):
     hub.cut = 1
-    status, _, errors = push(hub, copied(finished, tmp_path))
+    hub.create({"name": "adapted", "private": True})
+    status, output, errors = push(hub, [*copied(finished, tmp_path), "--hub_private_repo=false"])
     assert (status, errors) == (0, "")
+    assert " to me/adapted, private, on " in output, "as it is, whatever the flag says"
     assert sum(request.startswith("PUT") for request in hub.requests) == 2
     written = hub.repositories["me/adapted"]["files"]["model.safetensors"]
     assert written == (tmp_path / "adapted" / "model.safetensors").read_bytes()
