@@ -34,7 +34,7 @@ from mlm.data.corpus import CorpusConfig
 from mlm.data.encode import Piece, encode_batches, piece_encoder, pieces
 from mlm.data.pieces import PIECE
 from mlm.data.tokenizer import TokenizerInfo
-from mlm.data.verify import checksum, find_fault
+from mlm.data.verify import check_mapped, checksum, find_fault
 from mlm.errors import UserError, at_least, at_most, one_line
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,13 @@ class TokenStore:
     ids: np.ndarray  # [N] uint8, uint16 or uint32
     word_starts: np.ndarray  # [N] bool
     document_offsets: np.ndarray  # [D + 1] int64
+
+    def __getattribute__(self, name: str) -> Any:
+        """Raises UserError for an array whose file has been cut short since: reading it would end in SIGBUS."""
+        value = object.__getattribute__(self, name)
+        if name in ARRAYS:
+            check_mapped(value)
+        return value
 
     @property
     def mean_word(self) -> float:
