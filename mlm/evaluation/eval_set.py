@@ -97,7 +97,7 @@ def make_eval_set(
         raise UserError(f"--eval_mask_folds {config.eval_mask_folds}: a chunk has {length} tokens only")
     chunk_ids = subset(config.eval_mask_seed, len(chunks), config.max_eval_samples)
     eval_set = EvalSet(name, store, chunks, chunk_ids, make_recipe(info), info, config)
-    batches = (chunk_ids[first : first + 32] for first in range(0, len(chunk_ids), 32))  # the first is enough as a rule
+    batches = (chunk_ids[first : first + 32] for first in range(0, len(chunk_ids), 32))
     if config.eval_mask_folds:  # which mask each maskable token once
         masked = any(info.maskable[chunks.take(part).ids].any() for part in batches)
         advice = "give more text"

@@ -286,6 +286,7 @@ def test_one_document_is_measured_by_its_chunks(toy, tmp_path):
     found = world.compare()
     assert (found["bootstrap"]["unit"], found["masks"]["documents"]) == ("chunks", 1)
     assert found["bootstrap"]["units"] == len(world.eval_set.chunks)
+    assert f"from {len(world.eval_set.chunks)} chunks of one document)" in in_words(found)
     assert found["gain"]["interval"][0] < found["gain"]["value"] < found["gain"]["interval"][1]
 
 
@@ -301,7 +302,7 @@ def test_folds_measure_a_text_of_fewer_tokens_than_folds_and_refuse_one_without_
     by_seed = [rounds("the", seed) for seed in range(3)]
     assert all(sum(masked) == 1 for masked in by_seed)
     assert any(masked[0] == 0 for masked in by_seed)
-    with pytest.raises(UserError, match="no token in 1 chunks is masked, .* measured; give more text$"):
+    with pytest.raises(UserError, match=r"no token in 1 chunks is masked, .* measured; give more text$"):
         rounds("\u2603", 0)
 
 
