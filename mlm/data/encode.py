@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from mlm.data.pieces import PIECE, cut
+from mlm.data.pieces import PIECE, Encode, cut
 from mlm.data.tokenizer import TokenizerInfo, explained, text_encoder
 
 Piece = tuple[str, bool]  # text, and whether its document ends with it
@@ -41,10 +41,13 @@ class Tokens(NamedTuple):
     lengths: np.ndarray  # [P] int64
 
 
-def pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
-    """A document as pieces to encode one after the other, most documents as one."""
-    if len(text) <= PIECE:
-        return iter([(text, True)])
+def pieces(text: str, encode: Encode) -> Iterator[Piece]:
+    """A document as pieces to encode one after the other, most documents as one; `encode` is from `piece_encoder`."""
+    return iter([(text, True)]) if len(text) <= PIECE else cut(text, encode)
+
+
+def piece_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """For all documents of a corpus: making it copies the tokenizer, 0.4 s with 250,000 tokens in the vocabulary."""
     backend = text_encoder(tokenizer) if tokenizer.is_fast else None
 
     def encode(part: str) -> tuple[list[int], list[bool]]:
@@ -55,7 +58,7 @@ def pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
                 tokens = _unpack([backend.encode(part, add_special_tokens=False)])
         return tokens.ids.tolist(), tokens.word_starts.tolist()
 
-    return cut(text, encode)
+    return encode
 
 
 def encode_batches(

@@ -31,10 +31,10 @@ from transformers import PreTrainedTokenizerBase
 from mlm.data import corpus
 from mlm.data.cache import build_once, key
 from mlm.data.corpus import CorpusConfig
-from mlm.data.encode import Piece, encode_batches, pieces
+from mlm.data.encode import Piece, encode_batches, piece_encoder, pieces
 from mlm.data.pieces import PIECE
 from mlm.data.tokenizer import TokenizerInfo
-from mlm.data.verify import checksum, find_fault
+from mlm.data.verify import check_mapped, checksum, find_fault
 from mlm.errors import UserError, at_least, at_most, one_line
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,13 @@ class TokenStore:
     ids: np.ndarray  # [N] uint8, uint16 or uint32
     word_starts: np.ndarray  # [N] bool
     document_offsets: np.ndarray  # [D + 1] int64
+
+    def __getattribute__(self, name: str) -> Any:
+        """Raises UserError for an array whose file has been cut short since: reading it would end in SIGBUS."""
+        value = object.__getattribute__(self, name)
+        if name in ARRAYS:
+            check_mapped(value)
+        return value
 
     @property
     def mean_word(self) -> float:
@@ -266,7 +273,7 @@ def _batches(
     digest: updated with each text and its length, so that the borders between texts count
     counts: of characters (code points) and words (by white space), which depend on no tokenizer
     """
-    batch, characters = [], 0
+    batch, characters, encode = [], 0, piece_encoder(tokenizer)
     for text in texts:
         data = text.encode()
         digest.update(len(data).to_bytes(8, "little"))
@@ -275,7 +282,7 @@ def _batches(
         # A list of words takes ten times the memory of the text.
         words = len(text.split()) if len(text) <= PIECE else sum(1 for _ in re.finditer(r"\S+", text))
         counts.update(characters=len(text), spaced_words=words)
-        for piece in pieces(text, tokenizer):
+        for piece in pieces(text, encode):
             batch.append(piece)
             characters += len(piece[0])
             if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:

@@ -74,7 +74,8 @@ def compare(
     documents      the evaluations of its documents one by one, where both models have them
 
     An interval is [None, None] for fewer than FEWEST documents, or infinite loss. Of one document, such as a book, its
-    chunks take their place. Raises ValueError for other masked tokens.
+    chunks take their place: they resemble one another, so that the interval is too narrow for other documents. Raises
+    ValueError for other masked tokens.
     """
     if not before.same_masks(after):
         raise ValueError(f"{eval_set.name}: the two evaluations are not of the same masked tokens")
@@ -118,7 +119,7 @@ def compare_documents(
     return {
         "perplexity_before": before.perplexity, "perplexity": after.perplexity, "gain": gain,
         "differs": high < low_in_chunks or high_in_chunks < low,
-        "documents": len(eval_set.one_by_one.chunk_ids), "longest": eval_set.one_by_one.chunks.chunk_size,
+        "documents": len(np.unique(before.chunk)), "longest": eval_set.one_by_one.chunks.chunk_size,
         "masked_tokens": before.masked,
     }  # fmt: skip
 
@@ -191,13 +192,11 @@ def documents(
 def in_words(compared: dict[str, Any]) -> str:
     """A comparison on one line."""
     gain, made, by_seed = compared["gain"], compared["interval"], compared["after"]["perplexity_by_seed"]
-    low, high = map(figure, gain["interval"])
-    why = "a loss is infinite" if made["units"] >= FEWEST else f"{made['units']} {made['unit']}, fewer than {FEWEST}"
-    seeds, without, sure = "", "", f"no interval: {why}"
+    seeds, without = "", ""
     if len(by_seed) > 1 and None not in by_seed:
         seeds = f", {figure(min(by_seed))} to {figure(max(by_seed))} over {len(by_seed)} mask seeds"
-    if gain["interval"][0] is not None:
-        sure = f"{made['confidence']:.0%} interval {low} to {high}, from {made['units']:,} {made['unit']}"
+    unit = "chunks of one document" if made["unit"] == "chunks" else made["unit"]
+    sure = _sureness(gain["interval"], made["units"], unit)
     if few := compared["concentration"]:
         without = (
             f"; {len(few['types'])} tokens carry {few['share']:.0%} of it ({printable(' '.join(few['types']))}), "
@@ -208,25 +207,34 @@ def in_words(compared: dict[str, Any]) -> str:
     return f"perplexity {before} before, {after} after{seeds}, gain {figure(gain['value'])} ({sure}){without}{whole}"
 
 
+def _sureness(interval: list[float | None], units: int, unit: str) -> str:
+    """The interval of a gain in words, from so many of a unit, or why there is none."""
+    if interval[0] is not None:
+        low, high = map(figure, interval)
+        return f"{CONFIDENCE:.0%} interval {low} to {high}, from {units:,} {unit}"
+    return f"no interval: {'a loss is infinite' if units >= FEWEST else f'{units} {unit}, fewer than {FEWEST}'}"
+
+
 def documents_in_words(compared: dict[str, Any]) -> str:
     """The comparison on documents one by one on a line, and whether it tells another story than chunks do."""
     whole, story = compared["one_by_one"], ""
     before, after = figure(whole["perplexity_before"]), figure(whole["perplexity"])
-    gain, low, high = map(figure, (whole["gain"]["value"], *whole["gain"]["interval"]))
+    sure = _sureness(
+        whole["gain"]["interval"], whole["documents"], f"documents of at most {whole['longest']:,} tokens"
+    )
     if whole["differs"] and whole["gain"]["value"] < compared["gain"]["value"]:
         story = ": another story, a part of the gain in chunks is of how they are cut and joined, not of the domain"
     elif whole["differs"]:
         story = ": another story, chunks hide a part of the gain"
-    return (
-        f"one by one: perplexity {before} before, {after} after, gain {gain} ({CONFIDENCE:.0%} interval {low} to "
-        f"{high}, from {whole['documents']:,} documents of at most {whole['longest']:,} tokens){story}"
-    )
+    gain = figure(whole["gain"]["value"])
+    return f"one by one: perplexity {before} before, {after} after, gain {gain} ({sure}){story}"
 
 
 def gain_figures(compared: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The gain of a comparison for all_results.json."""
     low, high = compared["gain"]["interval"]
     figures = {"gain": compared["gain"]["value"], "gain_low": low, "gain_high": high}
+    figures["gain_documents"] = compared["masks"]["documents"]
     if few := compared["concentration"]:
         figures["gain_without_concentrated"] = few["gain_without"]
     if whole := compared["one_by_one"]:

@@ -98,11 +98,15 @@ def make_eval_set(
     chunk_ids = subset(config.eval_mask_seed, len(chunks), config.max_eval_samples)
     eval_set = EvalSet(name, store, chunks, chunk_ids, make_recipe(info), info, config)
     batches = (chunk_ids[first : first + 32] for first in range(0, len(chunk_ids), 32))
-    if not any(len(eval_set.batch(part, 0).positions) for part in batches):  # the first batch is enough as a rule
-        raise UserError(
-            f"{name}: no token in {len(chunk_ids):,} chunks is masked, so that nothing would be measured; give more "
-            f"text, or more than --eval_mlm_probability {config.eval_mlm_probability:g}"
-        )
+    if config.eval_mask_folds:  # which mask each maskable token once
+        masked = any(info.maskable[chunks.take(part).ids].any() for part in batches)
+        advice = "give more text"
+    else:
+        masked = any(len(eval_set.batch(part, 0).positions) for part in batches)
+        advice = f"give more text, or more than --eval_mlm_probability {config.eval_mlm_probability:g}"
+    if not masked:
+        where = f"{name}: no token in {len(chunk_ids):,} chunks is masked"
+        raise UserError(f"{where}, so that nothing would be measured; {advice}")
     return eval_set
 
 

@@ -99,6 +99,7 @@ def _figures(results: dict[str, Any], prefix: str) -> str:
             lines.append(f"| {title.lower()} | {text.get(f'{name}_before', '')} | {text[name]} |")
     gain = ""
     if results.get(f"{prefix}gain_low") is not None:
-        interval = f"95% interval {text['gain_low']} to {text['gain_high']} over documents"
+        units = "chunks of one document" if results.get(f"{prefix}gain_documents") == 1 else "documents"
+        interval = f"95% interval {text['gain_low']} to {text['gain_high']} over {units}"
         gain = f"Perplexity before / after is {text['gain']} ({interval}).\n"
     return "\n".join([*lines, "", gain])

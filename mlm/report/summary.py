@@ -118,7 +118,8 @@ def outcome(results: dict[str, Any]) -> str:
     rows = [("", "before", "after", "gain") if "perplexity_before" in results else ("", "", "after", "")]
     for text, prefix in (("held-out", ""), ("one by one", "documents_"), ("out-of-domain", "general_")):
         gain, low, high = (shown.get(f"{prefix}{name}") for name in ("gain", "gain_low", "gain_high"))
-        interval = f" ({CONFIDENCE:.0%} interval {low} to {high})" if results.get(f"{prefix}gain_low") else ""
+        over = " over chunks of one document" if results.get(f"{prefix}gain_documents") == 1 else ""
+        interval = f" ({CONFIDENCE:.0%} interval {low} to {high}{over})" if results.get(f"{prefix}gain_low") else ""
         for name, last in (("perplexity", f"{gain}×{interval}" if gain else ""), ("eval_loss", "")):
             if after := shown.get(f"{prefix}{name}"):
                 title = f"{text} {name.removeprefix('eval_')}"

@@ -188,8 +188,8 @@ def short_pieces(monkeypatch):
     """Pieces of some hundred characters, so that many are needed; gives their number."""
     counts = []
 
-    def counted(text, tokenizer):
-        found = list(whole(text, tokenizer))
+    def counted(text, encoder):
+        found = list(whole(text, encoder))
         counts.append(len(found))
         return iter(found)
 
@@ -216,6 +216,17 @@ def test_a_long_document_in_pieces_has_the_tokens_and_words_of_the_whole(
         assert np.array_equal(getattr(parts, array), getattr(whole, array)), array
     timeless = dict.fromkeys(("seconds", "seal"), 0)
     assert parts.header | timeless == whole.header | timeless
+
+
+@pytest.mark.parametrize("documents", [1, 4])
+def test_the_tokenizer_is_copied_as_often_for_one_long_document_as_for_many(
+    documents, tmp_path, short_pieces, monkeypatch
+):
+    copies, copy = [], encode.text_encoder
+    monkeypatch.setattr(encode, "text_encoder", lambda tokenizer: copies.append(1) or copy(tokenizer))
+    built([long_document(0, 2000)] * documents, TOKENIZERS["wordpiece"], tmp_path)
+    assert len(short_pieces) == documents and min(short_pieces) > 1
+    assert len(copies) == 2, "one to cut documents, one to encode"
 
 
 def test_a_slow_tokenizer_takes_long_documents_in_pieces_too(tmp_path, short_pieces, monkeypatch):

@@ -478,6 +478,8 @@ def test_a_store_that_is_cut_short_while_it_is_mapped_is_one_line_not_a_bus_erro
         "print(len(chunks.take(np.arange(len(chunks))).ids), flush=True)\n"
         "sys.stdin.readline()\n"
         "try: chunks.take(np.arange(len(chunks)))\n"
+        "except UserError as error: print(error)\n"
+        f"try: store.{array}[-1]\n"
         "except UserError as error: print(error)",
         stdin=subprocess.PIPE,
     )
@@ -486,7 +488,8 @@ def test_a_store_that_is_cut_short_while_it_is_mapped_is_one_line_not_a_bus_erro
     os.truncate(path, 5000)
     said, _ = run.communicate(b"\n")
     assert run.returncode == 0, "no signal"
-    assert said.decode().strip() == f"{path} was cut short while in use; run again, which builds the token store anew"
+    line = f"{path} was cut short while in use; run again, which builds the token store anew"
+    assert said.decode().splitlines() == [line, line], "from chunks and from the store itself"
 
 
 def test_a_store_in_a_folder_that_cannot_be_written_is_verified_by_each_run(world, read):

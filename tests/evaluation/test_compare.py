@@ -286,7 +286,24 @@ def test_one_document_is_measured_by_its_chunks(toy, tmp_path):
     found = world.compare()
     assert (found["bootstrap"]["unit"], found["masks"]["documents"]) == ("chunks", 1)
     assert found["bootstrap"]["units"] == len(world.eval_set.chunks)
+    assert f"from {len(world.eval_set.chunks)} chunks of one document)" in in_words(found)
     assert found["gain"]["interval"][0] < found["gain"]["value"] < found["gain"]["interval"][1]
+
+
+def test_folds_measure_a_text_of_fewer_tokens_than_folds_and_refuse_one_without_any(world, tmp_path):
+    info, config = world.eval_set.info, EvaluateConfig(eval_mask_folds=16)
+
+    def rounds(text, seed):
+        store = build([text], world.tokenizer, info, tmp_path / f"{text}{seed}", {"split": "validation"})
+        folds = dataclasses.replace(config, eval_mask_seed=seed)
+        eval_set = make_eval_set("text", store, ChunkConfig(line_by_line=True), 16, info, folds)
+        return [len(eval_set.batch(eval_set.chunk_ids, fold).positions) for fold in range(16)]
+
+    by_seed = [rounds("the", seed) for seed in range(3)]
+    assert all(sum(masked) == 1 for masked in by_seed)
+    assert any(masked[0] == 0 for masked in by_seed)
+    with pytest.raises(UserError, match=r"no token in 1 chunks is masked, .* measured; give more text$"):
+        rounds("\u2603", 0)
 
 
 # A gain in a handful of tokens

@@ -553,6 +553,20 @@ def test_no_interval_is_said_to_be_none(run, units, why):
         assert wrong not in shown
 
 
+def test_an_interval_over_chunks_is_said_to_be_of_one_document_and_is_not_set_against_chance(run):
+    [record] = read_runs([run])
+    comparison = json.loads(json.dumps(record.comparison))
+    for compared in comparison.values():
+        compared["gain"]["interval"] = [1.5, 2.5]
+        compared["bootstrap"] |= {"unit": "chunks", "units": 5}
+    page = render([dataclasses.replace(record, comparison=comparison)])
+    shown = text_of(page)
+    assert "95% interval over chunks of one document" in text_of(page, "header")
+    assert "over 5 chunks of one document left out one by one" in shown
+    assert "over chunks of one document and says nothing of other documents" in shown
+    assert "more than the chance" not in shown
+
+
 def test_a_figure_that_one_run_lacks_is_a_dash_before_and_after(run, other):
     spread = {"perplexity_spread": 0.5, "perplexity_spread_before": 0.25}
     first, second = read_runs([run, other])
