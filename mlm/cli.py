@@ -183,6 +183,8 @@ def _mistake(error: Exception) -> str | None:
         return f"{one_line(error.filename or 'a file or standard output')}: {error.strerror}"
     if isinstance(error, RecursionError):
         return "a file of JSON, YAML or the like is nested too deeply"
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        return str(error)
     return str(error) if isinstance(error, UserError) else None
 
 
