@@ -1,7 +1,6 @@
 """Claims about what scripts do before torch is there: garbage collection, help, OpenMP."""
 
 import os
-import re
 import subprocess
 import sys
 
@@ -82,12 +81,6 @@ def test_the_package_finds_a_home_before_any_library_looks_for_it(tmp_path):
     command = [sys.executable, "-c", program]
     printed = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True).stdout
     assert printed == f"{tmp_path}/home-{os.getuid()}/.cache/huggingface set()\n"
-
-
-@pytest.mark.parametrize("path", ["mlm/train.py", *sorted(FORKS.glob("*.py"))])
-def test_what_is_launched_as_a_file_imports_the_package_before_other_libraries(path):
-    imports = re.findall(r"^(?:from|import) (\w+)", (REPOSITORY / path).read_text(), re.MULTILINE)
-    assert next(name for name in imports if name not in sys.stdlib_module_names) == "mlm"
 
 
 def test_help_as_a_sentence_after_two_dashes_needs_the_libraries():

@@ -11,9 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlm import cli  # before the libraries, which look for a home when they are imported
-
-# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,6 +18,7 @@ from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mlm import cli
 from mlm.config import Config
 from mlm.data.batches import Batch, Batches
 from mlm.data.chunks import chunk_length, cut_into_chunks

@@ -11,15 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlm import cli  # before the libraries, which look for a home when they are imported
-
-# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mlm import cli
 from mlm.config import Config
 from mlm.data.batches import Batch, Batches
 from mlm.data.chunks import chunk_length, cut_into_chunks
