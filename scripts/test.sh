@@ -7,4 +7,5 @@ source scripts/environment.sh "[test]"
 .venv/bin/ruff format --check .
 .venv/bin/lint-imports --no-logo --no-cache
 [ $# -gt 0 ] || set -- tests benchmarks --benchmark-disable
-exec .venv/bin/python -m pytest --numprocesses logical --dist worksteal "$@"
+# One more than there are cores: many tests wait for processes of their own.
+exec .venv/bin/python -m pytest --numprocesses $(($(getconf _NPROCESSORS_ONLN) + 1)) --dist worksteal "$@"

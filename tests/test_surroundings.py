@@ -45,6 +45,7 @@ def test_a_full_disk_under_standard_output_costs_nothing_else(toy, tmp_path, who
     tally("a full disk under standard output", 1, "training goes on, exit status 0")
 
 
+@pytest.mark.torture
 def test_a_reader_that_is_gone_costs_nothing_else(toy, tmp_path, whole, tally):
     reading, writing = os.pipe()
     process = launch(toy.flags(tmp_path / "run", logging_steps=1), writing)
@@ -56,6 +57,7 @@ def test_a_reader_that_is_gone_costs_nothing_else(toy, tmp_path, whole, tally):
     tally("a closed pipe under standard output", 1, "training goes on, exit status 0")
 
 
+@pytest.mark.torture
 def test_closed_standard_streams_cost_nothing_else(toy, tmp_path, whole):
     command = " ".join(f"'{word}'" for word in [*PYTHON, SCRIPT, *toy.flags(tmp_path / "run", logging_steps=1)])
     done = subprocess.run(["bash", "-c", f"{command} >&- 2>&-"], cwd=REPOSITORY, env={**os.environ, **CPU})
@@ -63,6 +65,7 @@ def test_closed_standard_streams_cost_nothing_else(toy, tmp_path, whole):
     check_it_is_whole(tmp_path / "run", whole)
 
 
+@pytest.mark.torture
 def test_a_terminal_that_is_gone_costs_nothing_else(toy, tmp_path, whole, tally):
     """One that sends no SIGHUP, as the run is in another session."""
     screen, terminal = pty.openpty()
@@ -101,6 +104,7 @@ def test_a_run_whose_terminal_is_closed_stops_with_a_checkpoint(toy, tmp_path, t
 ASCII = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
 
 
+@pytest.mark.torture
 def test_output_in_ascii_costs_nothing_else(toy, tmp_path, whole, tally):
     """The run says where it is saved: in escapes."""
     folder = tmp_path / "Läufe ×2"
@@ -122,6 +126,7 @@ def test_a_name_that_libraries_cannot_write_is_refused_before_training(toy, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.torture
 def test_a_figure_that_standard_output_cannot_take_is_a_mistake_where_it_stands_nowhere_else(toy):
     flags = [
         f"--model_name_or_path={toy.checkpoint}",
@@ -145,7 +150,11 @@ def unknown():
     return command
 
 
-@pytest.mark.parametrize("home", [{}, {"HOME": "/nowhere"}], ids=["no home", "a home that is not there"])
+@pytest.mark.parametrize(
+    "home",
+    [{}, pytest.param({"HOME": "/nowhere"}, marks=pytest.mark.torture)],
+    ids=["no home", "a home that is not there"],
+)
 def test_a_uid_that_the_machine_does_not_know_can_train(toy, tmp_path, home, unknown, tally):
     unset = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "USER", "LOGNAME")
     environment = {name: value for name, value in os.environ.items() if name not in unset}

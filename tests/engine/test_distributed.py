@@ -97,6 +97,7 @@ def run_with(line, tmp_path, flags):
     return run(TORCHRUN, flags, str(program))
 
 
+@pytest.mark.torture
 def test_where_stores_are_kept_may_differ_and_weights_become_those_of_the_main_process(toy, tmp_path):
     """Stores on the disk of each machine, say. Two rows exchanged are a difference that no mean shows; another kind of
     processor would draw other weights."""

@@ -232,7 +232,7 @@ def unnamed(path: str, folder: Path) -> str:
     return re.sub(r"\.tmp\w{6}|(?<=\.building\.)[^/]*|\b[0-9a-f]{20}\b", "*", path.removeprefix(str(folder)))
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_no_call_escapes_that_strace_sees(toy, injection, library, tmp_path):
     trace = tmp_path / "trace"
     if not shutil.which("strace") or subprocess.run(["strace", "-o", trace, "true"], capture_output=True).returncode:
@@ -247,7 +247,9 @@ def test_no_call_escapes_that_strace_sees(toy, injection, library, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [KILL, EIO, ENOSPC], ids=["kill", "EIO", "ENOSPC"])
+@pytest.mark.parametrize(
+    "fault", [KILL, pytest.param(EIO, marks=pytest.mark.torture), ENOSPC], ids=["kill", "EIO", "ENOSPC"]
+)
 def test_a_fault_at_a_call_of_each_kind_is_survived(injection, server, fault):
     rust = next(n for n, (_, path) in enumerate(injection.calls, 1) if path.endswith("/model.partial/tokenizer.json"))
     injection.torment([server], fault, [*spread(injection.calls, kinds=6), rust])

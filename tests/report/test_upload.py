@@ -95,6 +95,7 @@ def test_a_refused_token_is_one_line_before_anything_is_written(toy, hub, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.torture
 def test_a_repository_that_everyone_can_read_takes_nothing_unasked(finished, hub, tmp_path):
     hub.create({"name": "adapted", "private": False})
     flags = copied(finished, tmp_path)
@@ -117,6 +118,7 @@ def test_an_upload_that_is_cut_in_its_middle_is_tried_again(finished, hub, tmp_p
     assert written == (tmp_path / "adapted" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.torture
 def test_an_upload_that_failed_is_made_up_for_by_the_same_command(finished, hub, tmp_path):
     flags = copied(finished, tmp_path)
     hub.refuse_commits = True
