@@ -147,11 +147,12 @@ def _mend_streams() -> None:
 
 
 def _give_up_unwritten() -> None:
-    """Drops what standard output cannot take, which would be an error at exit."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Drops what standard output and error cannot take: at exit it would be an error, with a status of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _complain(line: str) -> None:

@@ -11,6 +11,6 @@ touch_file=".venv/installed${1:-}"
 if [ "$(cat "$touch_file" 2>/dev/null)" != "$wanted" ]; then
     echo "installing into .venv, once" >&2
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e ".${1:-}" >&2
+    .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c scripts/constraints.txt -e ".${1:-}" >&2
     echo "$wanted" >"$touch_file"
 fi

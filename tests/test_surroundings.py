@@ -151,9 +151,7 @@ def unknown():
 
 
 @pytest.mark.parametrize(
-    "home",
-    [None, pytest.param("nowhere", marks=pytest.mark.torture)],
-    ids=["no home", "a home that is not there"],
+    "home", [None, pytest.param("nowhere", marks=pytest.mark.torture)], ids=["no home", "a home that is not there"]
 )
 def test_a_uid_that_the_machine_does_not_know_can_train(toy, tmp_path, home, unknown, tally):
     unset = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "USER", "LOGNAME")

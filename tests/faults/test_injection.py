@@ -246,10 +246,8 @@ def test_no_call_escapes_that_strace_sees(toy, injection, library, tmp_path):
     assert counted.total() > 200
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "fault", [KILL, pytest.param(EIO, marks=pytest.mark.torture), ENOSPC], ids=["kill", "EIO", "ENOSPC"]
-)
+@pytest.mark.torture
+@pytest.mark.parametrize("fault", [KILL, EIO, ENOSPC], ids=["kill", "EIO", "ENOSPC"])
 def test_a_fault_at_a_call_of_each_kind_is_survived(injection, server, fault):
     rust = next(n for n, (_, path) in enumerate(injection.calls, 1) if path.endswith("/model.partial/tokenizer.json"))
     injection.torment([server], fault, [*spread(injection.calls, kinds=6), rust])
