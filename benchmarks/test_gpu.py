@@ -22,6 +22,7 @@ def test_without_a_gpu_nothing_is_measured():
     assert output.startswith("no GPU here: nothing is measured")
 
 
+@pytest.mark.torture
 def test_the_gpus_benchmark_runs_on_a_cpu_with_toys(tmp_path):
     command = [sys.executable, "benchmarks/gpu.py", "--self_test", "--out", str(tmp_path / "gpu.json")]
     output = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout

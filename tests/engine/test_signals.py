@@ -60,7 +60,7 @@ def check_it_goes_on(toy, folder, launcher, whole):
         assert_same_bits(weights(folder), whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.torture)])
 def test_a_signalled_run_writes_a_checkpoint_says_how_to_go_on_and_exits_with_it(toy, tmp_path, whole, number, tally):
     folder = tmp_path / "run"
     process = start(PYTHON, flags(toy, folder))
@@ -200,7 +200,9 @@ def test_a_signal_during_an_evaluation_gives_it_up_and_it_is_made_up_for(toy, tm
     assert_each_step_once(folder)
 
 
-@pytest.mark.parametrize("launcher", [ACCELERATE, TORCHRUN], ids=["accelerate launch", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(ACCELERATE, marks=pytest.mark.torture), TORCHRUN], ids=["accelerate launch", "torchrun"]
+)
 def test_a_worker_that_is_signalled_stops_the_run_whoever_launched_it(toy, tmp_path, whole, launcher, tally):
     """Of two processes the second is signalled, and both stop at the same step."""
     folder = tmp_path / "run"
@@ -214,6 +216,7 @@ def test_a_worker_that_is_signalled_stops_the_run_whoever_launched_it(toy, tmp_p
     tally("the same to one worker of a launcher", 1, "all stop at one step; resumed, no step lost")
 
 
+@pytest.mark.torture
 def test_torchrun_passes_sigterm_on(toy, tmp_path, whole):
     folder = tmp_path / "run"
     process = start(TORCHRUN, flags(toy, folder))
