@@ -54,8 +54,11 @@ def build_once(place: Path, find: Callable[[], Any], build: Callable[[Path], Non
                     if overwrite or not find():
                         with suppress(FileNotFoundError):
                             place.rename(Path(workspace, "replaced"))
-                        with suppress(OSError):  # a run without the lock may have been quicker
+                        try:
                             built.rename(place)
+                        except OSError:
+                            if not find():  # else a run without the lock was quicker
+                                raise
             found = find()  # before the next run may replace it
     except OSError as error:
         raise UserError(f"--token_store {place.parent}: cannot write there ({error.strerror})") from None
@@ -80,7 +83,9 @@ def _one_builder(place: Path) -> Iterator[bool]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            holder = one_line(path.read_text(errors="replace"), 80) or "another run"
+            holder = "another run"
+            with suppress(OSError):
+                holder = one_line(path.read_text(errors="replace"), 80) or holder
             log.info("%s is building %s: waiting, up to %g s", holder, place, LOCK_TIMEOUT)
             lock.acquire(timeout=LOCK_TIMEOUT, poll_interval=0.2)  # a try asks the server of a shared folder
     except Timeout:
