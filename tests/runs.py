@@ -1,11 +1,10 @@
 """Runs as tests start them, in this process and in others, and how their results are compared."""
 
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -19,7 +18,6 @@ PYTHON = [sys.executable]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 SCRIPT = str(REPOSITORY / "scripts" / "train.py")
-CPU = {"ACCELERATE_USE_CPU": "true"}
 
 
 def half_precision(init_scale):
@@ -31,17 +29,10 @@ def half_precision(init_scale):
     return accelerator
 
 
-def start(
-    launcher: list[str], flags: list[str], program: str = SCRIPT, env: Mapping[str, str] = CPU
-) -> subprocess.Popen:
+def start(launcher: list[str], flags: list[str], program: str = SCRIPT) -> subprocess.Popen:
     """A training process, or a launcher with its own, at work in the background."""
     return subprocess.Popen(
-        [*launcher, program, *flags],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **env},
+        [*launcher, program, *flags], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -55,10 +46,8 @@ def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[int, str, s
     return process.returncode, output, errors
 
 
-def run(
-    launcher: list[str], flags: list[str], program: str = SCRIPT, env: Mapping[str, str] = CPU
-) -> tuple[int, str, str]:
-    return finish(start(launcher, flags, program, env))
+def run(launcher: list[str], flags: list[str], program: str = SCRIPT) -> tuple[int, str, str]:
+    return finish(start(launcher, flags, program))
 
 
 def workers(process: subprocess.Popen) -> list[psutil.Process]:

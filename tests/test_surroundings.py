@@ -12,13 +12,13 @@ import time
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.runs import CPU, PYTHON, SCRIPT, assert_same_bits, finish, metrics, start, wait_for, weights
+from tests.runs import PYTHON, SCRIPT, assert_same_bits, finish, metrics, start, wait_for, weights
 
 pytestmark = pytest.mark.slow
 
 
 def launch(flags, stdout, stderr=subprocess.PIPE, **more):
-    environment = {**os.environ, **CPU, **more.pop("environment", {})}
+    environment = {**os.environ, **more.pop("environment", {})}
     command = [*PYTHON, SCRIPT, *flags]
     return subprocess.Popen(command, stdout=stdout, stderr=stderr, text=True, env=environment, cwd=REPOSITORY, **more)
 
@@ -60,7 +60,7 @@ def test_a_reader_that_is_gone_costs_nothing_else(toy, tmp_path, whole, tally):
 @pytest.mark.torture
 def test_closed_standard_streams_cost_nothing_else(toy, tmp_path, whole):
     command = " ".join(f"'{word}'" for word in [*PYTHON, SCRIPT, *toy.flags(tmp_path / "run", logging_steps=1)])
-    done = subprocess.run(["bash", "-c", f"{command} >&- 2>&-"], cwd=REPOSITORY, env={**os.environ, **CPU})
+    done = subprocess.run(["bash", "-c", f"{command} >&- 2>&-"], cwd=REPOSITORY)
     assert done.returncode == 0
     check_it_is_whole(tmp_path / "run", whole)
 
@@ -85,7 +85,7 @@ def test_a_run_whose_terminal_is_closed_stops_with_a_checkpoint(toy, tmp_path, t
     child, screen = pty.fork()
     if child == 0:
         os.chdir(REPOSITORY)
-        os.execve(sys.executable, [*PYTHON, SCRIPT, *flags], {**os.environ, **CPU})
+        os.execve(sys.executable, [*PYTHON, SCRIPT, *flags], os.environ)
     end = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists() or not metrics(folder, "train"):
         assert time.monotonic() < end
@@ -156,7 +156,7 @@ def unknown():
 def test_a_uid_that_the_machine_does_not_know_can_train(toy, tmp_path, home, unknown, tally):
     unset = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "USER", "LOGNAME")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
-    environment |= {**CPU, "TMPDIR": str(tmp_path)} | ({"HOME": str(tmp_path / home)} if home else {})
+    environment |= {"TMPDIR": str(tmp_path)} | ({"HOME": str(tmp_path / home)} if home else {})
     (tmp_path / "work").mkdir()
     flags = [flag for flag in toy.flags("run") if not flag.startswith("--token_store")]
     command = [*unknown, *PYTHON, SCRIPT, *flags]
@@ -172,7 +172,7 @@ def test_a_working_directory_that_is_gone_is_a_mistake_in_one_line(toy, tmp_path
     (tmp_path / "gone").mkdir()
     command = " ".join(f"'{word}'" for word in [*PYTHON, SCRIPT, *toy.flags(tmp_path / "run")])
     shell = f"cd '{tmp_path}/gone' && rmdir '{tmp_path}/gone' && {command}"
-    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env={**os.environ, **CPU})
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: the working directory has been removed; change to another one\n"
 

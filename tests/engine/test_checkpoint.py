@@ -41,7 +41,6 @@ from mlm.report.metrics import Progress
 from mlm.train import train
 from tests.conftest import REPOSITORY
 from tests.runs import (
-    CPU,
     PYTHON,
     TORCHRUN,
     assert_each_step_once,
@@ -160,13 +159,7 @@ def test_a_run_goes_on_with_another_number_of_processes(toy, tmp_path):
     whole = train(toy.config(tmp_path / "whole"))
     interrupted(toy, tmp_path / "run", at=7)
     flags = toy.flags(tmp_path / "run", resume_from_checkpoint="latest")
-    run = subprocess.run(
-        [*TORCHRUN, "scripts/train.py", *flags],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **CPU},
-    )
+    run = subprocess.run([*TORCHRUN, "scripts/train.py", *flags], cwd=REPOSITORY, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert_same_weights(whole.model.state_dict(), weights(tmp_path / "run"))
 

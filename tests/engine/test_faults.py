@@ -27,7 +27,6 @@ from mlm.model.load import ModelConfig
 from mlm.train import train
 from tests.conftest import REPOSITORY
 from tests.runs import (
-    CPU,
     PYTHON,
     TORCHRUN,
     assert_each_step_once,
@@ -137,7 +136,7 @@ def test_a_process_that_dies_ends_the_others_with_a_clear_message(toy, tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **CPU, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2",
+            env={**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2",
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
         )
         for rank in ("0", "1")

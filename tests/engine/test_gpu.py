@@ -53,7 +53,6 @@ GPU = torch.device("cuda")
 PRECISIONS = ["no", "bf16", "fp16"]
 ROUNDING = {"no": 1e-4, "bf16": 2e-2, "fp16": 5e-3}  # of a loss and, in norm, of a gradient
 STEPS, VOCABULARY, LENGTH = 4, 1000, 32
-ON_GPU = {"ACCELERATE_USE_CPU": "false"}
 LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--standalone"],
     "accelerate launch": [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"],
@@ -263,17 +262,17 @@ def test_a_run_that_a_signal_ends_resumes_bit_for_bit_with_deterministic_kernels
     """Invariant 4, dropout and all."""
     settings = {"max_train_steps": 300, "dropout": 0.1, "eval_on_start": False, "eval_steps": 10_000}
     settings |= {"mixed_precision": precision, "deterministic": True}
-    status, _, errors = run(PYTHON, toy.flags(tmp_path / "whole", **settings), env=ON_GPU)
+    status, _, errors = run(PYTHON, toy.flags(tmp_path / "whole", **settings))
     assert status == 0, errors
     flags = toy.flags(tmp_path / "run", **settings)
-    process = start(PYTHON, flags, env=ON_GPU)
+    process = start(PYTHON, flags)
     wait_for(lambda: steps_taken(tmp_path / "run") >= 20, process)
     process.send_signal(signal.SIGTERM)
     status, _, errors = finish(process)
     assert status == 128 + signal.SIGTERM, errors
     [stopped_at] = [line["step"] for line in metrics(tmp_path / "run", "checkpoint")]
     assert 20 <= stopped_at < 300
-    status, _, errors = run(PYTHON, [*flags, "--resume_from_checkpoint=latest"], env=ON_GPU)
+    status, _, errors = run(PYTHON, [*flags, "--resume_from_checkpoint=latest"])
     assert status == 0, errors
     assert_each_step_once(tmp_path / "run")
     assert_same_bits(weights(tmp_path / "run"), weights(tmp_path / "whole"))
@@ -283,7 +282,7 @@ def test_a_run_that_a_signal_ends_resumes_bit_for_bit_with_deterministic_kernels
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_launcher_of_one_process_trains_on_the_gpu(toy, tmp_path, launcher):
     """torchrun connects its one process over NCCL."""
-    status, output, errors = run(LAUNCHERS[launcher], toy.flags(tmp_path / "run"), env=ON_GPU)
+    status, output, errors = run(LAUNCHERS[launcher], toy.flags(tmp_path / "run"))
     assert status == 0, errors
     assert json.loads(output.splitlines()[-1])["perplexity"] > 1
     assert torch.cuda.get_device_name() in (tmp_path / "run" / "run.json").read_text()

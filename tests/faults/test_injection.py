@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.runs import CPU, assert_each_step_once
+from tests.runs import assert_each_step_once
 
 HERE = Path(__file__).parent
 KILL, EIO, ENOSPC = -1, errno.EIO, errno.ENOSPC
@@ -63,7 +63,7 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **CPU, "LD_PRELOAD": str(library)},
+            env={**os.environ, "LD_PRELOAD": str(library)},
         )
 
     def run(self, toy, folder: Path, counted: tuple[int, int] | None = None, **flags) -> tuple[int, str]:

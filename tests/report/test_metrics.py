@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mlm.report.run_directory import RunConfig
 from mlm.train import train
 from tests.conftest import REPOSITORY
-from tests.runs import CPU, PYTHON, SCRIPT, assert_same_bits, metrics, run, steps_taken, wait_for, weights
+from tests.runs import PYTHON, SCRIPT, assert_same_bits, metrics, run, steps_taken, wait_for, weights
 
 EVALUATION = re.compile(r"step (\d+): held-out loss \d+\.\d{4}, perplexity [\d.]+")
 LINE = re.compile(r"\d\d:\d\d:\d\d step (\d+)/12: loss [\d.]+, lr [\d.]+e[+-]\d+, [\d,]+ tokens/s, \d+:\d\d:\d\d left")
@@ -27,7 +27,7 @@ def on_a_terminal(command: list[str], columns: int) -> tuple[int, str]:
     """Exit status, and all that a process writes to a terminal of so many columns."""
     mine, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    environment = {**os.environ, **CPU, "TERM": "xterm"}
+    environment = {**os.environ, "TERM": "xterm"}
     process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, cwd=REPOSITORY, env=environment)
     os.close(its)
     written = b""
@@ -147,7 +147,7 @@ def test_a_full_disk_under_what_is_printed_costs_no_training(toy, tmp_path, stre
     with open("/dev/full", "w") as full:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: full}
         command = [*PYTHON, SCRIPT, *toy.flags(tmp_path / "run")]
-        subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **CPU}, timeout=240, **streams)
+        subprocess.run(command, cwd=REPOSITORY, timeout=240, **streams)
     assert json.loads((tmp_path / "run" / "all_results.json").read_text())["steps"] == 12
     assert [line["event"] for line in metrics(tmp_path / "run", "end")] == ["end"]
 
@@ -156,9 +156,7 @@ def test_a_full_disk_under_what_is_printed_costs_no_training(toy, tmp_path, stre
 def test_a_terminal_that_is_closed_costs_no_training(toy, tmp_path):
     mine, its = pty.openpty()
     flags = toy.flags(tmp_path / "run", max_train_steps=300, logging_steps=1)
-    process = subprocess.Popen(
-        [*PYTHON, SCRIPT, *flags], stdin=its, stdout=its, stderr=its, cwd=REPOSITORY, env={**os.environ, **CPU}
-    )
+    process = subprocess.Popen([*PYTHON, SCRIPT, *flags], stdin=its, stdout=its, stderr=its, cwd=REPOSITORY)
     os.close(its)
     wait_for(lambda: steps_taken(tmp_path / "run") > 3, process)
     os.close(mine)

@@ -10,7 +10,7 @@ import pytest
 from mlm.train import train
 from tests.conftest import REPOSITORY
 from tests.report.hub_server import Hub
-from tests.runs import CPU, PYTHON, SCRIPT
+from tests.runs import PYTHON, SCRIPT
 
 ALLOWED = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 ALLOWED |= {"README.md", "all_results.json"}
@@ -42,7 +42,7 @@ def finished(toy, tmp_path_factory):
 
 def push(hub, flags, **environment):
     """Exit status, standard output and standard error of a run that is to be uploaded."""
-    environment = {**os.environ, **CPU, **hub.environment, **environment}
+    environment = {**os.environ, **hub.environment, **environment}
     command = [*PYTHON, SCRIPT, *flags, "--push_to_hub"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout, done.stderr
