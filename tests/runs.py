@@ -1,13 +1,16 @@
 """Runs as tests start them, in this process and in others, and how their results are compared."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 from accelerate import Accelerator
 from transformers import AutoModelForMaskedLM
@@ -80,6 +83,20 @@ def wait_for(event: Callable[[], object], process: subprocess.Popen, seconds: fl
             kill_all(process)
             raise AssertionError(f"waited in vain; the process has ended with {process.returncode}")
         time.sleep(0.002)
+
+
+@contextmanager
+def own_disk(place: Path, size: str) -> Iterator[Path]:
+    """A file system of so many bytes (`400k`) at `place`. Skips the test where none can be mounted."""
+    place.mkdir(exist_ok=True)
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount command here")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("this test has to mount a file system of its own, which takes root")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
 
 
 def metrics(folder: Path, event: str) -> list[dict]:

@@ -49,6 +49,7 @@ from tests.runs import (
     finish,
     half_precision,
     metrics,
+    own_disk,
     run,
     start,
     steps_taken,
@@ -599,15 +600,8 @@ def test_the_directory_is_the_runs_own_before_it_looks_for_a_checkpoint(toy, tmp
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 20 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if shutil.which("mount") is None:
-        pytest.skip("there is no mount command here")
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", place], capture_output=True)
-    if mount.returncode:
-        pytest.skip("this test has to mount a file system of its own, which takes root")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    with own_disk(tmp_path / "disk", "20m") as place:
+        yield place
 
 
 def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints_intact(toy, tmp_path, small_disk, tally):

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import shutil
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,20 +13,14 @@ from mlm.engine.checkpoint import CheckpointConfig, steps
 from mlm.errors import UserError
 from mlm.train import train
 from tests.report.test_run_directory import contents
-from tests.runs import PYTHON, assert_same_bits, metrics, run, weights
+from tests.runs import PYTHON, assert_same_bits, metrics, own_disk, run, weights
 
 
 @pytest.fixture
 def tiny_disk(tmp_path):
     """A file system of 400 kB: room for the toy's model (112 kB), and not for a checkpoint (340 kB) as well."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if shutil.which("mount") is None:
-        pytest.skip("there is no mount command here")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", place], capture_output=True).returncode:
-        pytest.skip("this test has to mount a file system of its own, which takes root")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    with own_disk(tmp_path / "disk", "400k") as place:
+        yield place
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(toy, tiny_disk):

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mlm.report.run_directory import RunConfig
 from mlm.train import train
 from tests.conftest import REPOSITORY
-from tests.runs import PYTHON, SCRIPT, assert_same_bits, metrics, run, steps_taken, wait_for, weights
+from tests.runs import PYTHON, SCRIPT, assert_same_bits, metrics, own_disk, run, steps_taken, wait_for, weights
 
 EVALUATION = re.compile(r"step (\d+): held-out loss \d+\.\d{4}, perplexity [\d.]+")
 LINE = re.compile(r"\d\d:\d\d:\d\d step (\d+)/12: loss [\d.]+, lr [\d.]+e[+-]\d+, [\d,]+ tokens/s, \d+:\d\d:\d\d left")
@@ -128,14 +128,8 @@ def test_a_tracker_that_cannot_be_started_costs_its_curves_alone(tracked, toy, t
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_under_a_tracker_costs_its_curves_alone(tracked, toy, tmp_path):
-    (tmp_path / "run" / "mlm").mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", tmp_path / "run" / "mlm"]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this test has to mount a file system of its own, which takes root")
-    try:
+    with own_disk(tmp_path / "run" / "mlm", "16k"):
         status, output, _ = run(PYTHON, [*tracked, "--max_train_steps=100"])
-    finally:
-        subprocess.run(["umount", "-l", tmp_path / "run" / "mlm"], check=True)
     assert status == 0
     assert output.count("no more metrics for --report_to: OSError") == 1
     assert json.loads(output.splitlines()[-1])["steps"] == 100
