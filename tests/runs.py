@@ -16,7 +16,9 @@ from accelerate import Accelerator
 from transformers import AutoModelForMaskedLM
 
 from tests.conftest import REPOSITORY
+from tests.processes import Forked, server
 
+ONE, TWO = 1, 2  # processes of a run, forked from one that has imported torch: without a launcher, and sooner
 PYTHON = [sys.executable]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
@@ -32,14 +34,16 @@ def half_precision(init_scale):
     return accelerator
 
 
-def start(launcher: list[str], flags: list[str], program: str = SCRIPT) -> subprocess.Popen:
+def start(launcher: list[str] | int, flags: list[str], program: str = SCRIPT) -> subprocess.Popen | Forked:
     """A training process, or a launcher with its own, at work in the background."""
+    if isinstance(launcher, int):
+        return server().start([program, *flags], processes=launcher)
     return subprocess.Popen(
         [*launcher, program, *flags], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen | Forked, seconds: float = 240) -> tuple[int, str, str]:
     """Its exit status, standard output and standard error. An overdue one is killed, and the test fails."""
     try:
         output, errors = process.communicate(timeout=seconds)
@@ -49,11 +53,11 @@ def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[int, str, s
     return process.returncode, output, errors
 
 
-def run(launcher: list[str], flags: list[str], program: str = SCRIPT) -> tuple[int, str, str]:
+def run(launcher: list[str] | int, flags: list[str], program: str = SCRIPT) -> tuple[int, str, str]:
     return finish(start(launcher, flags, program))
 
 
-def workers(process: subprocess.Popen) -> list[psutil.Process]:
+def workers(process: subprocess.Popen | Forked) -> list[psutil.Process]:
     """The training processes themselves: the last in the chain of parents and children."""
     try:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -63,7 +67,7 @@ def workers(process: subprocess.Popen) -> list[psutil.Process]:
         return []
 
 
-def kill_all(process: subprocess.Popen) -> None:
+def kill_all(process: subprocess.Popen | Forked) -> None:
     """SIGKILL to a process and all that it started, so that none runs on beside the next test."""
     try:
         family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
@@ -75,7 +79,7 @@ def kill_all(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def wait_for(event: Callable[[], object], process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(event: Callable[[], object], process: subprocess.Popen | Forked, seconds: float = 120) -> None:
     """Returns once `event()` is true. Fails where the process ends, or the time is up, before."""
     end = time.monotonic() + seconds
     while not event():

@@ -3,10 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,37 +13,11 @@ from transformers import BertConfig, BertForMaskedLM, EsmTokenizer, PreTrainedTo
 
 from mlm.data.tokenizer import load_tokenizer
 from tests.conftest import REPOSITORY
+from tests.processes import Server, server
+from tests.runs import finish
 from tests.tokenizers_for_tests import unigram
 
 CHINESE = ["这家酒店的房间很干净服务也很好下次还会再来住", "早餐的种类不多而且味道一般但是位置非常方便"] * 40
-
-# A process that has imported what takes seconds, and forks one to run a script for each line it is given:
-# each run is a process of its own, with its own standard error, in a fraction of a second.
-FORKS = """
-import json, os, runpy, sys, traceback
-import datasets, transformers.models.auto.modeling_auto, transformers.models.bert.modeling_bert
-import mlm.train, mlm.inference.fill_mask
-for line in sys.stdin:
-    job = json.loads(line)
-    if os.fork() == 0:
-        os.chdir(job["folder"])
-        os.environ.update(job["environment"])
-        for number, name in enumerate((os.devnull, job["stdout"], job["stderr"])):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-        sys.argv = job["argv"]
-        sys.path.insert(0, os.path.dirname(sys.argv[0]))
-        status = 0
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        sys.stdout.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
 
 
 class Ended(NamedTuple):
@@ -55,35 +26,20 @@ class Ended(NamedTuple):
     stderr: str
 
 
-@contextmanager
-def scripts(environment: dict[str, str]) -> Iterator[subprocess.Popen]:
-    command = [sys.executable, "-c", FORKS]
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield process
-        process.stdin.close()
-
-
 @pytest.fixture(scope="module")
-def forks(caches) -> Iterator[subprocess.Popen]:
-    with scripts(dict(os.environ)) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def forks_without_network(caches) -> Iterator[subprocess.Popen]:
-    """They do not know that they are offline: the Hub is where nobody answers."""
+def server_without_network(caches) -> Iterator[Server]:
+    """Its processes do not know that they are offline: the Hub is where nobody answers."""
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    with scripts({**environment, "HF_ENDPOINT": "http://127.0.0.1:9"}) as process:
-        yield process
+    other = Server({**environment, "HF_ENDPOINT": "http://127.0.0.1:9"})
+    yield other
+    other.close()
 
 
 class Place:
     """A user's folder, with a file and an earlier run in it, from which scripts are started."""
 
-    def __init__(self, folder: Path, forks: subprocess.Popen, logs: Path) -> None:
-        self.folder, self.forks, self.logs = folder, forks, logs
+    def __init__(self, folder: Path, server: Server) -> None:
+        self.folder, self.server = folder, server
         (folder / "earlier").mkdir()
         (folder / "earlier" / "model.safetensors").write_bytes(b"weeks of work")
         run = {"configuration": {"model": {}, "corpus": {}}, "experiment": {}, "environment": {}}
@@ -93,17 +49,8 @@ class Place:
         (folder / "notes.txt").write_text("the old cat likes milk .\n")
 
     def run(self, script: str, *flags: str, **environment: str) -> Ended:
-        job = {
-            "folder": str(self.folder),
-            "argv": [str(REPOSITORY / "scripts" / script), *map(str, flags)],
-            "environment": environment,
-            "stdout": str(self.logs / "stdout"),
-            "stderr": str(self.logs / "stderr"),
-        }
-        self.forks.stdin.write(json.dumps(job) + "\n")
-        self.forks.stdin.flush()
-        status = int(self.forks.stdout.readline())
-        return Ended(status, (self.logs / "stdout").read_text(), (self.logs / "stderr").read_text())
+        argv = [str(REPOSITORY / "scripts" / script), *map(str, flags)]
+        return Ended(*finish(self.server.start(argv, folder=self.folder, **environment)))
 
     def contents(self) -> dict[str, bytes | None]:
         paths = sorted(self.folder.rglob("*"))
@@ -121,13 +68,13 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path, tmp_path_factory, forks) -> Place:
-    return Place(tmp_path, forks, tmp_path_factory.mktemp("logs"))
+def place(tmp_path) -> Place:
+    return Place(tmp_path, server())
 
 
 @pytest.fixture
-def place_without_network(tmp_path, tmp_path_factory, forks_without_network) -> Place:
-    return Place(tmp_path, forks_without_network, tmp_path_factory.mktemp("logs"))
+def place_without_network(tmp_path, server_without_network) -> Place:
+    return Place(tmp_path, server_without_network)
 
 
 @pytest.fixture(scope="module")

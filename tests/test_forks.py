@@ -14,7 +14,7 @@ from mlm.engine.checkpoint import CheckpointConfig
 from mlm.errors import UserError
 from mlm.train import train as original
 from tests.conftest import REPOSITORY
-from tests.runs import PYTHON, assert_same_bits, metrics, run, weights
+from tests.runs import ONE, assert_same_bits, metrics, run, weights
 
 FORKS = sorted(path.stem for path in (REPOSITORY / "scripts" / "forks").glob("*.py"))
 
@@ -99,7 +99,7 @@ def test_spans_are_spans_and_meet_the_mask_rate():
 def test_a_copy_is_launched_as_the_original_is(toy, tmp_path):
     copy = tmp_path / "my_train.py"
     copy.write_text((REPOSITORY / "mlm" / "train.py").read_text())
-    status, output, errors = run(PYTHON, toy.flags(tmp_path / "run"), str(copy))
+    status, output, errors = run(ONE, toy.flags(tmp_path / "run"), str(copy))
     assert status == 0, errors
     assert '"perplexity"' in output.splitlines()[-1]
     assert_same_bits(weights(tmp_path / "run"), original(toy.config(tmp_path / "one")).model.state_dict())

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.runs import PYTHON, SCRIPT, assert_same_bits, finish, metrics, start, wait_for, weights
+from tests.runs import ONE, PYTHON, SCRIPT, assert_same_bits, finish, metrics, start, wait_for, weights
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ def launch(flags, stdout, stderr=subprocess.PIPE, **more):
 def whole(toy, tmp_path_factory):
     """The weights of a run that could say all that it had to say."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    process = start(PYTHON, toy.flags(folder, logging_steps=1))
+    process = start(ONE, toy.flags(folder, logging_steps=1))
     assert finish(process)[0] == 0
     return weights(folder)
 

@@ -27,7 +27,7 @@ from mlm.evaluation.eval_set import EvaluateConfig
 from mlm.model.load import ModelConfig
 from mlm.report.run_directory import RunConfig
 from mlm.train import select, train
-from tests.runs import PYTHON, TORCHRUN, assert_same_bits, assert_same_weights, half_precision, metrics, run, weights
+from tests.runs import ONE, TORCHRUN, TWO, assert_same_bits, assert_same_weights, half_precision, metrics, run, weights
 
 
 def slow_training(config):
@@ -97,7 +97,7 @@ def test_two_processes_end_with_the_weights_and_the_perplexity_of_one(toy, tmp_p
 def test_a_process_with_an_empty_share_takes_part(toy, tmp_path):
     one = train(toy.config(tmp_path / "one", train_batch_size=1, max_train_steps=3))
     flags = toy.flags(tmp_path / "two", train_batch_size=1, max_train_steps=3)
-    status, _, errors = run(TORCHRUN, flags)
+    status, _, errors = run(TWO, flags)
     assert status == 0, errors
     assert_same_weights(one.model.state_dict(), weights(tmp_path / "two"))
 
@@ -260,7 +260,7 @@ def test_line_by_line_says_which_share_of_the_text_it_leaves_out(toy, tmp_path, 
 @pytest.mark.slow
 def test_a_destroyed_model_is_a_failing_exit_status(toy, tmp_path):
     flags = toy.flags(tmp_path / "run", learning_rate=1.0, lr_scheduler_type="constant")
-    status, _, errors = run(PYTHON, flags)
+    status, _, errors = run(ONE, flags)
     assert status == 2
     assert errors.splitlines()[-1].startswith("error: nothing was learnt: held-out perplexity ")
 
@@ -361,7 +361,7 @@ flags = {toy.flags(tmp_path / "run", train_batch_size=1, max_train_steps=3)!r}
 train(cli.parse_config(Config, flags), accelerator)
 """
     (tmp_path / "program.py").write_text(program)
-    status, _, errors = run(TORCHRUN, [], str(tmp_path / "program.py"))
+    status, _, errors = run(TWO, [], str(tmp_path / "program.py"))
     assert status == 0, errors
     assert metrics(tmp_path / "run", "end")[0]["steps"] == 3
 

@@ -39,10 +39,9 @@ from mlm.engine.checkpoint import (
 from mlm.errors import UserError
 from mlm.report.metrics import Progress
 from mlm.train import train
-from tests.conftest import REPOSITORY
 from tests.runs import (
-    PYTHON,
-    TORCHRUN,
+    ONE,
+    TWO,
     assert_each_step_once,
     assert_same_bits,
     assert_same_weights,
@@ -160,8 +159,8 @@ def test_a_run_goes_on_with_another_number_of_processes(toy, tmp_path):
     whole = train(toy.config(tmp_path / "whole"))
     interrupted(toy, tmp_path / "run", at=7)
     flags = toy.flags(tmp_path / "run", resume_from_checkpoint="latest")
-    run = subprocess.run([*TORCHRUN, "scripts/train.py", *flags], cwd=REPOSITORY, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    status, _, errors = run(TWO, flags)
+    assert status == 0, errors
     assert_same_weights(whole.model.state_dict(), weights(tmp_path / "run"))
 
 
@@ -569,7 +568,7 @@ def test_the_best_weights_are_those_of_one_evaluation_and_a_damaged_copy_is_not_
 
 def test_two_runs_do_not_share_a_run_directory(toy, tmp_path):
     flags = toy.flags(tmp_path / "run", max_train_steps=100_000, eval_on_start="false")
-    first = start(PYTHON, flags)
+    first = start(ONE, flags)
     wait_for((tmp_path / "run" / "metrics.jsonl").exists, first)
     latest = CheckpointConfig(resume_from_checkpoint="latest")
     config = dataclasses.replace(toy.config(tmp_path / "run"), checkpoint=latest)
@@ -608,7 +607,7 @@ def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints_intact(toy, tm
     """A checkpoint a step fills it long before the last step."""
     flags = toy.flags(small_disk / "run", max_train_steps=150, checkpointing_steps=1, eval_on_start="false",
                       eval_steps=1000)  # fmt: skip
-    status, _, errors = run(PYTHON, flags)
+    status, _, errors = run(ONE, flags)
     assert status == 2
     assert errors.strip().splitlines()[-1].startswith("error: ")
     assert "No space left on device" in errors
@@ -618,7 +617,7 @@ def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints_intact(toy, tm
     assert all(damaged(folder) is None for folder in left.values())
 
     subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
-    status, _, errors = run(PYTHON, [*flags, "--resume_from_checkpoint=latest"])
+    status, _, errors = run(ONE, [*flags, "--resume_from_checkpoint=latest"])
     assert status == 0, errors
     whole = train(toy.config(tmp_path / "whole", max_train_steps=150, eval_on_start=False))
     assert_same_bits(weights(small_disk / "run"), whole.model.state_dict())
@@ -627,7 +626,7 @@ def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints_intact(toy, tm
 
 def test_a_signalled_run_that_cannot_write_its_checkpoint_does_not_say_that_it_has(toy, small_disk):
     folder = small_disk / "run"
-    process = start(PYTHON, toy.flags(folder, max_train_steps=100_000, eval_on_start="false", eval_steps=10**6))
+    process = start(ONE, toy.flags(folder, max_train_steps=100_000, eval_on_start="false", eval_steps=10**6))
     wait_for(lambda: steps_taken(folder) > 10, process)
     fill(small_disk)
     process.terminate()
@@ -649,7 +648,7 @@ def fill(disk: Path) -> Path:
 def test_a_run_goes_on_without_the_checkpoints_that_a_full_disk_costs(toy, tmp_path, small_disk, tally):
     flags = toy.flags(small_disk / "run", max_train_steps=900, checkpointing_steps=5, save_total_limit=2,
                       on_save_error="continue", eval_on_start="false", eval_steps=10_000)  # fmt: skip
-    process = start(PYTHON, flags)
+    process = start(ONE, flags)
     checkpoints = small_disk / "run" / "checkpoints"
     wait_for(lambda: len(steps(checkpoints)) == 2, process)
     ballast = fill(small_disk)

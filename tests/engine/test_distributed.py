@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.runs import PYTHON, TORCHRUN, assert_same_bits, run, weights
+from tests.runs import ONE, TWO, assert_same_bits, run, weights
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +68,7 @@ DIFFERENT = {
 def test_processes_that_would_not_do_the_same_are_refused_with_both_values(toy, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    status, output, errors = run(TORCHRUN, toy.flags(tmp_path / "run"), str(program))
+    status, output, errors = run(TWO, toy.flags(tmp_path / "run"), str(program))
     assert status == 0, errors
     found = json.loads(output.splitlines()[-1])
     assert found.keys() == DIFFERENT.keys()
@@ -94,10 +94,9 @@ cli.run(lambda argv: loop.train(cli.parse_config(Config, argv)).results)
 def run_with(line, tmp_path, flags):
     program = tmp_path / "program.py"
     program.write_text(COMMAND.format(line=line))
-    return run(TORCHRUN, flags, str(program))
+    return run(TWO, flags, str(program))
 
 
-@pytest.mark.torture
 def test_where_stores_are_kept_may_differ_and_weights_become_those_of_the_main_process(toy, tmp_path):
     """Stores on the disk of each machine, say. Two rows exchanged are a difference that no mean shows; another kind of
     processor would draw other weights."""
@@ -112,13 +111,13 @@ def test_where_stores_are_kept_may_differ_and_weights_become_those_of_the_main_p
     )
     status, _, errors = run_with(line, tmp_path, toy.flags(tmp_path / "run"))
     assert status == 0, errors
-    assert run(TORCHRUN, toy.flags(tmp_path / "whole"))[0] == 0
+    assert run(TWO, toy.flags(tmp_path / "whole"))[0] == 0
     assert_same_bits(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
 def test_a_checkpoint_that_one_process_sees_differently_is_not_resumed(toy, tmp_path):
     flags = toy.flags(tmp_path / "run", checkpointing_steps=6, max_train_steps=12)
-    assert run(PYTHON, flags)[0] == 0
+    assert run(ONE, flags)[0] == 0
     (tmp_path / "run" / "all_results.json").unlink()
     line = "from mlm.engine import checkpoint; checkpoint.digest = lambda folder: None"
     status, _, errors = run_with(line, tmp_path, [*flags, "--resume_from_checkpoint=latest"])

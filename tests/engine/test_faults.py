@@ -6,12 +6,8 @@ The tests marked `torture` try an accident many times, for minutes; `-m torture`
 import dataclasses
 import json
 import math
-import os
 import random
 import re
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 
@@ -25,10 +21,12 @@ from mlm.engine.checkpoint import CheckpointConfig, damaged, steps
 from mlm.errors import UserError
 from mlm.model.load import ModelConfig
 from mlm.train import train
-from tests.conftest import REPOSITORY
+from tests.processes import free_port, server
 from tests.runs import (
-    PYTHON,
+    ONE,
+    SCRIPT,
     TORCHRUN,
+    TWO,
     assert_each_step_once,
     assert_same_bits,
     assert_same_weights,
@@ -99,16 +97,16 @@ def described(hit):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_in_the_bits_of_the_uninterrupted_one(toy, tmp_path):
-    whole = uninterrupted(toy, tmp_path / "whole", PYTHON)
-    kill_and_go_on(toy, tmp_path / "run", PYTHON, kills=2, seed=0)
+    whole = uninterrupted(toy, tmp_path / "whole", ONE)
+    kill_and_go_on(toy, tmp_path / "run", ONE, kills=2, seed=0)
     assert_same_bits(weights(tmp_path / "run"), whole)
 
 
 @pytest.mark.torture
 def test_forty_kills_change_no_bit(toy, tmp_path, tally):
-    whole, hit = uninterrupted(toy, tmp_path / "whole", PYTHON), Counter()
+    whole, hit = uninterrupted(toy, tmp_path / "whole", ONE), Counter()
     for chain in range(4):
-        hit += kill_and_go_on(toy, tmp_path / f"run {chain}", PYTHON, kills=10, seed=chain + 1)
+        hit += kill_and_go_on(toy, tmp_path / f"run {chain}", ONE, kills=10, seed=chain + 1)
         assert_same_bits(weights(tmp_path / f"run {chain}"), whole)
     tally("`kill -9` at a random moment", hit.total(), f"resumed to the same bits ({described(hit)})")
 
@@ -125,22 +123,9 @@ def test_ten_kills_of_one_of_two_processes_change_no_bit(toy, tmp_path, tally):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_others_with_a_clear_message(toy, tmp_path, victim, tally):
     """Without a launcher, which would end them by itself: as Slurm's srun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     flags = toy.flags(tmp_path / "run", **{**LONG, "max_train_steps": 100_000})
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "scripts/train.py", *flags],
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2",
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
+    processes = [server().start([SCRIPT, *flags], **world, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
     wait_for(lambda: steps_taken(tmp_path / "run") > 20, processes[0])
     processes[victim].kill()
     began = time.monotonic()
@@ -186,7 +171,7 @@ cli.run(lambda argv: train(cli.parse_config(Config, argv)).results)
 def test_auto_halves_the_micro_batches_where_memory_runs_out_and_changes_nothing_else(toy, tmp_path, when):
     """At once, later in the run, and both. Eight chunks a step."""
     flags, program = short_of_memory(toy, tmp_path / "run", when)
-    status, _, errors = run(PYTHON, flags, program)
+    status, _, errors = run(ONE, flags, program)
     assert status == 0, errors
     assert "out of memory; from here on" in errors
     whole = train(toy.config(tmp_path / "whole")).model.state_dict()
@@ -198,7 +183,7 @@ def test_auto_halves_the_micro_batches_where_memory_runs_out_and_changes_nothing
 def test_memory_that_runs_out_in_one_process_halves_the_micro_batches_of_all(toy, tmp_path, when, tally):
     """A process that tried again alone would hang the others, who wait in the reduction of gradients."""
     flags, program = short_of_memory(toy, tmp_path / "run", when, train_batch_size=11)
-    status, _, errors = run(TORCHRUN, flags, program)
+    status, _, errors = run(TWO, flags, program)
     assert status == 0, errors
     assert errors.count("out of memory; from here on micro-batches of 3 chunks") == 1
     whole = train(toy.config(tmp_path / "whole", train_batch_size=11)).model.state_dict()
@@ -209,11 +194,11 @@ def test_memory_that_runs_out_in_one_process_halves_the_micro_batches_of_all(toy
 def test_what_auto_has_found_is_remembered_by_a_resumed_run(toy, tmp_path):
     """Else it would begin with larger passes, and end in other bits."""
     flags, program = short_of_memory(toy, tmp_path / "run", "calls == 3", checkpointing_steps=5)
-    assert run(PYTHON, flags, program)[0] == 0
+    assert run(ONE, flags, program)[0] == 0
     whole = weights(tmp_path / "run")
     for path in ("step_10", "../all_results.json", "../model.safetensors"):
         (tmp_path / "run" / "checkpoints" / path).rename(tmp_path / path.removeprefix("../"))
-    status, output, errors = run(PYTHON, [*flags, "--resume_from_checkpoint=latest"])
+    status, output, errors = run(ONE, [*flags, "--resume_from_checkpoint=latest"])
     assert status == 0, errors
     assert "in 2 micro-batch(es) of at most 4" in output
     assert_same_bits(weights(tmp_path / "run"), whole)
@@ -221,10 +206,10 @@ def test_what_auto_has_found_is_remembered_by_a_resumed_run(toy, tmp_path):
 
 def test_a_micro_batch_that_cannot_or_may_not_be_smaller_is_a_mistake_in_one_line(toy, tmp_path):
     flags, program = short_of_memory(toy, tmp_path / "run", "True")
-    status, _, errors = run(PYTHON, flags, program)
+    status, _, errors = run(ONE, flags, program)
     assert status == 2
     assert "out of memory with one chunk of 16 tokens; use --gradient_checkpointing true or a" in errors
-    status, _, errors = run(PYTHON, [*flags, "--per_device_train_batch_size=8", "--overwrite_output_dir"], program)
+    status, _, errors = run(ONE, [*flags, "--per_device_train_batch_size=8", "--overwrite_output_dir"], program)
     assert status == 2
     assert "out of memory with --per_device_train_batch_size 8; `auto` finds what fits" in errors
 
@@ -244,7 +229,7 @@ def short_of_memory(self, input_ids, *others):
 SparseMaskedLM.forward = short_of_memory
 cli.run(lambda argv: train(cli.parse_config(Config, argv)).results)
 """)
-    status, _, errors = run(PYTHON, toy.flags(tmp_path / "run"), str(program))
+    status, _, errors = run(ONE, toy.flags(tmp_path / "run"), str(program))
     assert status == 2
     *lines, mistake = errors.splitlines()
     notes = [line for line in lines if line.startswith("out of memory in evaluation")]
@@ -360,7 +345,7 @@ except UserError as error:
 """)
     flags = toy.flags(tmp_path / "run", logging_steps=10, eval_on_start="false", lr_scheduler_type="constant",
                       eval_steps=100)  # fmt: skip
-    status, output, errors = run(TORCHRUN if world == 2 else PYTHON, flags, str(program))
+    status, output, errors = run(world, flags, str(program))
     assert status == 0, errors
     assert "stopped: step 4: the loss or its gradient is not finite" in output
     three_steps = toy.config(tmp_path / "three", max_train_steps=3, lr_scheduler_type="constant")

@@ -14,6 +14,7 @@ from mlm.train import train
 from tests.conftest import REPOSITORY
 from tests.runs import (
     ACCELERATE,
+    ONE,
     PYTHON,
     TORCHRUN,
     assert_each_step_once,
@@ -60,10 +61,10 @@ def check_it_goes_on(toy, folder, launcher, whole):
         assert_same_bits(weights(folder), whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signalled_run_writes_a_checkpoint_says_how_to_go_on_and_exits_with_it(toy, tmp_path, whole, number, tally):
     folder = tmp_path / "run"
-    process = start(PYTHON, flags(toy, folder))
+    process = start(ONE, flags(toy, folder))
     wait_for(under_way(folder), process)
     process.send_signal(number)
     status, _, errors = finish(process)
@@ -71,7 +72,7 @@ def test_a_signalled_run_writes_a_checkpoint_says_how_to_go_on_and_exits_with_it
     assert f"stopped by {number.name} after step" in errors
     assert f"--output_dir {folder} --resume_from_checkpoint latest" in errors
     assert "Traceback" not in errors
-    check_it_goes_on(toy, folder, PYTHON, whole)
+    check_it_goes_on(toy, folder, ONE, whole)
     tally("SIGTERM or SIGHUP", 1, "step finished, checkpoint, 128 + signal; same bits")
 
 
@@ -89,7 +90,7 @@ def test_each_signal_that_schedulers_and_people_send_asks_for_a_stop(number):
 def test_a_second_signal_stops_at_once(toy, tmp_path):
     """Here the first one waits for a step of the size of an epoch."""
     folder = tmp_path / "run"
-    process = start(PYTHON, flags(toy, folder, train_batch_size=200_000, per_device_train_batch_size=8))
+    process = start(ONE, flags(toy, folder, train_batch_size=200_000, per_device_train_batch_size=8))
     wait_for((folder / "metrics.jsonl").exists, process)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
@@ -186,7 +187,7 @@ def test_a_signal_during_an_evaluation_gives_it_up_and_it_is_made_up_for(toy, tm
     long_text = tmp_path / "long.txt"
     long_text.write_text(toy.validation_file.read_text() * 80)
     more["validation_file"] = long_text
-    process = start(PYTHON, flags(toy, folder, **more))
+    process = start(ONE, flags(toy, folder, **more))
     wait_for(under_way(folder), process)
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
@@ -194,7 +195,7 @@ def test_a_signal_during_an_evaluation_gives_it_up_and_it_is_made_up_for(toy, tm
     assert status == 128 + signal.SIGTERM
     assert "after step 20" in errors
     assert metrics(folder, "eval") == []
-    status, _, errors = run(PYTHON, [*flags(toy, folder, **more), "--resume_from_checkpoint=latest"])
+    status, _, errors = run(ONE, [*flags(toy, folder, **more), "--resume_from_checkpoint=latest"])
     assert status == 0, errors
     assert [line["step"] for line in metrics(folder, "eval")] == [20, 40]
     assert_each_step_once(folder)

@@ -24,7 +24,7 @@ from mlm.evaluation.evaluate import measure as of_text
 from mlm.model.predict import cross_entropy
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.train import train
-from tests.runs import TORCHRUN, run
+from tests.runs import TWO, run
 from tests.tokenizers_for_tests import wordpiece
 
 
@@ -451,7 +451,7 @@ finally:
 def on_two_processes(toy, tmp_path, most):
     (tmp_path / "program.py").write_text(PROGRAM)
     flags = [*toy.flags(tmp_path), "--eval_mask_folds=3"]
-    status, output, errors = run(TORCHRUN, [str(tmp_path), str(most), *flags], str(tmp_path / "program.py"))
+    status, output, errors = run(TWO, [str(tmp_path), str(most), *flags], str(tmp_path / "program.py"))
     assert status == 0, errors
     return output
 

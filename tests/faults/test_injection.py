@@ -1,7 +1,7 @@
 """Each call by which a small run writes fails once: the process is killed before it, or it meets EIO or a full disk.
 
 The calls are those that change what is under --output_dir and --token_store: opening to write, write, rename, unlink,
-fsync, ftruncate, mkdir, rmdir and link. inject.c counts them and lets one fail, server.py forks the runs.
+fsync, ftruncate, mkdir, rmdir and link. inject.c counts them and lets one fail.
 """
 
 import errno
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
-from tests.runs import assert_each_step_once
+from tests.processes import Server
+from tests.runs import SCRIPT, assert_each_step_once, finish
 
 HERE = Path(__file__).parent
 KILL, EIO, ENOSPC = -1, errno.EIO, errno.ENOSPC
@@ -50,45 +50,28 @@ NAMES = {
 OF_PATHS = {"open", "rename", "unlink", "rmdir", "mkdir", "link", "symlink", "truncate"}
 
 
-class Server:
-    """A process from which runs are forked, one at a time.
+WATCHED = str(Path(__file__).with_name("watched.py"))
 
-    prefix: of its command, `strace` and its options, say
+
+def preloaded(library: Path, prefix: tuple[str, ...] = ()) -> Server:
+    """A server of which each process can count its calls, and let one fail."""
+    return Server({**os.environ, "LD_PRELOAD": str(library)}, prefix)
+
+
+def trained(server: Server, toy, folder: Path, counted: tuple[int, int] | None = None, **flags) -> tuple[int, str]:
+    """Trains in folder/run with the store folder/stores. Returns its exit status and standard error.
+
+    counted: a fault, and the number of the call that it hits; folder/log.txt names all calls up to the end
     """
-
-    def __init__(self, library: Path, prefix: tuple[str, ...] = ()) -> None:
-        self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "tests.faults.server"],
-            cwd=REPOSITORY,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "LD_PRELOAD": str(library)},
-        )
-
-    def run(self, toy, folder: Path, counted: tuple[int, int] | None = None, **flags) -> tuple[int, str]:
-        """Trains in folder/run with the store folder/stores. Returns its exit status and standard error.
-
-        counted: a fault, and the number of the call that it hits; folder/log.txt names all calls up to the end
-        """
-        folder.mkdir(exist_ok=True)
-        output, store = folder / "run", folder / "stores"
-        files = {name: str(folder / f"{name}.txt") for name in ("output", "errors", "log")}
-        if counted is None:
-            del files["log"]
-        else:
-            fault, number = counted
-            files |= {"watched": [str(output), str(store)], "fault": fault, "number": number}
-        task = {"flags": toy.flags(output, **FLAGS, token_store=store, **flags), **files}
-        self.process.stdin.write(json.dumps(task) + "\n")
-        self.process.stdin.flush()
-        status = int(self.process.stdout.readline())
-        if status == 77:
-            pytest.skip("the kernel lets no process filter its system calls")
-        return status, (folder / "errors.txt").read_text()
-
-    def close(self) -> None:
-        self.process.communicate()
+    folder.mkdir(exist_ok=True)
+    output, store = folder / "run", folder / "stores"
+    argv = [SCRIPT]
+    if counted:
+        argv = [WATCHED, *map(str, (folder / "log.txt", output, store, *counted))]
+    status, _, errors = finish(server.start([*argv, *toy.flags(output, **FLAGS, token_store=store, **flags)]), 120)
+    if status == 77:
+        pytest.skip("the kernel lets no process filter its system calls")
+    return status, errors
 
 
 @pytest.fixture(scope="session")
@@ -110,20 +93,20 @@ class Injection:
 
     def __init__(self, toy, folder: Path, server: Server) -> None:
         self.toy, self.folder, self.whole = toy, folder, folder / "whole"
-        status, errors = server.run(toy, self.whole, counted=(0, 0))
+        status, errors = trained(server, toy, self.whole, counted=(0, 0))
         assert status == 0, errors
         self.calls = calls(self.whole)
 
     def meet(self, server: Server, fault: int, number: int) -> tuple[str, str | None]:
         """How a run ends that meets a fault, and what is wrong with that, or with the run that resumes it."""
         folder = self.folder / f"{fault} {number}"
-        status, errors = server.run(self.toy, folder, (fault, number))
+        status, errors = trained(server, self.toy, folder, (fault, number))
         if number > len(made := calls(folder)):  # threads take turns, and this run made fewer calls
             return "not met", None
         end = {-9: "killed", 0: "went on"}.get(status, "stopped in one line")
         wrong = self.ends_badly(folder / "run", fault, status, errors)
         if not wrong:
-            resumed, errors = server.run(self.toy, folder, resume_from_checkpoint="latest")
+            resumed, errors = trained(server, self.toy, folder, resume_from_checkpoint="latest")
             wrong = self.differs(folder / "run") if resumed == 0 else f"resumed: {resumed}, {errors[-1500:]}"
         if wrong:
             name = "kill" if fault == KILL else errno.errorcode[fault]
@@ -197,7 +180,7 @@ def spread(made: list[list[str]], kinds: int) -> list[int]:
 
 @pytest.fixture(scope="session")
 def server(library):
-    server = Server(library)
+    server = preloaded(library)
     yield server
     server.close()
 
@@ -237,8 +220,9 @@ def test_no_call_escapes_that_strace_sees(toy, injection, library, tmp_path):
     trace = tmp_path / "trace"
     if not shutil.which("strace") or subprocess.run(["strace", "-o", trace, "true"], capture_output=True).returncode:
         pytest.skip("needs strace, and the right to use it")
-    strace = Server(library, ("strace", "-f", "-y", "-s", "0", "-e", f"trace={','.join(NAMES)}", "-o", str(trace)))
-    status, errors = strace.run(toy, tmp_path)
+    prefix = ("strace", "-f", "-y", "-s", "0", "-e", f"trace={','.join(NAMES)}", "-o", str(trace))
+    strace = preloaded(library, prefix)
+    status, errors = trained(strace, toy, tmp_path)
     strace.close()
     assert status == 0, errors
     counted = Counter((name, unnamed(path, injection.whole)) for name, path in injection.calls)
@@ -256,7 +240,7 @@ def test_a_fault_at_a_call_of_each_kind_is_survived(injection, server, fault):
 @pytest.mark.torture
 @pytest.mark.parametrize("fault", [KILL, EIO, ENOSPC], ids=["kill", "EIO", "ENOSPC"])
 def test_a_fault_at_every_call_is_survived(injection, server, library, fault, tally):
-    servers = [server, *(Server(library) for _ in range(min(os.cpu_count() or 1, 4) - 1))]
+    servers = [server, *(preloaded(library) for _ in range(min(os.cpu_count() or 1, 4) - 1))]
     try:
         ends = injection.torment(servers, fault, [*range(1, len(injection.calls) + 1)])
     finally:

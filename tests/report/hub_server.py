@@ -21,13 +21,17 @@ class Hub:
     """
 
     def __init__(self) -> None:
+        self.forget()
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+
+    def forget(self) -> None:
+        """Is as new."""
         self.repositories: dict[str, dict[str, Any]] = {}
         self.large: dict[str, bytes] = {}  # by SHA-256
         self.requests: list[str] = []
         self.cut, self.refuse_commits = 0, False
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()

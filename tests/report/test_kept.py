@@ -13,7 +13,7 @@ from mlm.engine.checkpoint import CheckpointConfig, steps
 from mlm.errors import UserError
 from mlm.train import train
 from tests.report.test_run_directory import contents
-from tests.runs import PYTHON, assert_same_bits, metrics, own_disk, run, weights
+from tests.runs import ONE, assert_same_bits, metrics, own_disk, run, weights
 
 
 @pytest.fixture
@@ -25,14 +25,14 @@ def tiny_disk(tmp_path):
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(toy, tiny_disk):
     flags = toy.flags(tiny_disk / "run", max_train_steps=2)
-    status, _, errors = run(PYTHON, flags)
+    status, _, errors = run(ONE, flags)
     assert status == 2
     assert errors.startswith(
         f"error: --output_dir {tiny_disk / 'run'}: a checkpoint and the model take 0.4 MB, and 0."
     )
     assert len(errors.splitlines()) == 1
     assert not contents(tiny_disk)
-    status, output, errors = run(PYTHON, [*flags, "--on_save_error=continue"])
+    status, output, errors = run(ONE, [*flags, "--on_save_error=continue"])
     assert status == 0, errors
     assert "a checkpoint and the model take" in output
     assert weights(tiny_disk / "run")

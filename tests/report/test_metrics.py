@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mlm.report.run_directory import RunConfig
 from mlm.train import train
 from tests.conftest import REPOSITORY
-from tests.runs import PYTHON, SCRIPT, assert_same_bits, metrics, own_disk, run, steps_taken, wait_for, weights
+from tests.runs import ONE, PYTHON, SCRIPT, assert_same_bits, metrics, own_disk, run, steps_taken, wait_for, weights
 
 EVALUATION = re.compile(r"step (\d+): held-out loss \d+\.\d{4}, perplexity [\d.]+")
 LINE = re.compile(r"\d\d:\d\d:\d\d step (\d+)/12: loss [\d.]+, lr [\d.]+e[+-]\d+, [\d,]+ tokens/s, \d+:\d\d:\d\d left")
@@ -74,7 +74,7 @@ def test_a_terminal_shows_one_bar_and_whole_lines_above_it(toy, tmp_path):
 
 @pytest.mark.slow
 def test_a_file_gets_a_line_every_logging_steps_and_no_bar(toy, tmp_path):
-    status, output, errors = run(PYTHON, toy.flags(tmp_path / "run", eval_steps=6, logging_steps=5))
+    status, output, errors = run(ONE, toy.flags(tmp_path / "run", eval_steps=6, logging_steps=5))
     assert status == 0, errors
     assert "\r" not in output + errors
     assert "left" not in errors
@@ -120,7 +120,7 @@ def tracked(toy, tmp_path):
 
 def test_a_tracker_that_cannot_be_started_costs_its_curves_alone(tracked, toy, tmp_path):
     (tmp_path / "run" / "mlm").write_text("a file where TensorBoard's folder has to be")
-    status, output, errors = run(PYTHON, tracked)
+    status, output, errors = run(ONE, tracked)
     assert (status, errors) == (0, "")
     assert "no more metrics for --report_to: FileExistsError" in output
     assert_same_bits(weights(tmp_path / "run"), train(toy.config(tmp_path / "plain")).model.state_dict())
@@ -129,7 +129,7 @@ def test_a_tracker_that_cannot_be_started_costs_its_curves_alone(tracked, toy, t
 @pytest.mark.slow
 def test_a_disk_that_fills_up_under_a_tracker_costs_its_curves_alone(tracked, toy, tmp_path):
     with own_disk(tmp_path / "run" / "mlm", "16k"):
-        status, output, _ = run(PYTHON, [*tracked, "--max_train_steps=100"])
+        status, output, _ = run(ONE, [*tracked, "--max_train_steps=100"])
     assert status == 0
     assert output.count("no more metrics for --report_to: OSError") == 1
     assert json.loads(output.splitlines()[-1])["steps"] == 100

@@ -11,7 +11,7 @@ from mlm.engine.signals import Stopped, StopSignals
 from mlm.errors import UserError
 from mlm.report.run_directory import RunConfig
 from mlm.train import train
-from tests.runs import TORCHRUN, assert_same_bits, metrics, run, steps_taken, weights
+from tests.runs import TWO, assert_same_bits, metrics, run, steps_taken, weights
 
 
 def test_a_resumed_run_says_from_which_step_and_a_finished_one_that_it_is(toy, tmp_path, capsys):
@@ -117,7 +117,7 @@ for name in "ab":
 assert dist.is_initialized() and dist.get_world_size() == 2
 assert threads() or sys.platform != "linux"
 """)
-    status, output, errors = run(TORCHRUN, [], str(program))
+    status, output, errors = run(TWO, [], str(program))
     assert status == 0, errors
     assert output.count("left: []") == 2
     assert_same_bits(weights(tmp_path / "a"), weights(tmp_path / "b"))
@@ -145,7 +145,7 @@ if late:  # its own disk is full, and its own view of the folder another
     RunDirectory.finished = lambda *_: 1 / 0
 print("folder", train(cli.parse_config(Config, {flags!r})).output_dir, flush=True)
 """)
-    status, output, errors = run(TORCHRUN, [], str(program))
+    status, output, errors = run(TWO, [], str(program))
     assert status == 0, errors
     named = {line for line in output.splitlines() if line.startswith("folder")}
     assert len(named) == 1
@@ -197,9 +197,9 @@ if "fails" in sys.argv[-1]:
 cli.run(lambda argv: loop.train(cli.parse_config(Config, argv)).results)
 """)
     flags = {"train_batch_size": 1, "max_train_steps": 3}
-    status, _, errors = run(TORCHRUN, toy.flags(tmp_path / "fine", **flags), str(program))
+    status, _, errors = run(TWO, toy.flags(tmp_path / "fine", **flags), str(program))
     assert status == 0, errors
     assert all(line["agreement"] == pytest.approx(line["loss"]) for line in metrics(tmp_path / "fine", "train"))
-    _, _, errors = run(TORCHRUN, toy.flags(tmp_path / "fails", **flags), str(program))
+    _, _, errors = run(TWO, toy.flags(tmp_path / "fails", **flags), str(program))
     assert "the trained model is saved in" in errors
     assert "ZeroDivisionError: on rank 1" in errors
