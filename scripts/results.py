@@ -20,7 +20,8 @@ SUITE_COMMAND = (
 )
 FAULTS_COMMAND = (
     './scripts/test.sh -n 0 -m "" tests/engine/test_checkpoint.py tests/engine/test_faults.py '
-    "tests/engine/test_signals.py tests/data/test_lock.py tests/faults --faults benchmarks/results/faults.json"
+    "tests/engine/test_signals.py tests/data/test_lock.py tests/faults tests/test_surroundings.py "
+    "--faults benchmarks/results/faults.json"
 )
 ONCE = "mlm, no evaluation before"  # what does as much as run_mlm_no_trainer's recipe
 BF16 = "bf16 on a CPU is a matter of the CPU"
