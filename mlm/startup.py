@@ -6,6 +6,7 @@ time. To print --help, nothing of them is needed at all.
 
 import gc
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ def quick_imports() -> Iterator[None]:
     gc.disable()
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     finally:
         gc.freeze()
         gc.enable()

@@ -15,6 +15,7 @@ from mlm.errors import UserError
 from mlm.train import train as original
 from tests.conftest import REPOSITORY
 from tests.runs import ONE, assert_same_bits, metrics, run, weights
+from tests.tokenizers_for_tests import wordpiece
 
 FORKS = sorted(path.stem for path in (REPOSITORY / "scripts" / "forks").glob("*.py"))
 
@@ -93,6 +94,48 @@ def test_spans_are_spans_and_meet_the_mask_rate():
     assert abs(selected.mean() - 0.15) < 0.01
     runs = (selected[:, 1:] > selected[:, :-1]).sum() + selected[:, 0].sum()
     assert 3 < selected.sum() / runs < 5.5  # SpanBERT's mean is 3.8; spans that meet become one
+    assert fork.select(everything, draws, 1.0, everything, None).all()
+    assert fork.select(everything[:, :3], draws[:, :3], 0.5, everything[:, :3], None).any(), "shorter than a span"
+
+
+def test_no_span_runs_into_the_next_document():
+    fork = load_fork("span_masking")
+    maskable = np.array([[True, True, False, True, True]])
+    # A draw of zero begins a span, as long as they come.
+    draws = np.array([[2**64 - 1, 0, 2**64 - 1, 2**64 - 1, 2**64 - 1]], np.uint64)
+    assert fork.select(maskable, draws, 0.2, maskable, None).tolist() == [[False, True, False, False, False]]
+    maskable[:, 2] = True
+    assert fork.select(maskable, draws, 0.2, maskable, None).tolist() == [[False, True, True, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("averaged_weights", {"load_best_model_at_end": True}, "the average of a run is saved, not the best"),
+        ("span_masking", {"whole_word_mask": True}, "spans are of tokens here"),
+    ],
+)
+def test_a_flag_that_a_fork_cannot_obey_is_refused(toy, tmp_path, name, settings, reason):
+    fork = load_fork(name)
+    with pytest.raises(UserError, match=reason):
+        fork.train(configured(fork, toy, tmp_path / "run", **settings))
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(toy, tmp_path):
+    fork = load_fork("distillation")
+    wordpiece(["nothing in common"], 40).save_pretrained(tmp_path / "teacher")
+    config = configured(fork, toy, tmp_path / "run")
+    config = dataclasses.replace(config, distillation=fork.TeacherConfig(str(tmp_path / "teacher")))
+    with pytest.raises(UserError, match="another vocabulary"):
+        fork.train(config)
+
+
+def test_another_decay_is_another_experiment(toy, tmp_path, monkeypatch):
+    fork = load_fork("averaged_weights")
+    fork.train(configured(fork, toy, tmp_path / "run", checkpointing_steps=5))
+    monkeypatch.setattr(fork, "DECAY", 0.5)
+    with pytest.raises(UserError, match="another experiment, with decay"):
+        fork.train(configured(fork, toy, tmp_path / "run", resume_from_checkpoint="latest"))
 
 
 @pytest.mark.slow
@@ -178,5 +221,5 @@ def test_the_readme_shows_what_a_fork_changes():
     )
     assert all(line[1:] in after and line[1:] not in before for line in shown if line.startswith("+"))
     assert all(line[1:] in before and line[1:] not in after for line in shown if line.startswith("-"))
-    assert len([line for line in shown if line[0] in "+-"]) == 7
+    assert len([line for line in shown if line[0] in "+-"]) == 10
     assert len(readme.splitlines()) <= 220

@@ -67,6 +67,12 @@ def test_one_process_has_all_cores_unless_its_user_says_otherwise(command, user,
     assert run.stdout == f"{threads} passive\n"
 
 
+def test_an_interrupt_while_libraries_are_imported_ends_without_a_traceback():
+    program = "from mlm.startup import quick_imports\nwith quick_imports():\n    raise KeyboardInterrupt"
+    run = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (130, "")
+
+
 def test_the_wait_policy_that_a_user_has_chosen_stays():
     environment = {**os.environ, "OMP_WAIT_POLICY": "active"}
     command = [sys.executable, "-c", OPENMP]

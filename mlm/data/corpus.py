@@ -214,7 +214,7 @@ def _check(config: CorpusConfig) -> None:
     """Raises UserError for what can be wrong with a corpus before it is read."""
     name = config.dataset_name
     if not (name or config.files):
-        raise UserError("no text: give --dataset_name, or --train_file")
+        raise UserError("no text: give --dataset_name, --train_file or --validation_file")
     if name and config.train_file:
         raise UserError(f"--dataset_name {name} and --train_file {config.train_file}: give one of the two")
     if name and os.path.isfile(name):

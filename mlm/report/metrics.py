@@ -150,7 +150,7 @@ class Log:
         if self.bar is None:
             disable = None if self.is_main else True  # None: it is disabled where there is no terminal
             self.bar = tqdm(total=last_step, initial=step - 1, dynamic_ncols=True, bar_format=BAR, disable=disable)
-            self._first = (step - 1, time.perf_counter())
+            self._first = (step, time.perf_counter())  # a run's first step takes longer than the others
         self.bar.update()
 
     def training(self, progress: Progress, window: dict[str, float], learning_rates: list[float]) -> None:
@@ -164,9 +164,10 @@ class Log:
         self.bar.set_postfix_str(printable(text))  # a fork may name its scalars as it likes
         if self.bar.disable or not sys.stdout.isatty():
             first, since = self._first
-            left = (self.bar.total - step) * (time.perf_counter() - since) / (step - first)
-            clock = time.strftime("%H:%M:%S")
-            self.print(f"{clock} step {step}/{self.bar.total}: {text}, {timedelta(seconds=round(left))} left")
+            if step > first:
+                seconds = (self.bar.total - step) * (time.perf_counter() - since) / (step - first)
+                text += f", {timedelta(seconds=round(seconds))} left"
+            self.print(f"{time.strftime('%H:%M:%S')} step {step}/{self.bar.total}: {text}")
 
     def close(self) -> None:
         if self.bar is not None:

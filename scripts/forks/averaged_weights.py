@@ -101,9 +101,12 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     update = Update(model, objective, batches, optimizers, schedulers, accelerator, config.update)
 
     # Resume. A fork names here what it adds: anything with a state_dict and a load_state_dict.
+    if config.train.load_best_model_at_end:
+        raise UserError("--load_best_model_at_end: the average of a run is saved, not the best of its weights")
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     progress, before, extra_state = Progress(), Evaluations(), {"average": average}
     experiment = describe(config, net, update, eval_sets, stores["train"], last_step)
+    experiment["decay"] = DECAY
     run.keeps(net, update, progress, before, extra_state, experiment)
     if results := run.finished():
         trained = load_model(ModelConfig(str(run.folder)), tokenizer, seed=0)

@@ -23,7 +23,7 @@ from mlm.data.batches import Batch, Batches
 from mlm.data.chunks import chunk_length, cut_into_chunks
 from mlm.data.masking import MaskingConfig, make_recipe, select_tokens, select_words
 from mlm.data.token_store import TokenStore
-from mlm.data.tokenizer import TokenizerInfo
+from mlm.data.tokenizer import TokenizerInfo, load_tokenizer
 from mlm.engine.device import make_accelerator
 from mlm.engine.distributed import local_main_process_first
 from mlm.engine.optimizer import make_optimizer, make_scheduler
@@ -110,6 +110,8 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     # Update: any optimizers, each with its schedule.
     optimizers = [make_optimizer(model.named_parameters(), config.optimizer)]
     schedulers = [make_scheduler(optimizer, config.optimizer, last_step) for optimizer in optimizers]
+    if load_tokenizer(config.distillation.teacher).get_vocab() != tokenizer.get_vocab():
+        raise UserError("--teacher has another vocabulary than the model; choose one with the same tokenizer")
     learnt = load_model(ModelConfig(config.distillation.teacher), tokenizer, seed=0)
     teacher = SparseMaskedLM(learnt).to(accelerator.device).eval()
     learn = partial(objective, teacher=teacher)

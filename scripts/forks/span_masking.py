@@ -65,11 +65,14 @@ def select(
     word_starts: [B, T] bool, 1: a word begins here
     """
     longer = (1 - STOP) ** np.arange(LONGEST)  # [LONGEST] the chance that a span has more than so many tokens
-    begins = select_tokens(np.ones_like(maskable), draws, -np.log1p(-rate) / longer.sum())
+    begin_rate = -np.log1p(-min(rate, 1 - 1e-9)) / longer.sum()
+    begins = select_tokens(np.ones_like(maskable), draws, min(begin_rate, 1.0))
     uniform = (draws & np.uint64(0xFFFFFFFF)) / 2.0**32  # bits that `begins` did not use
     selected = np.zeros_like(maskable)
-    for k in range(LONGEST):  # the token k places after a beginning is selected where the span is longer than k
-        selected[:, k:] |= (begins & (uniform < longer[k]))[:, : maskable.shape[1] - k]
+    apart = np.cumsum(~maskable, axis=1)  # no span goes beyond a special token, into the next document
+    T = maskable.shape[1]
+    for k in range(min(LONGEST, T)):  # the token k places after a beginning is selected where the span is longer
+        selected[:, k:] |= (begins & (uniform < longer[k]))[:, : T - k] & (apart[:, k:] == apart[:, : T - k])
     return selected & maskable
 
 
@@ -147,6 +150,8 @@ def make_batches(
     config: Config, info: TokenizerInfo, stores: dict[str, TokenStore], length: int, accelerator: Accelerator
 ) -> tuple[Batches, int]:
     """The training batches of this process, a pure function of (seed, step), and the number of steps."""
+    if config.masking.whole_word_mask:
+        raise UserError("--whole_word_mask: spans are of tokens here; leave it out")
     if "train" not in stores:
         raise UserError("--validation_file alone leaves nothing to train on; give --train_file too")
     chunks = cut_into_chunks(stores["train"], config.chunks, length, info)

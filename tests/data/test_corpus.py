@@ -606,7 +606,7 @@ def test_a_gzip_bomb_is_refused_before_it_fills_memory_or_disk(tmp_path):
 
 @pytest.mark.parametrize("function", [identify, load])
 def test_no_text_at_all_is_refused_with_the_flags_that_name_one(function):
-    assert refusal(function) == "no text: give --dataset_name, or --train_file"
+    assert refusal(function) == "no text: give --dataset_name, --train_file or --validation_file"
 
 
 @pytest.mark.parametrize("function", [identify, load])

@@ -83,6 +83,12 @@ def test_a_file_gets_a_line_every_logging_steps_and_no_bar(toy, tmp_path):
     assert [int(m[1]) for m in map(EVALUATION.fullmatch, lines) if m] == [0, 6, 12]
 
 
+def test_the_time_left_is_estimated_once_there_is_a_step_to_estimate_it_from(toy, tmp_path, capsys):
+    train(toy.config(tmp_path / "run", logging_steps=1, max_train_steps=3))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
+    assert [" left" in line for line in lines] == [False, True, True]
+
+
 def test_events_count_the_tokens_seen(toy, tmp_path):
     modules = {"run": RunConfig(output_dir=str(tmp_path / "run"), logging_steps=5)}
     train(toy.config(modules=modules, eval_steps=4))
