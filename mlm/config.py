@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from mlm.data.chunks import ChunkConfig
 from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
 from mlm.data.masking import MaskingConfig
+from mlm.data.task import TaskConfig
 from mlm.data.token_store import TokenStoreConfig
 from mlm.engine.checkpoint import CheckpointConfig
 from mlm.engine.device import DeviceConfig
@@ -53,6 +54,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     out_of_domain: OutOfDomainConfig = field(default_factory=OutOfDomainConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     token_store: TokenStoreConfig = field(default_factory=TokenStoreConfig)
     chunks: ChunkConfig = field(default_factory=ChunkConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)

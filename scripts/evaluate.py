@@ -19,9 +19,11 @@ with quick_imports():
     from mlm.config import Config
     from mlm.data.chunks import ChunkConfig, chunk_length
     from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
-    from mlm.data.token_store import TokenStore, TokenStoreConfig
+    from mlm.data.task import Task, TaskConfig, read_task
+    from mlm.data.token_store import TokenStore, TokenStoreConfig, limit_threads
+    from mlm.data.tokenizer import load_tokenizer
     from mlm.engine.device import make_accelerator
-    from mlm.engine.distributed import local_main_process_first
+    from mlm.engine.distributed import from_main, local_main_process_first
     from mlm.errors import UserError, printable
     from mlm.evaluation.compare import compare, gain_figures, in_words
     from mlm.evaluation.eval_set import EvalSet, EvaluateConfig, open_eval_sets
@@ -47,7 +49,7 @@ class CheckpointToMeasure:
 
 MODULES = (
     *(CheckpointToMeasure, CorpusConfig, OutOfDomainConfig, TokenStoreConfig, ChunkConfig),
-    *(EvaluateConfig, PseudoPerplexityConfig),
+    *(EvaluateConfig, PseudoPerplexityConfig, TaskConfig),
 )
 
 
@@ -62,7 +64,7 @@ class Measured(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    what, corpus, out_of_domain, token_store, chunks, evaluation, pseudo, _ = cli.parse(
+    what, corpus, out_of_domain, token_store, chunks, evaluation, pseudo, task_config, _ = cli.parse(
         MODULES, argv, cli.command(__doc__)
     )
     if not what.model_name_or_path:
@@ -70,15 +72,24 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     model = ModelConfig(what.model_name_or_path, trust_remote_code=what.trust_remote_code)
     models = {"base": replace(model, model_name_or_path=what.compare)} if what.compare else {}
     models["model"] = replace(model, tokenizer_name=what.tokenizer_name)
+    task = read_task(task_config, corpus)
+    if task and not what.compare:
+        raise UserError("--task_file: a probe is of two models; give --compare BASE")
     accelerator = make_accelerator(what.mixed_precision)
     if pseudo.pseudo_perplexity:
         size = evaluation.per_device_eval_batch_size
         result = summary = measure_file(pseudo.pseudo_perplexity, models, size, accelerator)
+    elif task and not (corpus.dataset_name or corpus.files):
+        limit_threads(token_store)
+        result, summary = {}, {}
     else:
         config = Config(
             corpus=corpus, out_of_domain=out_of_domain, token_store=token_store, chunks=chunks, evaluate=evaluation
         )
         result, summary = measure_corpus(config, models, accelerator)
+    if task:
+        result["task"], figures = measure_task(task, models, evaluation.per_device_eval_batch_size, accelerator)
+        summary |= figures
     if what.output and accelerator.is_main_process:
         save(Path(what.output), result)
     accelerator.end_training()
@@ -115,6 +126,25 @@ def measure_corpus(
         for name, figures in result.items():
             accelerator.print(in_words_alone(figures, adapted.eval_sets[name]))
     return result, finite(summary)
+
+
+def measure_task(
+    task: Task, models: dict[str, ModelConfig], size: int, accelerator: Accelerator
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Prints the probe of both models. Returns it, and its figures for the last line of output."""
+    from mlm.evaluation import probe  # scikit-learn: a second that other measurements need not wait
+
+    found = None
+    if accelerator.is_main_process:
+        both = []
+        for config in (models["base"], models["model"]):
+            tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, config.trust_remote_code)
+            net = load_trained(config, tokenizer, accelerator.device).model
+            both.append(probe.features(net, tokenizer, task, size, accelerator))
+        found = probe.conclude(task, *both)
+        accelerator.print(probe.in_words(found))
+    found = from_main(found, accelerator)
+    return found, probe.figures(found)
 
 
 def measure_one(config: Config, length: int, limit: int | None, accelerator: Accelerator) -> Measured:

@@ -127,14 +127,8 @@ def load(config: CorpusConfig, overwrite_cache: bool = False) -> Corpus:
     Raises UserError for files and datasets that cannot be had or read, for a text column that is missing or holds no
     strings, for a split without a document, and as `held_out` does where it is needed.
     """
-    _check(config)
-    for file in [*config.files.values(), *_files_of(config.dataset_name or "")]:
-        if reader_of(file) and (fault := find_bomb(file)):
-            raise UserError(f"{file}: {fault}")
+    sources = read(config, overwrite_cache=overwrite_cache)
     with _quiet_datasets() as datasets:
-        sources = _read_dataset(config.dataset_name, config, overwrite_cache) if config.dataset_name else {}
-        for flag, file in config.files.items():
-            sources[flag.removesuffix("_file")] = _read_file(file, config, overwrite_cache)
         kept, hashes, dropped = {}, {}, {}
         for split, source in sources.items():
             where = origin(config, split)
@@ -150,6 +144,22 @@ def load(config: CorpusConfig, overwrite_cache: bool = False) -> Corpus:
             kept = {"train": kept["train"][~out], "validation": kept["train"][out]}
         splits = {split: source.select(kept[split]) for split, source in sources.items()}
         return Corpus(datasets.DatasetDict(splits), dropped, config.strip_html)
+
+
+def read(
+    config: CorpusConfig, also: tuple[str, ...] = (), overwrite_cache: bool = False
+) -> "dict[str, datasets.Dataset]":
+    """The splits, "train" and/or "validation", as they stand in the files: a column "text", and those of `also` that
+    are there. Raises UserError as `load` does, though not for text that is empty."""
+    _check(config)
+    for file in [*config.files.values(), *_files_of(config.dataset_name or "")]:
+        if reader_of(file) and (fault := find_bomb(file)):
+            raise UserError(f"{file}: {fault}")
+    with _quiet_datasets():
+        sources = _read_dataset(config, also, overwrite_cache) if config.dataset_name else {}
+        for flag, file in config.files.items():
+            sources[flag.removesuffix("_file")] = _read_file(file, config, also, overwrite_cache)
+    return sources
 
 
 def keep_apart(config: CorpusConfig, flag: str, folder: str | Path) -> None:
@@ -245,9 +255,10 @@ def origin(config: CorpusConfig, split: str) -> str:
     return file or config.dataset_name or config.train_file
 
 
-def _read_dataset(name: str, config: CorpusConfig, overwrite: bool) -> dict[str, "datasets.Dataset"]:
+def _read_dataset(config: CorpusConfig, also: tuple[str, ...], overwrite: bool) -> dict[str, "datasets.Dataset"]:
     import datasets
 
+    name = config.dataset_name
     if not os.path.isdir(name):
         _hub_revision(name)  # with no network this fails at once, load_dataset after 23 s of trying
     with _explained(name):
@@ -260,10 +271,10 @@ def _read_dataset(name: str, config: CorpusConfig, overwrite: bool) -> dict[str,
     used = [split for split in ("train", "validation") if split in splits]
     if not used:
         raise UserError(f"{name} has neither a train nor a validation split, only {', '.join(splits)}")
-    return {split: _text_only(splits[split], f"{name} ({split})", config.text_column) for split in used}
+    return {split: _chosen(splits[split], f"{name} ({split})", config.text_column, also) for split in used}
 
 
-def _read_file(file: str, config: CorpusConfig, overwrite: bool) -> "datasets.Dataset":
+def _read_file(file: str, config: CorpusConfig, also: tuple[str, ...], overwrite: bool) -> "datasets.Dataset":
     import datasets
 
     reader, path = reader_of(file), os.path.abspath(file)
@@ -273,7 +284,7 @@ def _read_file(file: str, config: CorpusConfig, overwrite: bool) -> "datasets.Da
             fresh = datasets.DownloadConfig(force_extract=True)
             path = datasets.DownloadManager(download_config=fresh).extract(path)
         dataset = _convert(reader, config, overwrite, data_files={"train": escape(path)})["train"]
-    return _text_only(dataset, file, "text" if reader == "text" else config.text_column)
+    return _chosen(dataset, file, "text" if reader == "text" else config.text_column, also)
 
 
 def _convert(path: str, config: CorpusConfig, overwrite: bool, **where: Any) -> "datasets.DatasetDict":
@@ -293,13 +304,14 @@ def _convert(path: str, config: CorpusConfig, overwrite: bool, **where: Any) -> 
     return datasets.load_dataset(path, **where, **has, download_mode=mode)
 
 
-def _text_only(dataset: "datasets.Dataset", origin: str, column: str) -> "datasets.Dataset":
+def _chosen(dataset: "datasets.Dataset", origin: str, column: str, also: tuple[str, ...]) -> "datasets.Dataset":
+    """The text, as "text", and those of the columns `also` that are there."""
     if column not in (there := dataset.column_names):
         raise UserError(f"{origin} has no column {column!r}, but {', '.join(there)}: name the text with --text_column")
     kind = getattr(dataset.features[column], "dtype", type(dataset.features[column]).__name__)
     if kind not in ("string", "large_string", "null"):
         raise UserError(f"{origin}: column {column!r} holds {kind}, no text: choose with --text_column")
-    dataset = dataset.select_columns([column])
+    dataset = dataset.select_columns([column, *(name for name in also if name in there)])
     return dataset if column == "text" else dataset.rename_column(column, "text")
 
 

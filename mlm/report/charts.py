@@ -55,6 +55,23 @@ def gain_chart(compared: Compared) -> go.Figure:
     return chart
 
 
+def task_chart(compared: Compared) -> go.Figure:
+    """A probe's accuracy before and after over the labels a class; the bars are the interval of the difference."""
+    chart = _chart("labels a class", "accuracy")
+    for run, task in compared:
+        rows = [row for row in task["curve"] if row["classifier"] == "logistic regression"]
+        k, own = [row["k"] for row in rows], [row["accuracy"] for row in rows]
+        high = [each["interval"][1] - each["difference"] for each in own]
+        bars = {"array": high, "arrayminus": [each["difference"] - each["interval"][0] for each in own]}
+        name, colour = _label(run.name), _colour(run)
+        before, after = ([each[when] for each in own] for when in ("before", "after"))
+        chart.add_scatter(x=k, y=before, name=f"{name}, before", line={"color": colour, "dash": "dot"})
+        chart.add_scatter(x=k, y=after, name=f"{name}, after", line={"color": colour}, error_y=bars)
+    chart.update_traces(mode="lines+markers")
+    chart.update_layout(xaxis={"type": "log", "tickvals": k}, yaxis={"tickformat": ".0%"})
+    return chart
+
+
 def breakdown_chart(compared: Compared, kind: str, title: str) -> go.Figure:
     """The loss of one run before and after by kind of token, or what each of several runs has gained."""
     several = len(compared) > 1

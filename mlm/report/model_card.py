@@ -49,6 +49,8 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
     if out_of_domain is not None:
         source = _letters(short(corpus.origin(out_of_domain, "validation")))
         forgotten = f"\nOn out-of-domain text, {source}:\n\n{_figures(results, 'general_')}"
+    if "task_accuracy" in results:
+        forgotten += f"\n{_task(results, _letters(short(config.task.task_file or config.task.task_dataset_name)))}"
     return f"""---
 {data.to_yaml()}
 ---
@@ -88,6 +90,23 @@ def _eval_results(results: dict[str, Any], prefix: str, text: CorpusConfig | Non
         for metric, value in values.items()
         if value is not None
     ]
+
+
+def _task(results: dict[str, Any], name: str) -> str:
+    """What a classifier of frozen features gained, with few labels and with many, as a table."""
+    lines = [
+        f"On a task, {results['task_documents']:,} labelled documents of {name}, by logistic regression on frozen"
+    ]
+    lines += ["features:", "", "| labels a class | accuracy before | after | difference (95% interval) |"]
+    lines += ["| --- | --- | --- | --- |"]
+    for prefix in ("task_few_accuracy", "task_accuracy"):
+        low, high, gained = (f"{100 * results[f'{prefix}_{what}']:+.2f}" for what in ("low", "high", "difference"))
+        k, both = (
+            results[f"{prefix.removesuffix('accuracy')}labels_a_class"],
+            (results[f"{prefix}_before"], results[prefix]),
+        )
+        lines.append(f"| {k:,} | {both[0]:.1%} | {both[1]:.1%} | {gained} points ({low} to {high}) |")
+    return "\n".join([*lines, ""])
 
 
 def _figures(results: dict[str, Any], prefix: str) -> str:

@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from mlm.errors import UserError
 from mlm.figures import flat
 from mlm.files import write_text
-from mlm.report.charts import Compared, breakdown_chart, event_chart, gain_chart, loss_chart, mean
+from mlm.report.charts import Compared, breakdown_chart, event_chart, gain_chart, loss_chart, mean, task_chart
 from mlm.report.model_card import short
 from mlm.report.run_record import ABOUT, COMPARED, RunRecord, files_of
 
@@ -56,12 +56,14 @@ def write_report(runs: Sequence[RunRecord], output: Path) -> None:
 def render(runs: Sequence[RunRecord]) -> str:
     loader = FileSystemLoader(Path(__file__).parent)
     page = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    charts = (breakdown_chart, event_chart, gain_chart, loss_chart)
+    charts = (breakdown_chart, event_chart, gain_chart, loss_chart, task_chart)
     forms = (aligned, count, chance, short, counted, unspaced, grouped, share, duration)
     functions = {f.__name__: f for f in (*charts, *forms, same, mean, unlike, largest_change, zip)}
     page.filters |= functions | {"shlex_join": shlex.join}
     page.globals |= functions
-    compared = {text: [(run, run.comparison[text]) for run in runs if run.comparison.get(text)] for text in COMPARED}
+    compared = {
+        text: [(run, run.comparison[text]) for run in runs if run.comparison.get(text)] for text in (*COMPARED, "task")
+    }
     logged = {key for run in runs for e in run.train for key in e if type(e[key]) in (int, float)}
     parts = {**compared, **_settings(runs), "scalars": sorted(logged - LOGGED), "examples": _examples(runs)}
     return page.get_template("report.html").render(runs=runs, plotly=get_plotlyjs(), **parts)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm.data import corpus
+from mlm.data.task import read_task
 from mlm.data.token_store import TokenStore
 from mlm.engine import checkpoint
 from mlm.engine.checkpoint import Stateful, Writer, not_written
@@ -26,6 +27,7 @@ from mlm.evaluation.eval_set import EvalSet
 from mlm.evaluation.evaluate import Evaluations, evaluate_all
 from mlm.figures import figure, flat
 from mlm.model.sparse_head import SparseMaskedLM
+from mlm.model.vocabulary import OF_ONE_LENGTH
 from mlm.report.environment import environment, versions
 from mlm.report.metrics import Log, Progress
 from mlm.report.run_directory import RunDirectory
@@ -54,6 +56,11 @@ class Run:
         self.group = host_group(accelerator)
         self.hub_id: str | None = None
         self._failure: str | None = None  # why a checkpoint could not be written
+        try:
+            found = read_task(config.task, config.corpus) if self.is_main else None
+        except UserError as error:
+            found = error
+        self.task = from_main(found, accelerator)
 
     def keeps(
         self,
@@ -73,6 +80,8 @@ class Run:
             if name in own or not (hasattr(state, "state_dict") and hasattr(state, "load_state_dict")):
                 raise ValueError(f"extra_state {name!r}: another name, and state_dict and load_state_dict, are needed")
             checkpoint.pack(state.state_dict(), name, {})  # names what no checkpoint can hold
+        if self.task and (model.config.model_type in OF_ONE_LENGTH or model.base_model is model):
+            raise UserError(f"{type(model).__name__} has no encoder that reads texts of any length: no --task_file")
         self.model, self.update, self.progress, self.states = model, update, progress, {**own, **extra_state}
         self.experiment = {**experiment, "state": sorted(self.states)}
         check_same(self.experiment, self.accelerator)

@@ -251,6 +251,7 @@ class RunDirectory:
         """The figures and the model card, of the main process. Raises OSError."""
         if conclusion.comparison is not None:
             write_json(self.folder / "comparison.json", conclusion.comparison)
+        if conclusion.documents is not None:
             partial = self.folder / "documents.parquet.partial"
             pq.write_table(conclusion.documents, partial)
             partial.replace(self.folder / "documents.parquet")

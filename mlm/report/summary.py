@@ -10,11 +10,11 @@ from mlm.engine.distributed import from_main
 from mlm.engine.experiment import identity, optimizer_identity
 from mlm.engine.update import Update
 from mlm.errors import printable
-from mlm.evaluation.compare import CONFIDENCE, conclude
+from mlm.evaluation.compare import CONFIDENCE, EVAL_SETS, Conclusion, conclude
 from mlm.evaluation.eval_set import EvalSet
 from mlm.evaluation.evaluate import Evaluation, token_counts
 from mlm.figures import figure, finite
-from mlm.model.load import fingerprint
+from mlm.model.load import fingerprint, load_model
 from mlm.report.environment import peak_memory_mib
 from mlm.report.model_card import model_card
 from mlm.report.run import Run
@@ -96,6 +96,8 @@ def conclude_run(
         batches = run.update.batches
         counts = token_counts(train, eval_sets["held_out"].info.size)
         conclusion = conclude(eval_sets, before, after, tokenizer, counts)
+        if run.task:
+            conclusion = probe_run(run, tokenizer, conclusion)
         results = finite(conclusion.results | run.progress.results())
         results["epochs"] = run.progress.step * batches.global_batch / batches.num_chunks
         results["peak_memory_mib"] = peak_memory_mib(run.accelerator.device)
@@ -107,6 +109,23 @@ def conclude_run(
             f"{figure(results['perplexity_unigram'])}; saved to {run.folder}"
         )
     return from_main(results, run.accelerator)
+
+
+def probe_run(run: Run, tokenizer: PreTrainedTokenizerBase, conclusion: Conclusion) -> Conclusion:
+    """The conclusion with the probe of the run's task, on the main process: the model as it began, loaded again, and
+    as it is."""
+    from mlm.evaluation import probe  # scikit-learn: a second that runs without a task need not wait
+
+    config, accelerator = run.config, run.accelerator
+    base = load_model(config.model, tokenizer, config.train.seed).to(accelerator.device)
+    size = config.evaluate.per_device_eval_batch_size
+    both = (probe.features(net, tokenizer, run.task, size, accelerator) for net in (base, run.model))
+    task = probe.conclude(run.task, *both)
+    return conclusion._replace(
+        results=conclusion.results | probe.figures(task),
+        lines=f"{conclusion.lines}\n{probe.in_words(task)}",
+        comparison={**dict.fromkeys(EVAL_SETS), **(conclusion.comparison or {}), "task": task},
+    )
 
 
 def outcome(results: dict[str, Any]) -> str:

@@ -1,0 +1,185 @@
+"""Fine-tunes a model and its base to a task's labels: a second opinion on the probe, and an example of how an adapted
+model is used.
+
+    python scripts/finetune.py --model_name_or_path RUN --compare BASE --task_file labelled.jsonl --labels 64
+
+Plain sequence classification. Both models learn from the same few labels, with the same fresh head, order and dropout,
+as often as there are splits, and are measured on the same other documents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mlm.startup import quick_imports
+
+with quick_imports():
+    import numpy as np
+    import torch
+    from accelerate import Accelerator
+    from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+    from mlm import cli
+    from mlm.data.corpus import CorpusConfig
+    from mlm.data.task import Task, TaskConfig, read_task
+    from mlm.data.tokenizer import load_tokenizer
+    from mlm.engine.device import make_accelerator
+    from mlm.engine.optimizer import OptimizerConfig, make_optimizer, make_scheduler
+    from mlm.errors import UserError, at_least, at_most, explain_load_failure
+    from mlm.figures import figure
+    from mlm.files import write_json
+    from mlm.hub import local_files_only, no_bars
+    from mlm.model.sparse_head import seeded_cpu_generator
+
+EVALUATED = 64  # documents at a time
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Which models are fine-tuned, with how many labels, and how."""
+
+    model_name_or_path: str | None = None  # Fine-tune this checkpoint, an adapted one.
+    compare: str | None = None  # And this one, its base, in the same way.
+    labels: int = 64  # Train on this many labels a class.
+    seeds: int = 2  # So often in each of 5 folds, each time with other labels, another head and order.
+    epochs: int = 10  # Each of them is seen this many times.
+    batch_size: int = 16  # Documents a step.
+    max_seq_length: int = 128  # Cut documents after this many tokens.
+    max_grad_norm: float = 1.0  # Clip gradients to this norm.
+    output: str | None = None  # Write the figures to this JSON file.
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # The default is accelerate's setting.
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "labels", "epochs", "batch_size", "max_seq_length")
+        at_least(self, 2, "seeds")  # one choice of labels a fold would show no variance
+        at_most(self, 100, "seeds")
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    config, task_config, optimizer, _ = cli.parse(
+        (FinetuneConfig, TaskConfig, OptimizerConfig), argv, cli.command(__doc__)
+    )
+    task = read_task(task_config, CorpusConfig())
+    if not (config.model_name_or_path and config.compare and task):
+        raise UserError("give --model_name_or_path, --compare and --task_file (or --task_dataset_name)")
+    accelerator = make_accelerator(config.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise UserError("fine-tuning to a few labels is for one process; start it without a launcher")
+    result = compare(config, optimizer, task, accelerator)
+    if config.output:
+        write_json(Path(config.output), result)
+    return result
+
+
+def compare(
+    config: FinetuneConfig, optimizer: OptimizerConfig, task: Task, accelerator: Accelerator
+) -> dict[str, Any]:
+    """The accuracy of both models, and their difference with its interval, which is the probe's."""
+    from mlm.evaluation.probe import choose, share_of, spread  # scikit-learn: a second that --help need not wait
+
+    splits = list(choose(task.labels, config.labels, 0, config.seeds))
+    scores: dict[str, list[np.ndarray]] = {}
+    for when, name in (("before", config.compare), ("after", config.model_name_or_path)):
+        tokenizer = load_tokenizer(name)
+        cut = sum(len(row) > config.max_seq_length for row in tokenizer(*columns(task), verbose=False)["input_ids"])
+        if cut:
+            accelerator.print(f"{name}: {cut:,} documents of {len(task.labels):,} are cut (--max_seq_length)")
+        scores[when] = []
+        for fold, (test, choices) in enumerate(splits):
+            hits = []
+            for choice, chosen in enumerate(choices):
+                with seeded_cpu_generator(fold * config.seeds + choice):
+                    model = load(name, task).to(accelerator.device)
+                    finetune(model, tokenizer, task, chosen, config, optimizer, accelerator)
+                hits.append(predict(model, tokenizer, task, test, config, accelerator) == task.labels[test])
+            scores[when].append(np.array(hits, float))
+            accelerator.print(f"{name}: fold {fold + 1} of {len(splits)}, accuracy {np.mean(hits):.1%}")
+    share = share_of(task.labels, config.labels)
+    both = zip(scores["after"], scores["before"], strict=True)
+    difference, low, high = spread([after - before for after, before in both], share)
+    before, after = (spread(scores[when], share)[0] for when in ("before", "after"))
+    interval = f"95% interval {figure(100 * low)} to {figure(100 * high)}"
+    accelerator.print(
+        f"fine-tuned to {config.labels} labels a class, {len(splits) * config.seeds} times: accuracy {before:.1%} "
+        f"before, {after:.1%} after, difference {figure(100 * difference)} points ({interval})"
+    )
+    figures = {"accuracy_before": before, "accuracy": after, "accuracy_difference": difference}
+    figures |= {"accuracy_low": low, "accuracy_high": high, "labels_a_class": config.labels}
+    return {**figures, "splits": len(splits) * config.seeds, "documents": len(task.labels)}
+
+
+@no_bars()
+def load(name: str, task: Task) -> PreTrainedModel:
+    """The checkpoint with a fresh head for the task's classes. Raises UserError where there is none."""
+    settings = {"num_labels": int(task.labels.max()) + 1, "dtype": torch.float32, "weights_only": True}
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            name, local_files_only=local_files_only(name), **settings
+        )
+    except Exception as error:  # missing, damaged, or of an architecture that has no such head
+        raise explain_load_failure("model", name, error) from error
+
+
+def columns(task: Task, rows: Sequence[int] | None = None) -> list[list[str]]:
+    """The texts of some documents, or of all, as a tokenizer takes them: one list, or of pairs two."""
+    texts = task.texts if rows is None else [task.texts[i] for i in rows]
+    return [list(column) for column in zip(*texts, strict=True)]
+
+
+def finetune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    chosen: np.ndarray,
+    config: FinetuneConfig,
+    settings: OptimizerConfig,
+    accelerator: Accelerator,
+) -> None:
+    """Trains the model on the chosen documents, in an order that the CPU's generator draws anew in each epoch."""
+    steps = config.epochs * -(-len(chosen) // config.batch_size)
+    optimizer = make_optimizer(model.named_parameters(), settings)
+    scheduler = make_scheduler(optimizer, settings, steps)
+    model.train()
+    for _ in range(config.epochs):
+        for rows in torch.from_numpy(chosen)[torch.randperm(len(chosen))].split(config.batch_size):
+            batch = encode(tokenizer, task, rows.tolist(), config, accelerator)
+            labels = torch.from_numpy(task.labels)[rows].to(accelerator.device)
+            with accelerator.autocast():
+                loss = torch.nn.functional.cross_entropy(model(**batch).logits.float(), labels)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: np.ndarray,
+    config: FinetuneConfig,
+    accelerator: Accelerator,
+) -> np.ndarray:
+    """The classes [n] of documents [n]."""
+    model.eval()
+    found = []
+    for first in range(0, len(rows), EVALUATED):
+        with accelerator.autocast():
+            batch = encode(tokenizer, task, rows[first : first + EVALUATED].tolist(), config, accelerator)
+            found.append(model(**batch).logits.argmax(dim=-1))
+    return torch.cat(found).cpu().numpy()  # the device synchronises here
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[int], config: FinetuneConfig, accelerator: Accelerator
+) -> dict[str, torch.Tensor]:
+    """What the model reads of some documents, padded to the longest of them."""
+    options = {"truncation": True, "max_length": config.max_seq_length, "padding": True, "return_tensors": "pt"}
+    return tokenizer(*columns(task, rows), **options).to(accelerator.device)
+
+
+if __name__ == "__main__":
+    cli.run(main)

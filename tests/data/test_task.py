@@ -1,0 +1,91 @@
+"""Labelled documents: which are taken, and the mistakes that are named before anything is trained."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mlm.data.corpus import CorpusConfig
+from mlm.data.task import MOST, TaskConfig, read_task
+from mlm.errors import UserError
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows(labels, text="review"):
+    return [{"text": f"{text} {i}", "label": label} for i, label in enumerate(labels)]
+
+
+def read(path, domain=None, **settings):
+    return read_task(TaskConfig(task_file=path, **settings), domain or CorpusConfig())
+
+
+def test_documents_without_text_or_label_are_left_out(tmp_path):
+    labelled = [*rows([0] * 10 + [1] * 10), {"text": " ", "label": 0}, {"text": "no label", "label": None}]
+    task = read(write(tmp_path / "a.jsonl", labelled))
+    assert task.texts == [(f"review {i}",) for i in range(20)]
+    np.testing.assert_array_equal(task.labels, [0] * 10 + [1] * 10)
+
+
+def test_markup_is_removed_where_the_domain_s_is(tmp_path):
+    path = write(tmp_path / "a.jsonl", rows(["x", "y"] * 10, text="good<br />"))
+    assert read(path, CorpusConfig(strip_html=True)).texts[0] == ("good 0",)
+    assert read(path).texts[0] == ("good<br /> 0",)
+
+
+def test_pairs_and_columns_have_names_of_their_own(tmp_path):
+    pairs = [{"premise": f"a {i}", "hypothesis": f"b {i}", "gold": i % 2 == 0} for i in range(20)]
+    columns = {"task_text_column": "premise", "task_pair_column": "hypothesis", "task_label_column": "gold"}
+    task = read(write(tmp_path / "a.jsonl", pairs), **columns)
+    assert task.texts[3] == ("a 3", "b 3")
+    assert task.labels.tolist() == [1, 0] * 10  # "False" before "True"
+
+
+def test_of_many_documents_a_part_is_drawn_the_same_each_time(tmp_path):
+    path = write(tmp_path / "a.jsonl", rows([0, 1] * (MOST // 2 + 50)))
+    task = read(path)
+    assert len(task.texts) == len(task.labels) == MOST
+    assert read(path).texts == task.texts
+
+
+def test_documents_in_the_training_text_are_counted_whatever_their_case_and_white_space(tmp_path):
+    train = tmp_path / "train.txt"
+    train.write_text("REVIEW   3\nreview 7\nreview 70\nsomething else\n")
+    held_out = tmp_path / "validation.txt"
+    held_out.write_text("review 9\n")
+    domain = CorpusConfig(train_file=str(train), validation_file=str(held_out))
+    path = write(tmp_path / "a.jsonl", rows([0, 1] * 10))
+    assert read(path, domain).seen == 2
+    assert read(path).seen is None
+
+
+@pytest.mark.parametrize(
+    ("labelled", "message"),
+    [
+        ([{"text": "a"}] * 20, "has no column 'label': name it with --task_label_column"),
+        ([{"review": "a", "label": 0}] * 20, "name the text with --task_text_column"),
+        (rows([0.5, 1.5] * 10), "holds float64; a probe needs one class"),
+        (rows([[0, 1], [1]] * 10), "holds several labels a document; a probe needs one class"),
+        (rows([0] * 20), "1 classes in 20 documents"),
+        (rows(["x"] * 12 + ["rare\x1b[31m"] * 9), "2 classes in 21 documents, 'rare\\x1b[31m' with 9"),
+        (rows([None] * 20), "0 classes in 0 documents"),
+    ],
+)
+def test_what_cannot_be_probed_is_refused_in_one_line(tmp_path, labelled, message):
+    with pytest.raises(UserError) as refused:
+        read(write(tmp_path / "a.jsonl", labelled))
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert "--train_file" not in str(refused.value)
+
+
+def test_a_file_that_is_missing_is_named_by_the_task_s_flag(tmp_path):
+    with pytest.raises(UserError, match=f"--task_file {tmp_path / 'none.jsonl'}: no such file"):
+        read(str(tmp_path / "none.jsonl"))
+
+
+def test_no_task_is_none():
+    assert read_task(TaskConfig(), CorpusConfig()) is None

@@ -1,0 +1,217 @@
+"""The probe: what it finds where something is planted, and how often its interval holds the truth."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from mlm.data.task import Task, TaskConfig
+from mlm.evaluation.probe import CHOICES, FOLDS, choose, f1_scores, features, probe, sizes, spread
+from mlm.train import train
+from tests.conftest import ANIMALS
+from tests.scripts import load_script
+
+
+def made_up(n, seed, *effects):
+    """Labels [n], and for each model features [n, 8] in which the first column tells the two classes so far apart."""
+    rng = np.random.default_rng(seed)
+    labels, noise = rng.integers(0, 2, n), rng.normal(size=(n, 8))
+    return labels, *(noise + effect * labels[:, None] * (np.arange(8) == 0) for effect in effects)
+
+
+def test_a_model_that_is_the_base_differs_from_it_by_exactly_zero():
+    labels, before, after = made_up(30, 0, 1.0, 1.0)
+    for row in probe(labels, before, after):
+        for metric in ("accuracy", "macro_f1"):
+            assert row[metric]["difference"] == 0
+            assert row[metric]["interval"] == [0, 0]
+
+
+def test_a_planted_effect_is_found():
+    labels, before, after = made_up(80, 0, 0.0, 4.0)
+    rows = probe(labels, before, after)
+    assert [(row["k"], row["classifier"]) for row in rows] == [(27, "logistic regression"), (27, "nearest neighbours")]
+    for row in rows:
+        assert row["accuracy"]["interval"][0] > 0
+        assert row["macro_f1"]["interval"][0] > 0
+
+
+def test_both_models_are_measured_on_the_same_splits():
+    labels, before, after = made_up(30, 1, 1.0, 0.0)
+    for row, swapped in zip(probe(labels, before, after), probe(labels, after, before), strict=True):
+        assert row["accuracy"]["before"] == swapped["accuracy"]["after"]
+        assert row["accuracy"]["difference"] == pytest.approx(-swapped["accuracy"]["difference"])
+
+
+def population(rng, documents, share, training):
+    """Scores of each fold's CHOICES on its documents, with no difference on average.
+
+    A choice's effect is that of a linear statistic of the labels that it takes, `share` of one pool; beside it each
+    document has an effect of its own, and each pair of them.
+    """
+    pool = rng.normal(size=120)
+    size = round(share * len(pool))
+    for _ in range(FOLDS):
+        by_choice = [training * np.sqrt(size) * rng.permutation(pool)[:size].mean() for _ in range(CHOICES)]
+        own, pairs = 0.25 * rng.normal(size=documents), 0.2 * rng.normal(size=(CHOICES, documents))
+        yield np.add.outer(by_choice, own) + pairs
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.75])
+@pytest.mark.parametrize("training", [0.0, 0.02, 0.06])
+def test_the_interval_holds_the_truth_as_often_as_it_says(share, training):
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        _, low, high = spread(list(population(rng, 80, share, training)), share)
+        held += low <= 0 <= high
+    assert held / 400 >= 0.93
+
+
+def test_many_splits_do_not_feign_many_labels():
+    """Choices that share three quarters of their labels vary little, though other labels would matter."""
+    rng = np.random.default_rng(0)
+    naive = [spread(list(population(rng, 80, 0.75, 0.06)), 0.0) for _ in range(200)]
+    assert np.mean([low <= 0 <= high for _, low, high in naive]) < 0.8
+
+
+@given(st.integers(0, 9), st.integers(1, 40))
+def test_splits_are_of_k_labels_a_class_outside_the_fold(seed, k):
+    labels = np.random.default_rng(seed).permutation(np.repeat([0, 1, 2], [20, 35, 60]))
+    splits = list(choose(labels, k, seed))
+    assert sorted(np.concatenate([test for test, _ in splits])) == list(range(len(labels)))  # each tested in one fold
+    larger = choose(labels, k + 5, seed)
+    for (test, chosen), (_, more) in zip(splits, larger, strict=True):
+        assert len(chosen) == CHOICES
+        for own, wider in zip(chosen, more, strict=True):
+            assert not set(own) & set(test)
+            assert set(own) <= set(wider)
+            assert np.bincount(labels[own])[2] == min(k, 36)
+            assert np.bincount(labels[own])[0] == min(k, 12)  # three quarters of the 16 outside the fold
+
+
+def test_the_curve_goes_from_16_labels_a_class_to_most_of_them():
+    assert sizes(np.repeat([0, 1], 500)) == [16, 64, 300]
+    assert sizes(np.repeat([0, 1], 10)) == [6]
+
+
+@given(st.integers(0, 99))
+def test_the_scores_of_documents_have_the_mean_that_scikit_learn_calls_macro_f1(seed):
+    rng = np.random.default_rng(seed)
+    truth, said = np.append([0, 1, 2], rng.integers(0, 3, 20)), rng.integers(0, 3, (2, 23))
+    expected = [f1_score(truth, each, average="macro") for each in said]
+    np.testing.assert_allclose(f1_scores(truth, said).mean(axis=1), expected)
+
+
+@pytest.fixture(scope="module")
+def toy_model(toy):
+    model = AutoModelForMaskedLM.from_pretrained(toy.checkpoint).train()
+    return model, AutoTokenizer.from_pretrained(toy.checkpoint)
+
+
+def of(texts):
+    return Task("task", [(text,) if isinstance(text, str) else text for text in texts], np.zeros(len(texts)), None)
+
+
+TEXTS = [f"the old {animal} likes {food} every day ." * (1 + i) for i, (animal, food) in enumerate(ANIMALS.items())]
+
+
+def test_features_depend_on_neither_batches_nor_order(toy_model):
+    accelerator = Accelerator(cpu=True)
+    found = features(*toy_model, of(TEXTS), 1, accelerator)
+    assert found.shape == (len(TEXTS), 4 * 32)
+    others = features(*toy_model, of(TEXTS[::-1] + TEXTS), 3, accelerator)
+    for part in (others[: len(TEXTS)][::-1], others[len(TEXTS) :]):
+        np.testing.assert_allclose(part, found, rtol=1e-5, atol=1e-5)
+    assert toy_model[0].training
+
+
+def test_the_features_are_means_and_first_tokens_of_the_last_and_the_middle_layer(toy_model):
+    model, tokenizer = toy_model
+    ids = tokenizer(TEXTS[0], return_tensors="pt")
+    with torch.no_grad():
+        states = model.eval()(**ids, output_hidden_states=True).hidden_states
+    model.train()
+    expected = torch.cat([x for h in (states[2], states[1]) for x in (h.mean(1), h[:, 0])], dim=1)
+    np.testing.assert_allclose(
+        features(model, tokenizer, of(TEXTS), 2, Accelerator(cpu=True))[0], expected[0], atol=1e-5
+    )
+
+
+def test_no_end_of_a_long_document_is_left_out(toy_model):
+    accelerator = Accelerator(cpu=True)
+    long = " ".join([TEXTS[0]] * 30)  # 64 positions hold seven of them
+    found = features(*toy_model, of([long, f"{long} {TEXTS[2]}"]), 4, accelerator)
+    assert not np.allclose(found[0], found[1], atol=1e-4)
+
+
+def test_pairs_have_the_features_of_both_texts_and_of_what_they_share(toy_model):
+    accelerator = Accelerator(cpu=True)
+    u, v = features(*toy_model, of(TEXTS[:2]), 2, accelerator)
+    pair = features(*toy_model, of([(TEXTS[0], TEXTS[1])]), 2, accelerator)[0]
+    np.testing.assert_allclose(pair, np.concatenate([u, v, abs(u - v), u * v]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def labelled(toy, tmp_path_factory):
+    """Sentences on cats and on dogs; ten of them stand in the training text, in capitals."""
+    file = tmp_path_factory.mktemp("task") / "labelled.jsonl"
+    rng = np.random.default_rng(0)
+    own = [line for line in toy.train_file.read_text().splitlines() if "cat" in line][:10]
+    rows = [{"text": line.upper(), "label": "cat"} for line in own]
+    for animal in ("cat", "dog"):
+        for _ in range(15):
+            words = rng.permutation(["often", "never", "here", "there", "now", "then"])
+            rows.append({"text": f"{' '.join(words)} a {animal}", "label": animal})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(toy, labelled, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    train(toy.config(folder, modules={"task": TaskConfig(task_file=str(labelled))}))
+    return folder
+
+
+def test_a_run_probes_its_base_and_itself_once_it_is_saved(run, labelled):
+    results, comparison = (json.loads((run / f"{name}.json").read_text()) for name in ("all_results", "comparison"))
+    task = comparison["task"]
+    assert (task["documents"], task["classes"], task["splits"]) == (40, 2, 20)
+    last = [row for row in task["curve"] if row["classifier"] == "logistic regression"][-1]
+    assert results["task_accuracy"] == last["accuracy"]["after"]
+    assert results["task_accuracy_low"] <= results["task_accuracy_difference"] <= results["task_accuracy_high"]
+    assert f"| {last['k']} | {last['accuracy']['before']:.1%} |" in (run / "README.md").read_text()
+    assert comparison["held_out"] is not None
+
+
+def test_labelled_documents_that_were_read_in_training_are_counted(run):
+    assert json.loads((run / "all_results.json").read_text())["task_in_training_text"] == 10
+
+
+def test_evaluate_repeats_what_the_run_has(run, toy, labelled, capsys, tmp_path):
+    flags = {
+        "model_name_or_path": run,
+        "compare": toy.checkpoint,
+        "task_file": labelled,
+        "output": tmp_path / "o.json",
+    }
+    load_script("evaluate").main([f"--{name}={value}" for name, value in flags.items()])
+    repeated = json.loads((tmp_path / "o.json").read_text())["task"]["curve"]
+    for row, own in zip(repeated, json.loads((run / "comparison.json").read_text())["task"]["curve"], strict=True):
+        for figure in ("before", "after", "difference"):
+            assert row["accuracy"][figure] == pytest.approx(own["accuracy"][figure], abs=0.02)
+    assert "10 of the task's documents" not in capsys.readouterr().out  # no training text was named
+
+
+def test_a_run_that_was_not_measured_before_is_probed_all_the_same(toy, labelled, tmp_path):
+    modules = {"task": TaskConfig(task_file=str(labelled))}
+    train(toy.config(tmp_path / "run", modules=modules, max_train_steps=1, eval_on_start=False))
+    comparison = json.loads((tmp_path / "run" / "comparison.json").read_text())
+    assert comparison["held_out"] is None and comparison["task"]["documents"] == 40
+    assert not (tmp_path / "run" / "documents.parquet").exists()
