@@ -2,10 +2,11 @@
 
 Workload: one epoch over unlabelled IMDb reviews without markup, drawn with a fixed seed from the training half, as in
 imdb.py; labelled ones from the test half, of which none is trained on. Peer: the base, on the same splits, probed by
-scripts/evaluate.py; scripts/finetune.py gives the second opinion. Coverage is that of the whole procedure (folds,
-choices, classifier, interval) on made-up documents, whose classes two models tell apart unequally well, drawn anew for
-each: the share of the intervals that hold the difference over all documents and labels. The classifier there is
-discriminant analysis, which is quick.
+scripts/evaluate.py; scripts/finetune.py gives the second opinion. Ceiling: none is known.
+
+Coverage is that of the whole procedure (folds, choices, classifier, interval) on made-up documents, drawn anew each
+time, whose classes two models tell apart unequally well: the share of the intervals that hold the difference over all
+documents and labels. The classifier there is discriminant analysis, which is quick.
 
     python benchmarks/probe.py --imdb FOLDER --model_name_or_path CHECKPOINT
 

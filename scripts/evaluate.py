@@ -33,6 +33,7 @@ with quick_imports():
     from mlm.figures import figure, finite
     from mlm.files import write_json
     from mlm.model.load import ModelConfig, load_trained, open_corpus, position_limit
+    from mlm.report.model_card import task_in_words
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def measure_task(
             net = load_trained(config, tokenizer, accelerator.device).model
             both.append(probe.features(net, tokenizer, task, size, accelerator))
         found = probe.conclude(task, *both)
-        accelerator.print(probe.in_words(found))
+        accelerator.print(task_in_words(probe.figures(found)))
     found = from_main(found, accelerator)
     return found, probe.figures(found)
 

@@ -61,6 +61,7 @@ def page() -> str:
         *([gpu(_stored("gpu"))] if (BENCHMARKS / "results" / "gpu.json").exists() else []),
         noise(),
         intervals(),
+        *([probe()] if (BENCHMARKS / "results" / "probe.json").exists() else []),
         checkpoints(),
         faults(),
         (BENCHMARKS / "NOTES.md").read_text(encoding="utf-8"),
@@ -295,6 +296,46 @@ def intervals() -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     samples = " and ".join(f"{number:,}" for number in stored["samples"].values())
     return "\n".join(lines) + f"\n\nThe {stored['what']}; {samples} samples.\n"
+
+
+def probe() -> str:
+    """Whether an adaptation helps a classifier, by the probe and by fine-tuning, and how often the interval holds."""
+    stored = _stored("probe")
+    task, curve = stored["probe"], stored["probe"]["curve"]
+    most = [row for row in curve if row["classifier"] == "logistic regression"][-1]
+    head = section(
+        "Whether a task profits",
+        "probe.py",
+        f"with {most['k']} labels a class {_points(most['accuracy'])} of accuracy by logistic regression on frozen "
+        f"features, where the perplexity fell from {stored['perplexities'][0]:.1f} to {stored['perplexities'][1]:.1f}",
+        stored["environment"],
+        "python benchmarks/probe.py --imdb FOLDER --model_name_or_path CHECKPOINT",
+    )
+    lines = [
+        f"{_sentence(stored['what'])}, {stored['model']}; {task['documents']:,} labelled, {task['splits']} splits.\n",
+        "| labels a class | classifier | accuracy before | after | difference (95% interval) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in curve:
+        own = row["accuracy"]
+        lines.append(
+            f"| {row['k']} | {row['classifier']} | {own['before']:.1%} | {own['after']:.1%} | {_points(own)} |"
+        )
+    for tuned in stored["finetuning"]:
+        own = {"difference": tuned["accuracy_difference"], "interval": [tuned["accuracy_low"], tuned["accuracy_high"]]}
+        lines.append(
+            f"| {tuned['labels_a_class']} | fine-tuning, {tuned['splits']} times | {tuned['accuracy_before']:.1%} "
+            f"| {tuned['accuracy']:.1%} | {_points(own)} |"
+        )
+    held = ", ".join(f"{share:.1%} with {k} labels a class" for k, share in stored["coverage"].items())
+    return (
+        head + "\n".join(lines) + f"\n\nThe interval holds the truth in {held}; {stored['samples']:,} samples each.\n"
+    )
+
+
+def _points(figures: dict[str, Any]) -> str:
+    low, high = figures["interval"]
+    return f"{100 * figures['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def checkpoints() -> str:

@@ -37,7 +37,6 @@ from mlm.data.encode import encode_texts
 from mlm.data.task import Task
 from mlm.data.tokenizer import tokenizer_info
 from mlm.evaluation.interval import student
-from mlm.figures import figure
 from mlm.model.predict import same_length, without_dropout
 from mlm.model.vocabulary import max_positions
 
@@ -98,17 +97,15 @@ def probe(labels: np.ndarray, before: np.ndarray, after: np.ndarray, seed: int =
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 said = [
                     [
-                        np.stack([classifier.fit(x[c], labels[c]).predict(x[test]) for c in chosen])
-                        for x in (before, after)
+                        np.stack([classifier.fit(x[c], labels[c]).predict(x[test]) for c in each])
+                        for test, each in splits
                     ]
-                    for test, chosen in splits
+                    for x in (before, after)
                 ]
             for metric, score in METRICS.items():
-                scores = [
-                    [score(labels[test], each) for each in both] for (test, _), both in zip(splits, said, strict=True)
-                ]
-                own = [spread([each[model] for each in scores], share)[0] for model in (0, 1)]
-                value, *interval = spread([after - before for before, after in scores], share)
+                scores = [[score(labels[s[0]], own) for s, own in zip(splits, model, strict=True)] for model in said]
+                own = [spread(each, share)[0] for each in scores]
+                value, *interval = spread([after - before for before, after in zip(*scores, strict=True)], share)
                 row[metric] = {"before": own[0], "after": own[1], "difference": value, "interval": interval}
             rows.append(row)
     return rows
@@ -177,36 +174,14 @@ def conclude(task: Task, before: np.ndarray, after: np.ndarray) -> dict[str, Any
     return {**found, "in_training_text": task.seen, "splits": FOLDS * CHOICES, "curve": curve}
 
 
-def ends(task: dict[str, Any]) -> list[dict[str, Any]]:
-    """The fewest and the most labels of the curve, by logistic regression."""
-    rows = [row for row in task["curve"] if row["classifier"] == "logistic regression"]
-    return [rows[0], rows[-1]]
-
-
 def figures(task: dict[str, Any]) -> dict[str, float | None]:
-    """`ends` for all_results.json: task_few_… and task_…."""
+    """Logistic regression with the fewest and the most labels, for all_results.json: task_few_… and task_…."""
     found = {"task_documents": task["documents"], "task_in_training_text": task["in_training_text"]}
-    for prefix, row in zip(("task_few_", "task_"), ends(task), strict=True):
+    rows = [row for row in task["curve"] if row["classifier"] == "logistic regression"]
+    for prefix, row in (("task_few_", rows[0]), ("task_", rows[-1])):
         found[f"{prefix}labels_a_class"] = row["k"]
         for metric in METRICS:
             own, name = row[metric], f"{prefix}{metric}"
             found |= {f"{name}_before": own["before"], name: own["after"], f"{name}_difference": own["difference"]}
-            found |= dict(zip((f"{name}_low", f"{name}_high"), own["interval"], strict=True))
+            found |= {f"{name}_low": own["interval"][0], f"{name}_high": own["interval"][1]}
     return found
-
-
-def in_words(task: dict[str, Any]) -> str:
-    """`ends`, each on a line, and how many of the documents the model has read."""
-    lines = []
-    for row in ends(task):
-        own = row["accuracy"]
-        before, after, difference, low, high = (
-            figure(100 * value) for value in (own["before"], own["after"], own["difference"], *own["interval"])
-        )
-        lines.append(
-            f"task, {row['k']:,} labels a class: accuracy {before}% before, {after}% after, difference {difference} "
-            f"points (95% interval {low} to {high})"
-        )
-    if seen := task["in_training_text"]:
-        lines.append(f"{seen:,} of the task's documents stand in the training text; no label was trained on")
-    return "\n".join(lines)

@@ -59,16 +59,15 @@ def task_chart(compared: Compared) -> go.Figure:
     """A probe's accuracy before and after over the labels a class; the bars are the interval of the difference."""
     chart = _chart("labels a class", "accuracy")
     for run, task in compared:
-        rows = [row for row in task["curve"] if row["classifier"] == "logistic regression"]
-        k, own = [row["k"] for row in rows], [row["accuracy"] for row in rows]
-        high = [each["interval"][1] - each["difference"] for each in own]
-        bars = {"array": high, "arrayminus": [each["difference"] - each["interval"][0] for each in own]}
-        name, colour = _label(run.name), _colour(run)
-        before, after = ([each[when] for each in own] for when in ("before", "after"))
-        chart.add_scatter(x=k, y=before, name=f"{name}, before", line={"color": colour, "dash": "dot"})
-        chart.add_scatter(x=k, y=after, name=f"{name}, after", line={"color": colour}, error_y=bars)
+        curve = {row["k"]: row["accuracy"] for row in task["curve"] if row["classifier"] == "logistic regression"}
+        ks, name, own = [*curve], _label(run.name), curve.values()
+        up, down = ([abs(each["interval"][end] - each["difference"]) for each in own] for end in (1, 0))
+        for when, bars in (("before", {}), ("after", {"array": up, "arrayminus": down})):
+            line = {"color": _colour(run), "dash": "solid" if bars else "dot"}
+            accuracy = [each[when] for each in own]
+            chart.add_scatter(x=ks, y=accuracy, name=f"{name}, {when}", line=line, error_y=bars)
     chart.update_traces(mode="lines+markers")
-    chart.update_layout(xaxis={"type": "log", "tickvals": k}, yaxis={"tickformat": ".0%"})
+    chart.update_layout(xaxis={"type": "log", "tickvals": ks}, yaxis={"tickformat": ".0%"})
     return chart
 
 

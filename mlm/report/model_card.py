@@ -50,7 +50,11 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
         source = _letters(short(corpus.origin(out_of_domain, "validation")))
         forgotten = f"\nOn out-of-domain text, {source}:\n\n{_figures(results, 'general_')}"
     if "task_accuracy" in results:
-        forgotten += f"\n{_task(results, _letters(short(config.task.task_file or config.task.task_dataset_name)))}"
+        task = _letters(short(config.task.task_file or config.task.task_dataset_name))
+        forgotten += (
+            f"\nFrozen features and logistic regression, on {results['task_documents']:,} documents of {task}:\n\n"
+        )
+        forgotten += f"{task_in_words(results)}\n"
     return f"""---
 {data.to_yaml()}
 ---
@@ -92,21 +96,19 @@ def _eval_results(results: dict[str, Any], prefix: str, text: CorpusConfig | Non
     ]
 
 
-def _task(results: dict[str, Any], name: str) -> str:
-    """What a classifier of frozen features gained, with few labels and with many, as a table."""
-    lines = [
-        f"On a task, {results['task_documents']:,} labelled documents of {name}, by logistic regression on frozen"
-    ]
-    lines += ["features:", "", "| labels a class | accuracy before | after | difference (95% interval) |"]
-    lines += ["| --- | --- | --- | --- |"]
-    for prefix in ("task_few_accuracy", "task_accuracy"):
-        low, high, gained = (f"{100 * results[f'{prefix}_{what}']:+.2f}" for what in ("low", "high", "difference"))
-        k, both = (
-            results[f"{prefix.removesuffix('accuracy')}labels_a_class"],
-            (results[f"{prefix}_before"], results[prefix]),
-        )
-        lines.append(f"| {k:,} | {both[0]:.1%} | {both[1]:.1%} | {gained} points ({low} to {high}) |")
-    return "\n".join([*lines, ""])
+def task_in_words(results: dict[str, Any]) -> str:
+    """What classifiers of frozen features gained with the fewest and the most labels, in lines of Markdown."""
+    lines = []
+    for prefix in ("task_few_", "task_"):
+        percent = {
+            name: 100 * results[f"{prefix}accuracy{name}"] for name in ("_before", "", "_difference", "_low", "_high")
+        }
+        before, after, difference, low, high = map(figure, percent.values())
+        gain = f"{before}% before, {after}% after, difference {difference} points (95% interval {low} to {high})"
+        lines.append(f"- task, {results[f'{prefix}labels_a_class']:,} labels a class: accuracy {gain}")
+    if seen := results["task_in_training_text"]:
+        lines.append(f"- {seen:,} of the task's documents stand in the training text; no label was trained on")
+    return "\n".join(lines)
 
 
 def _figures(results: dict[str, Any], prefix: str) -> str:

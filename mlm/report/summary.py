@@ -16,7 +16,7 @@ from mlm.evaluation.evaluate import Evaluation, token_counts
 from mlm.figures import figure, finite
 from mlm.model.load import fingerprint, load_model
 from mlm.report.environment import peak_memory_mib
-from mlm.report.model_card import model_card
+from mlm.report.model_card import model_card, task_in_words
 from mlm.report.run import Run
 
 
@@ -121,11 +121,12 @@ def probe_run(run: Run, tokenizer: PreTrainedTokenizerBase, conclusion: Conclusi
     size = config.evaluate.per_device_eval_batch_size
     both = (probe.features(net, tokenizer, run.task, size, accelerator) for net in (base, run.model))
     task = probe.conclude(run.task, *both)
-    return conclusion._replace(
-        results=conclusion.results | probe.figures(task),
-        lines=f"{conclusion.lines}\n{probe.in_words(task)}",
-        comparison={**dict.fromkeys(EVAL_SETS), **(conclusion.comparison or {}), "task": task},
+    results, lines = (
+        conclusion.results | probe.figures(task),
+        f"{conclusion.lines}\n{task_in_words(probe.figures(task))}",
     )
+    comparison = {**dict.fromkeys(EVAL_SETS), **(conclusion.comparison or {}), "task": task}
+    return conclusion._replace(results=results, lines=lines, comparison=comparison)
 
 
 def outcome(results: dict[str, Any]) -> str:

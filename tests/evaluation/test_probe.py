@@ -186,7 +186,10 @@ def test_a_run_probes_its_base_and_itself_once_it_is_saved(run, labelled):
     last = [row for row in task["curve"] if row["classifier"] == "logistic regression"][-1]
     assert results["task_accuracy"] == last["accuracy"]["after"]
     assert results["task_accuracy_low"] <= results["task_accuracy_difference"] <= results["task_accuracy_high"]
-    assert f"| {last['k']} | {last['accuracy']['before']:.1%} |" in (run / "README.md").read_text()
+    before, after = (f"{100 * last['accuracy'][when]:.4g}%" for when in ("before", "after"))
+    card = (run / "README.md").read_text()
+    assert f"- task, {last['k']} labels a class: accuracy {before} before, {after} after, difference" in card
+    assert "- 10 of the task's documents stand in the training text; no label was trained on" in card
     assert comparison["held_out"] is not None
 
 

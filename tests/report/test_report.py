@@ -875,3 +875,45 @@ def test_no_text_ends_the_script_that_holds_a_chart():
     spec = go.Figure(layout={"title": {"text": NASTY}}).to_json()
     assert "<" not in spec
     assert json.loads(spec)["layout"]["title"]["text"] == NASTY
+
+
+def probed(run, folder):
+    """A copy of the run, with a probe of a task of a nasty name."""
+    shutil.copytree(run, folder)
+    comparison = json.loads((folder / "comparison.json").read_text())
+    figures = {"before": 0.614, "after": 0.652, "difference": 0.038, "interval": [-0.004, 0.0801]}
+    rows = [
+        {"k": k, "labels": 2 * k, "classifier": classifier, "accuracy": figures, "macro_f1": figures}
+        for k in (16, 64, 300)
+        for classifier in ("logistic regression", "nearest neighbours")
+    ]
+    about = {"text": NASTY, "documents": 1000, "classes": 2, "in_training_text": 10, "splits": 20}
+    comparison["task"] = about | {"curve": rows}
+    (folder / "comparison.json").write_text(json.dumps(comparison))
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_probe_s_curve_and_its_figures_are_on_the_page(run, browser, tmp_path, scheme):
+    folder = probed(run, tmp_path / "probed")
+    script.main([str(folder)])
+    browser.open(folder / "report.html", width=390, scheme=scheme)
+    assert browser.js("return document.documentElement.scrollWidth") <= 390
+    assert browser.js("return window.broken") is None
+    [section] = browser.all("#task", "e.innerText")
+    assert "1,000 documents of 2 classes" in section
+    assert "20 splits" in section
+    assert "10 of them stand in the training text" in section
+    cells = browser.all("#task tbody tr:first-child > *", "e.innerText")
+    assert cells == ["logistic regression", "16", *["61.4%", "65.2%", "+3.80", "-0.40 to +8.01"] * 2]
+    [curves] = browser.all("#task .chart", "e.data.map(t => [t.x, t.y, t.error_y?.array ?? null])")
+    (x, before, _), (_, after, bars) = curves
+    assert x == [16, 64, 300]
+    assert before == [0.614] * 3
+    assert after == [0.652] * 3
+    assert bars == pytest.approx([0.0421] * 3)
+    assert all(browser.all("#task tbody tr", "e.querySelector('th[scope=row]') !== null"))
+
+
+def test_a_page_without_a_probe_has_no_section_for_it(run):
+    assert 'id="task"' not in (run / "report.html").read_text()
