@@ -12,6 +12,7 @@ from sklearn.metrics import f1_score
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from mlm.data.task import Task, TaskConfig
+from mlm.errors import UserError
 from mlm.evaluation.probe import CHOICES, FOLDS, choose, f1_scores, features, probe, sizes, spread
 from mlm.train import train
 from tests.conftest import ANIMALS
@@ -218,3 +219,15 @@ def test_a_run_that_was_not_measured_before_is_probed_all_the_same(toy, labelled
     comparison = json.loads((tmp_path / "run" / "comparison.json").read_text())
     assert comparison["held_out"] is None and comparison["task"]["documents"] == 40
     assert not (tmp_path / "run" / "documents.parquet").exists()
+
+
+def test_a_task_without_labels_is_refused_before_anything_is_trained(toy, tmp_path):
+    modules = {"task": TaskConfig(task_file=str(toy.validation_file))}
+    with pytest.raises(UserError, match="has no column 'label': name it with --task_label_column"):
+        train(toy.config(tmp_path / "run", modules=modules))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_probe_of_one_model_alone_is_refused(toy, labelled):
+    with pytest.raises(UserError, match="a probe is of two models; give --compare BASE"):
+        load_script("evaluate").main([f"--model_name_or_path={toy.checkpoint}", f"--task_file={labelled}"])
