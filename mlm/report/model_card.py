@@ -108,7 +108,7 @@ def task_in_words(results: dict[str, Any]) -> str:
         lines.append(f"- task, {results[f'{prefix}labels_a_class']:,} labels a class: accuracy {gain}")
     if seen := results["task_in_training_text"]:
         lines.append(f"- {seen:,} of the task's documents stand in the training text; no label was trained on")
-    return "\n".join(lines)
+    return "\n".join(dict.fromkeys(lines))  # the fewest may be the most
 
 
 def _figures(results: dict[str, Any], prefix: str) -> str:
