@@ -43,10 +43,10 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", type=Path, required=True)
     parser.add_argument("--run", type=Path, help="a run over the unlabelled reviews that is there already")
     parser.add_argument("--unlabelled", type=int, default=2000, help="reviews to adapt on")
-    parser.add_argument("--labelled", type=int, default=2000, help="reviews to probe with")
-    parser.add_argument("--labels", type=int, nargs="*", default=[16, 256], help="a class, to fine-tune to")
+    parser.add_argument("--labelled", type=int, default=1000, help="reviews to probe with")
+    parser.add_argument("--labels", type=int, nargs="*", default=[16], help="a class, to fine-tune to")
     parser.add_argument("--seeds", type=int, default=2, help="fine-tunings in each fold")
-    parser.add_argument("--samples", type=int, default=1000, help="simulated probes")
+    parser.add_argument("--samples", type=int, default=200, help="simulated probes")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "probe.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

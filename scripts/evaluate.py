@@ -133,7 +133,7 @@ def measure_task(
     task: Task, models: dict[str, ModelConfig], size: int, accelerator: Accelerator
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Prints the probe of both models. Returns it, and its figures for the last line of output."""
-    from mlm.evaluation import probe  # scikit-learn: a second that other measurements need not wait
+    from mlm.evaluation import probe  # it imports scikit-learn: a second
 
     found = None
     if accelerator.is_main_process:

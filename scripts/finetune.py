@@ -76,7 +76,7 @@ def compare(
     config: FinetuneConfig, optimizer: OptimizerConfig, task: Task, accelerator: Accelerator
 ) -> dict[str, Any]:
     """The accuracy of both models, and their difference with its interval, which is the probe's."""
-    from mlm.evaluation.probe import choose, share_of, spread  # scikit-learn: a second that --help need not wait
+    from mlm.evaluation.probe import choose, share_of, spread  # it imports scikit-learn: a second
 
     splits = list(choose(task.labels, config.labels, 0, config.seeds))
     scores: dict[str, list[np.ndarray]] = {}

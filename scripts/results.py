@@ -329,7 +329,9 @@ def probe() -> str:
         )
     held = ", ".join(f"{share:.1%} with {k} labels a class" for k, share in stored["coverage"].items())
     return (
-        head + "\n".join(lines) + f"\n\nThe interval holds the truth in {held}; {stored['samples']:,} samples each.\n"
+        f"{head}\n"
+        + "\n".join(lines)
+        + f"\n\nThe interval holds the truth in {held}; {stored['samples']:,} samples each.\n"
     )
 
 

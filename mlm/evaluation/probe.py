@@ -9,11 +9,12 @@ is the figure. The difference d[s, i] of two models, of choice s and test docume
 choices. With N documents, R splits, and the share f of its labels that a choice takes, its mean has the
 
     variance  Σ (d̄[i] − d̄)² / (N · (N − FOLDS)) + V · (1 / R + f / (1 − f))
-    V         variance of d̄[s] over a fold's choices, less what documents that are few make of it, at least 0
+    V         variance of d̄[s] over a fold's choices, less the part that comes of d[s, i] − d̄[s] − d̄[i], at least 0
 
-f / (1 − f) is of the labels that there are (Cochran, Sampling Techniques, 1977, ch. 2): choices overlap, and without
-it many splits would feign many labels. The interval is ± Student's t with the degrees of freedom of both terms by
-Satterthwaite (1946, Biometrics Bulletin 2), at least FREEDOM. benchmarks/probe.py says how often it holds the truth.
+The choices of labels overlap, all the more the larger f is, so that they vary less than labels drawn anew would: the
+factor f / (1 − f) makes up for it (Cochran, Sampling Techniques, 1977, ch. 2, on finite populations). The interval is
+± Student's t with the degrees of freedom of both terms by Satterthwaite (1946, Biometrics Bulletin 2), at least
+FREEDOM. benchmarks/probe.py simulates how often it holds the truth.
 """
 
 import math

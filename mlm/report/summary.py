@@ -114,7 +114,7 @@ def conclude_run(
 def probe_run(run: Run, tokenizer: PreTrainedTokenizerBase, conclusion: Conclusion) -> Conclusion:
     """The conclusion with the probe of the run's task, on the main process: the model as it began, loaded again, and
     as it is."""
-    from mlm.evaluation import probe  # scikit-learn: a second that runs without a task need not wait
+    from mlm.evaluation import probe  # it imports scikit-learn: a second
 
     config, accelerator = run.config, run.accelerator
     base = load_model(config.model, tokenizer, config.train.seed).to(accelerator.device)
