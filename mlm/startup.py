@@ -67,6 +67,11 @@ def find_home() -> None:
         place.mkdir(mode=0o700)
     own = not place.is_symlink() and place.stat().st_uid == os.getuid()
     os.environ["HOME"] = str(place) if own else tempfile.mkdtemp()
+    # Libraries that were imported first, as in mlm/train.py, have chosen their caches already.
+    old, new = (os.path.join(where, ".cache") for where in (home, os.environ["HOME"]))
+    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] in HEAVY]:
+        paths = {name: value for name, value in vars(module).items() if type(value) is str and value.startswith(old)}
+        vars(module).update({name: new + path.removeprefix(old) for name, path in paths.items()})
 
 
 def set_by_accelerate_launch(variable: str) -> bool:

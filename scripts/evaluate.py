@@ -5,7 +5,7 @@ evaluation, repeat what the run has in comparison.json.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,8 +22,9 @@ with quick_imports():
     from mlm.data.task import Task, TaskConfig, read_task
     from mlm.data.token_store import TokenStore, TokenStoreConfig, limit_threads
     from mlm.data.tokenizer import load_tokenizer
+    from mlm.engine.checkpoint import tensors
     from mlm.engine.device import make_accelerator
-    from mlm.engine.distributed import from_main, local_main_process_first
+    from mlm.engine.distributed import broadcast, check_same, from_main, local_main_process_first
     from mlm.errors import UserError, printable
     from mlm.evaluation.compare import compare, gain_figures, in_words
     from mlm.evaluation.eval_set import EvalSet, EvaluateConfig, open_eval_sets
@@ -32,7 +33,8 @@ with quick_imports():
     from mlm.evaluation.pseudo_perplexity import measure as measure_sentences
     from mlm.figures import figure, finite
     from mlm.files import write_json
-    from mlm.model.load import ModelConfig, load_trained, open_corpus, position_limit
+    from mlm.model.load import ModelConfig, fingerprint, load_trained, open_corpus, position_limit
+    from mlm.report.environment import versions
     from mlm.report.model_card import task_in_words
 
 
@@ -77,6 +79,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if task and not what.compare:
         raise UserError("--task_file: a probe is of two models; give --compare BASE")
     accelerator = make_accelerator(what.mixed_precision)
+    # Where stores are kept may differ.
+    modules = (what, corpus, out_of_domain, chunks, evaluation, pseudo, task_config)
+    settings = {name: value for module in modules for name, value in asdict(module).items()}
+    check_same({**settings, **versions(), "device": accelerator.device.type}, accelerator)
     if pseudo.pseudo_perplexity:
         size = evaluation.per_device_eval_batch_size
         result = summary = measure_file(pseudo.pseudo_perplexity, models, size, accelerator)
@@ -155,6 +161,9 @@ def measure_one(config: Config, length: int, limit: int | None, accelerator: Acc
         tokenizer, info, stores = open_corpus(own)
         eval_sets = open_eval_sets(own, tokenizer, info, stores["validation"], length, limit)
     model = load_trained(config.model, tokenizer, accelerator.device, length)
+    text = {f"{name} corpus": eval_set.store.header["corpus"] for name, eval_set in eval_sets.items()}
+    check_same({**text, "tokenizer": info.fingerprint, "model": fingerprint(model.model)}, accelerator)
+    broadcast(tensors(model.model).values(), accelerator)  # which that fingerprint rounds
     evaluations = evaluate_all(model, eval_sets, accelerator)
     assert evaluations is not None, "nothing asks to stop"
     return Measured(tokenizer, stores, eval_sets, evaluations)

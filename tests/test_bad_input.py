@@ -240,6 +240,7 @@ TRAINING = [
         for what, name, words in (("name of 300 bytes", "x" * 300, "xxx"), ("loop of links", "{bad}/loop", "loop"))
         for flag in ("output_dir", "train_file", "token_store", "resume_from_checkpoint", "config", "tokenizer_name")
     ),
+    ("a loop of links beside a dataset", {"dataset_name": "{bad}/folder", "output_dir": "{bad}/loop"}, ["loop"]),
     ("a Hub name offline", {"model_name_or_path": "org/none"}, ["org/none", "no network"]),
     ("a dataset offline", {"train_file": "", "dataset_name": "org/none"}, ["org/none", "no network"]),
     ("uploading offline", {"push_to_hub": "true"}, ["--push_to_hub"]),

@@ -6,6 +6,7 @@ import random
 import pytest
 
 from tests.scripts import load_script
+from tests.tokenizers_for_tests import byte_level_bpe
 
 WORDS = ["the", "old", "young", "cat", "dog", "likes", "milk", "every", "day"]
 
@@ -66,7 +67,20 @@ def test_documents_and_chunks_are_shown_with_their_masks(prepare):
     assert again.partition("validation document")[2] == printed.partition("validation document")[2]
 
 
-def test_what_is_shown_hides_no_unknown_token_and_moves_no_terminal(prepare):
+def test_what_is_shown_hides_no_unknown_token(prepare):
     _, printed = prepare(["the cat ж likes milk every day " * 3] * 9, "--show", "1")
     [document] = [line for line in printed.splitlines() if line.startswith("validation document ")]
     assert document.count("[UNK]") == 3
+
+
+def test_escapes_in_documents_and_chunks_are_shown_and_not_sent(prepare, tmp_path):
+    """BERT's tokenizers drop them, those of bytes keep them."""
+    byte_level_bpe(["the old cat"]).save_pretrained(tmp_path / "bytes")
+    text = "the \x1b]0;owned\x07 cat \x1b[2J " * 9
+    others = ("--mlm_probability", "1", "--mask_replace_prob", "0", "--random_replace_prob", "1")  # of 256 bytes
+    flags = ("--show", "1", *others, "--tokenizer_name", str(tmp_path / "bytes"))
+    _, printed = prepare([text], *flags)
+    document, chunk = (line for line in printed.splitlines() if line.startswith("validation "))
+    assert document.count("\\x1b]0;owned\\x07") == 9
+    assert "\\x1b" in chunk or "\\x07" in chunk
+    assert not set(printed) & {*map(chr, [*range(9), *range(14, 32), 127])}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from functools import partial
@@ -244,6 +245,17 @@ def test_a_model_from_scratch_far_beyond_token_frequencies_is_a_loud_line(toy, t
     settings = {"learning_rate": 1.0, "lr_scheduler_type": "constant", "eval_on_start": False}
     assert train(toy.config(tmp_path / "run", modules={"model": model}, **settings)).results["steps"] == 12
     assert "warning: nothing was learnt: held-out perplexity " in capsys.readouterr().out
+
+
+def test_a_model_no_better_than_token_frequencies_is_a_loud_line_where_nothing_was_measured_before(
+    toy, tmp_path, capsys
+):
+    said = "^warning: the model does no better than token frequencies alone; scripts/evaluate.py .* --compare "
+    for steps, before, loud in ((2, False, True), (2, True, False), (60, False, False)):
+        folder = tmp_path / f"{steps} {before}"
+        result = train(toy.config(folder, max_train_steps=steps, eval_on_start=before)).results
+        assert (result["perplexity"] > result["perplexity_unigram"]) == (steps == 2)
+        assert bool(re.search(f"{said}{toy.checkpoint} ", capsys.readouterr().out, re.M)) == loud
 
 
 def test_line_by_line_says_which_share_of_the_text_it_leaves_out(toy, tmp_path, caplog):

@@ -142,7 +142,7 @@ def line_by_line(
     ids: np.ndarray, word_starts: np.ndarray, document_offsets: np.ndarray, chunk_size: int, info: TokenizerInfo
 ) -> Chunks:
     """One document per row. A document longer than T is cut, and still ends with the suffix ([SEP])."""
-    first, lengths = np.asarray(document_offsets[:-1]), np.diff(document_offsets)
+    first, lengths = np.array(document_offsets[:-1]), np.diff(document_offsets)
     shown, cut = np.minimum(lengths, chunk_size), lengths > chunk_size
     suffix = info.suffix if len(info.suffix) < chunk_size else ()
     return Chunks(ids, word_starts, chunk_size, len(lengths), info.pad_id, first, shown, suffix, cut)

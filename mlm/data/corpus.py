@@ -27,6 +27,7 @@ from mlm.files import stamp
 if TYPE_CHECKING:
     import datasets
 
+ZEROS = "\0" * 64  # of a damaged disk, or of one that lost its power: a block, of 512 bytes or more
 READ = 1 << 24  # bytes of text that are read at a time, unless a document has more
 KNOWN = f"{', '.join(READERS)}, each also with .gz"
 
@@ -320,6 +321,8 @@ def _scan(dataset: "datasets.Dataset", without_html: bool = False) -> tuple[np.n
     text as it was read, so that a document's side does not depend on `without_html`."""
     positions, hashes = array("q"), array("Q")
     for position, text in enumerate(texts(dataset)):
+        if text and "\0" in text and (ZEROS in text or not text.strip("\0")):
+            raise ValueError(f"document {position} holds zeros in the place of text")
         if text and (strip_html(text) if without_html else text).strip():
             positions.append(position)
             hashes.append(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little"))

@@ -75,7 +75,9 @@ def agree(values: Sequence[int], group: dist.ProcessGroup | None) -> list[int]:
 def check_same(mine: dict[str, Any], accelerator: Accelerator) -> None:
     """Raises UserError, on every process, where a value is another one on another process, and says whose is which.
 
-    Each process gives its own values: what has been sent to it would not show that its files or packages differ.
+    Each process gives its own values: what has been sent to it would not show that its files or packages differ. So
+    each also finds its token store by its own files: under a name sent by the main process, another machine would
+    build or find one of other text. The hash of the documents, in a store's header, is what is compared.
     """
     if accelerator.num_processes == 1:
         return

@@ -24,11 +24,13 @@ from transformers import PreTrainedTokenizerBase
 from mlm.columns import PAGE, fit
 from mlm.data.encode import encode_texts
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
+from mlm.engine.checkpoint import tensors
+from mlm.engine.distributed import broadcast, check_same
 from mlm.errors import one_line, printable
 from mlm.evaluation.evaluate import unknown_bits
 from mlm.figures import exp_or_inf, finite, mean
 from mlm.files import read_sentences
-from mlm.model.load import ModelConfig, load_trained
+from mlm.model.load import ModelConfig, fingerprint, load_trained
 from mlm.model.predict import check_length, cross_entropy, same_length, without_dropout
 from mlm.model.sparse_head import SparseMaskedLM
 
@@ -110,6 +112,9 @@ def measure(path: str, config: ModelConfig, batch_size: int, accelerator: Accele
     sentences = read_sentences(path)
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, config.trust_remote_code)
     model = load_trained(config, tokenizer, accelerator.device)
+    text = {"sentences": sentences, "tokenizer": tokenizer_info(tokenizer).fingerprint}
+    check_same({**text, "model": fingerprint(model.model)}, accelerator)
+    broadcast(tensors(model.model).values(), accelerator)  # which that fingerprint rounds
     scores, records = score(model, tokenizer, sentences, batch_size, accelerator), []
     accelerator.print(f"{'line':>6} {'tokens':>6} {'PLL, nats':>10} {'PPPL':>9}  sentence")
     totals = (scores.log_likelihoods.tolist(), scores.tokens.tolist())

@@ -1,5 +1,6 @@
 """A run while it goes on: its directory, its log, its checkpoints, and the signals that ask it to stop."""
 
+import math
 import signal
 import sys
 import time
@@ -111,12 +112,16 @@ class Run:
 
     def _publish(self, results: dict[str, Any]) -> None:
         """Uploads a run that has ended, if asked, and it is a success. Raises UserError where nothing was learnt."""
+        base, measured = self.config.model.model_name_or_path, "perplexity_before" in results
+        near = 0.9 * (results.get("perplexity_unigram") or math.inf)  # about that of constant logits
         if reason := nothing_learnt(results):
             message = f"nothing was learnt: {reason}; what is in {self.folder} is no success"
-            scratch, measured = self.config.model.model_name_or_path is None, "perplexity_before" in results
-            if measured or not scratch or results.get("mask_rate") == 0:
+            if measured or base or results.get("mask_rate") == 0:
                 raise UserError(message)
             self.log.print(f"warning: {message}")  # a model from scratch may also have had too few steps
+        elif base and results["steps"] and not measured and results["perplexity"] > near:
+            told = f"scripts/evaluate.py --model_name_or_path {self.folder} --compare {base} tells whether it ever did"
+            self.log.print(f"warning: the model does no better than token frequencies alone; {told}")
         if self.hub_id is None:
             self._create_repository()
         if self.hub_id is not None:
@@ -285,11 +290,16 @@ class Run:
         """
         self.log.close()
         failure = self.writer.wait()
-        self.log.print(failure)
         step, checkpoints = self.progress.step, self.directory.checkpoints
         # The weights of the last step need not be read back where they are the best, nor be on the disk.
         if self.config.train.load_best_model_at_end and from_main(self.writer.best_step != step, self.accelerator):
             checkpoint.load_best(checkpoints, self.model, self.accelerator)
+            kept = checkpoint.find_best(checkpoints) if self.is_main else None
+            if self.is_main and (kept[1]["eval_loss"] if kept else math.inf) > self.writer.best_loss:
+                whose = kept[0].name.removeprefix("best_") if kept else step
+                lost = f"the best weights, of held-out loss {self.writer.best_loss:.4f}, are lost"
+                failure = f"{failure or 'damaged'}; {lost}: the model has those of step {whose}"
+        self.log.print(failure and f"warning: {failure}")
         try:
             self.directory.save_model(self.model, tokenizer, step)
         except Exception as error:  # from the tokenizers library a bare Exception

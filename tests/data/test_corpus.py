@@ -520,11 +520,12 @@ def damaged(data, how):
         "cut": data[:half],
         "zeros": bytes(len(data)),
         "no text": data[:half] + b"\xff" * 500 + data[half + 500 :],
+        "zeroed text": data[:half] + bytes(500) + data[half + 500 :],
         "zeroed lengths": data[:1000] + bytes(500) + data[1500:],
     }[how]
 
 
-@pytest.mark.parametrize("how", ["empty", "cut", "zeros", "no text", "zeroed lengths"])
+@pytest.mark.parametrize("how", ["empty", "cut", "zeros", "no text", "zeroed text", "zeroed lengths"])
 def test_damage_in_the_datasets_cache_is_one_line_and_overwrite_cache_helps(tmp_path, datasets_cache, how):
     texts = [f"document {number} of {tmp_path}" for number in range(500)]
     config = CorpusConfig(validation_file=write(tmp_path / "texts.jsonl", texts))

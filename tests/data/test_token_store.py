@@ -492,6 +492,25 @@ def test_a_store_that_is_cut_short_while_it_is_mapped_is_one_line_not_a_bus_erro
     assert said.decode().splitlines() == [line, line], "from chunks and from the store itself"
 
 
+def test_rows_of_documents_need_no_offsets_that_are_cut_short_after_they_were_made(world):
+    world.train_file.write_text("".join(f"{text}\n" for text in TEXTS * 1000))
+    run = world.python(
+        "import sys, types, numpy as np\n"
+        "from mlm.data.chunks import line_by_line\n"
+        "store, info = again()['train'], types.SimpleNamespace(pad_id=0, suffix=())\n"
+        "chunks = line_by_line(store.ids, store.word_starts, store.document_offsets, 16, info)\n"
+        "print(len(chunks), flush=True)\n"
+        "sys.stdin.readline()\n"
+        "print(len(chunks.take(np.arange(len(chunks))).ids))",
+        stdin=subprocess.PIPE,
+    )
+    rows = run.stdout.readline()
+    (path,) = world.folder.glob("*/train/document_offsets.npy")
+    os.truncate(path, 5000)
+    said, _ = run.communicate(b"\n")
+    assert (run.returncode, said) == (0, rows), "no signal"
+
+
 def test_a_store_in_a_folder_that_cannot_be_written_is_verified_by_each_run(world, read):
     world.prepare()
     for path in world.folder.glob("*/*/verified.json"):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,6 +116,39 @@ def test_a_last_checkpoint_or_best_weights_that_are_lost_stop_the_run_too(toy, t
     with full_for(monkeypatch, name):
         result = train(toy.config(tmp_path / "goes on", on_save_error="continue", **settings))
     assert_same_bits(result.model.state_dict(), whole.model.state_dict())
+
+
+@contextlib.contextmanager
+def damage_to(monkeypatch, name):
+    """A disk that keeps other weights under this name than were written."""
+    write = checkpoint.write
+
+    def alter(place, files):
+        write(place, files)
+        if place.name == name:
+            (place / "model.safetensors").write_bytes(b"\0" * (place / "model.safetensors").stat().st_size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", alter)
+        yield
+
+
+@pytest.mark.parametrize(("fault", "instead"), [(full_for, 0), (damage_to, 4)])
+def test_whose_weights_a_model_has_is_said_where_the_best_are_lost(toy, tmp_path, monkeypatch, capsys, fault, instead):
+    """The best are those of step 2. By choice a run goes on without them; else it ends in an error."""
+    settings = {"eval_steps": 2, "load_best_model_at_end": True, "max_train_steps": 4}
+    settings |= {"learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    lost = rf"the best weights, of held-out loss \d\.\d+, are lost: the model has those of step {instead}"
+    train(toy.config(tmp_path / "whole", **settings))
+    assert (tmp_path / "whole" / "checkpoints" / "best_2").is_dir()
+    assert "are lost" not in capsys.readouterr().out
+    with fault(monkeypatch, "best_2"):
+        train(toy.config(tmp_path / "goes on", on_save_error="continue", **settings))
+        assert re.search(f"^warning: .*; {lost}$", capsys.readouterr().out, re.M)
+        with pytest.raises(UserError, match="could not be written" if fault is full_for else lost):
+            train(toy.config(tmp_path / "stops", **settings))
+    if fault is full_for:
+        assert_same_bits(weights(tmp_path / "goes on"), weights(toy.checkpoint))
 
 
 def test_a_run_that_lost_its_best_weights_and_is_resumed_ends_with_them(toy, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """While a run goes on: a bar on a terminal, lines elsewhere, the same events in TensorBoard."""
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -8,11 +9,14 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import termios
 
 import pytest
+from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mlm.report.metrics import Log, Progress
 from mlm.report.run_directory import RunConfig
 from mlm.train import train
 from tests.conftest import REPOSITORY
@@ -173,3 +177,22 @@ def test_escapes_in_names_are_shown_and_not_sent(toy, tmp_path, capsys):
     assert "\\x1b]0;owned" in printed.out
     assert "\\x1b[31mred" in printed.out
     assert "\x1b" not in printed.out + printed.err
+
+
+def test_an_escape_in_the_name_of_a_forks_scalar_is_shown_on_the_bar_and_not_sent(tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    log, progress = Log(tmp_path, Accelerator(cpu=True)), Progress()
+    progress.step = 1
+    log.advance(1, 12)
+    log.training(progress, {"\x1b[31mred": 1.0, "tokens_per_second": 1.0}, [1e-3])
+    log.close()
+    assert "\\x1b[31mred 1.000" in terminal.getvalue()
+    assert "\x1b[31m" not in terminal.getvalue()
+
+
+def test_a_line_of_the_log_that_a_full_disk_cannot_take_costs_no_training_and_is_named(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    Log(tmp_path, Accelerator(cpu=True)).event("eval", 3, eval_loss=1.0)
+    assert capsys.readouterr().out == "metrics.jsonl lacks a line, eval of step 3: No space left on device\n"
