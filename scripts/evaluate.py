@@ -28,7 +28,7 @@ with quick_imports():
     from mlm.errors import UserError, printable
     from mlm.evaluation.compare import compare, gain_figures, in_words
     from mlm.evaluation.eval_set import EvalSet, EvaluateConfig, open_eval_sets
-    from mlm.evaluation.evaluate import Evaluations, evaluate_all, measure, token_counts
+    from mlm.evaluation.evaluate import Evaluations, evaluate_all, measure
     from mlm.evaluation.pseudo_perplexity import PseudoPerplexityConfig
     from mlm.evaluation.pseudo_perplexity import measure as measure_sentences
     from mlm.figures import figure, finite
@@ -174,7 +174,7 @@ def compare_both(base: Measured, adapted: Measured) -> tuple[dict[str, Any], str
     names = list(adapted.eval_sets)
     if all(adapted.eval_sets[n].info.fingerprint == base.eval_sets[n].info.fingerprint for n in names):
         train = adapted.stores.get("train")
-        counts = token_counts(train, adapted.eval_sets["held_out"].info.size) if train else None
+        counts = train.token_counts if train else None
         compared = {
             n: compare(
                 *(adapted.eval_sets[n], base.evaluations[n], adapted.evaluations[n], adapted.tokenizer, counts),

@@ -3,6 +3,8 @@
     <token_store>/<key>/train/ids.npy              [N] the smallest unsigned type that holds the vocabulary
                               word_starts.npy      [N] bool, 1: a word of the tokenizer begins here
                               document_offsets.npy [D + 1] int64, document d: ids[offsets[d] : offsets[d + 1]]
+                              token_counts.npy     [V] int64, how often each id stands in it
+                              document_lengths.npy int64, [t]: the documents of t tokens, or of LONGEST and more
                               header.json          its sources, counts, sizes, checksums and fingerprints
                         validation/…
 
@@ -39,11 +41,12 @@ from mlm.errors import UserError, at_least, at_most, one_line
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 4
-ARRAYS = ("ids", "word_starts", "document_offsets")
+FORMAT_VERSION = 5
+ARRAYS = ("ids", "word_starts", "document_offsets", "token_counts", "document_lengths")
 COUNTS = ("documents", "tokens", "maskable_tokens", "unknown_tokens", "words", "characters", "spaced_words")
 BATCH_DOCUMENTS = 1000
 BATCH_CHARACTERS = 1_000_000  # whose tokens are held in memory at a time, some 200 bytes a character
+LONGEST = 2**20  # tokens of a row that can be asked for
 MAX_MEAN_WORD = 10  # tokens; "words" that are longer on average are sentences of an unsegmented script
 
 
@@ -69,6 +72,8 @@ class TokenStore:
     ids: np.ndarray  # [N] uint8, uint16 or uint32
     word_starts: np.ndarray  # [N] bool
     document_offsets: np.ndarray  # [D + 1] int64
+    token_counts: np.ndarray  # [V] int64
+    document_lengths: np.ndarray  # int64, the documents of 0, 1, … tokens
 
     def __getattribute__(self, name: str) -> Any:
         """Raises UserError for an array whose file has been cut short since: reading it would end in SIGBUS."""
@@ -218,6 +223,7 @@ def build(
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     digest, counts, longest = hashlib.sha256(), Counter(dict.fromkeys(COUNTS, 0)), 0
+    token_counts, document_lengths, begun = np.zeros(info.size, np.int64), np.zeros(LONGEST + 1, np.int64), 0
     with (
         _growing(folder / "ids.npy", np.min_scalar_type(info.size - 1)) as append_ids,
         _growing(folder / "word_starts.npy", np.bool_) as append_starts,
@@ -227,7 +233,10 @@ def build(
         for encoded in encode_batches(_batches(texts, tokenizer, digest, counts), tokenizer, info):
             append_ids(encoded.ids)
             append_starts(encoded.word_starts)
-            append_offsets(counts["tokens"] + encoded.ends)
+            append_offsets(ends := counts["tokens"] + encoded.ends)
+            token_counts += np.bincount(encoded.ids, minlength=info.size)
+            np.add.at(document_lengths, np.minimum(np.diff(ends, prepend=begun), LONGEST), 1)
+            begun = ends[-1] if len(ends) else begun
             maskable = info.maskable[encoded.ids]
             counts.update(
                 documents=len(encoded.ends),
@@ -238,6 +247,9 @@ def build(
             )
             spans = np.diff(np.flatnonzero(encoded.word_starts), append=len(encoded.ids))
             longest = max(longest, int(spans.max(initial=0)))
+    for name, array in (("token_counts", token_counts), ("document_lengths", np.trim_zeros(document_lengths, "b"))):
+        with _growing(folder / f"{name}.npy", np.int64) as append:
+            append(array)
     header = {
         "version": FORMAT_VERSION,
         "tokenizer": info.fingerprint,

@@ -20,6 +20,7 @@ from mlm.errors import UserError
 from mlm.files import stamp, write_json
 
 MACHINES = 16  # that are remembered
+PART = 2**20  # document offsets that are looked at together
 
 
 def checksum(path: Path) -> str:
@@ -45,12 +46,17 @@ def find_fault(folder: Path, header: dict[str, Any], arrays: dict[str, np.ndarra
     for name, expected in header["checksums"].items():
         if checksum(folder / f"{name}.npy") != expected:
             return f"{name}.npy is not what was written"
-    ids, word_starts, offsets = arrays.values()
-    if (len(ids), len(word_starts), len(offsets)) != (header["tokens"], header["tokens"], header["documents"] + 1):
+    ids, word_starts, offsets, token_counts, document_lengths = arrays.values()
+    tokens, documents = header["tokens"], header["documents"]
+    sizes = [len(ids), len(word_starts), len(offsets), len(token_counts)]
+    if sizes != [tokens, tokens, documents + 1, header["vocabulary_size"]]:
         return "the arrays' lengths are not those of the header"
+    if (token_counts.sum(), document_lengths.sum()) != (tokens, documents):
+        return "its counts are not those of the header"
     if ids.max(initial=0) >= header["vocabulary_size"]:
         return f"ids.npy holds an id beyond the vocabulary of {header['vocabulary_size']}"
-    if offsets[0] != 0 or offsets[-1] != len(ids) or (np.diff(offsets) <= 0).any():
+    parts = (offsets[first : first + PART + 1] for first in range(0, len(offsets), PART))  # so that memory is bounded
+    if offsets[0] != 0 or offsets[-1] != len(ids) or any((part[1:] <= part[:-1]).any() for part in parts):
         return f"document_offsets.npy does not rise from 0 to {len(ids)}"
     verified.pop(machine, None)
     with suppress(OSError):  # of a store that this user cannot write to, each run reads everything

@@ -32,8 +32,9 @@ def breakdowns(eval_set: EvalSet, before: Evaluation, after: Evaluation, counts:
         groups["frequency"] = names, tenth[before.target]
     if eval_set.store.sees_words:
         place = eval_set.chunks.places(before.chunk, before.column)
-        starts = np.append(eval_set.store.word_starts, True)  # the end of the text ends a word
-        groups["word"] = ("whole words", "word pieces"), (~(starts[place] & starts[place + 1])).astype(np.int64)
+        starts = eval_set.store.word_starts
+        ends = (place + 1 == len(starts)) | starts[(place + 1) % len(starts)]  # the end of the text ends a word
+        groups["word"] = ("whole words", "word pieces"), (~(starts[place] & ends)).astype(np.int64)
     tenth = before.column * 10 // eval_set.chunks.chunk_size
     groups["position"] = [f"{10 * i}–{10 * i + 10}%" for i in range(10)], tenth
     return {
@@ -73,20 +74,39 @@ def by_word(
     if not eval_set.store.sees_words:
         return None
     ids = np.asarray(eval_set.store.ids)  # a slice of a memory map would be ten times as slow
-    starts = np.flatnonzero(eval_set.store.word_starts)
     place = eval_set.chunks.places(before.chunk, before.column)
-    # words [W]: those with a masked token, by number in the text; word [M]: each masked token's index in them
-    words, word = np.unique(np.searchsorted(starts, place, side="right") - 1, return_inverse=True)
-    spans = zip(starts[words].tolist(), np.append(starts, len(ids))[words + 1].tolist(), strict=True)
+    begins, ends, word = word_spans(eval_set.store.word_starts, place)
+    spans = zip(begins.tolist(), ends.tolist(), strict=True)
     spellings: dict[bytes, int] = {}
     # [W] equal where the ids are
     group = np.array([spellings.setdefault(ids[b:e].tobytes(), len(spellings)) for b, e in spans], np.int64)
 
     seed = before.mask_round // (eval_set.config.eval_mask_folds or 1)
-    occurrences = np.unique(seed.astype(np.int64) * len(words) + word) % max(len(words), 1)
+    occurrences = np.unique(seed.astype(np.int64) * len(begins) + word) % max(len(begins), 1)
     _, *nats = grouped(group[word], len(spellings), before.nats, after.nats)
     count, spelt = np.bincount(group[occurrences], minlength=len(spellings)), list(spellings)
     return _largest(count, *nats, lambda row: spell(tokenizer, np.frombuffer(spelt[row], ids.dtype).tolist()))
+
+
+def word_spans(word_starts: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The W words that tokens [M] stand in: where each begins and ends [W], and the word [M] of each token.
+
+    word_starts [N] bool, 1: a word begins here; of the whole text, whose first token begins one. It is read at the
+    tokens of these words alone.
+    """
+    place, which = np.unique(places, return_inverse=True)  # [P], ascending
+    before, begins, left = np.append(-1, place[:-1]), place.copy(), np.arange(len(place))
+    while len(left := left[~word_starts[begins[left]]]):  # step back to the word's begin,
+        begins[left] -= 1
+        left = left[begins[left] > before[left]]  # or to a token that is asked for too: then its word is this one
+    new = begins > before  # [P] 1: a word of its own
+    word = np.cumsum(new) - 1
+    ends = place[np.append(new[1:], True)[: len(place)]] + 1  # after each word's last token that is asked for
+    left = np.flatnonzero(ends < len(word_starts))
+    while len(left := left[~word_starts[ends[left]]]):
+        ends[left] += 1
+        left = left[ends[left] < len(word_starts)]
+    return begins[new], ends, word[which]
 
 
 def _rows(label: str, names: Sequence[str], *sums: np.ndarray) -> Rows:

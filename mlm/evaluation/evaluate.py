@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, release_memory
 
-from mlm.data.token_store import TokenStore
 from mlm.engine.memory import out_of_memory
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import EvalSet, EvaluateConfig
@@ -148,7 +147,7 @@ def _evaluate_share(
             if stopped():
                 return None
             try:
-                predicted = _predict(model, eval_set, accelerator, left[:size], mask_round)
+                predicted = _predict(model, eval_set, accelerator, np.asarray(left[:size]), mask_round)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -236,14 +235,6 @@ def unknown_bits(known: int, unknown: int, characters: int) -> float:
     if unknown > MOST_UNKNOWN * (known + unknown):
         return math.nan
     return unknown * CHARACTER * characters / max(known + unknown, 1)
-
-
-def token_counts(store: TokenStore, size: int) -> np.ndarray:
-    """How often each of `size` tokens stands in a store: [size] int64."""
-    counts = np.zeros(size, np.int64)
-    for start in range(0, len(store.ids), 1 << 24):  # so that a corpus larger than memory works
-        counts += np.bincount(store.ids[start : start + (1 << 24)], minlength=size)
-    return counts
 
 
 def unigram_perplexity(counts: np.ndarray, maskable: np.ndarray, targets: np.ndarray) -> float:

@@ -12,7 +12,7 @@ from mlm.engine.update import Update
 from mlm.errors import printable
 from mlm.evaluation.compare import CONFIDENCE, EVAL_SETS, Conclusion, conclude
 from mlm.evaluation.eval_set import EvalSet
-from mlm.evaluation.evaluate import Evaluation, token_counts
+from mlm.evaluation.evaluate import Evaluation
 from mlm.figures import figure, finite
 from mlm.model.load import fingerprint, load_model
 from mlm.report.environment import peak_memory_mib
@@ -94,8 +94,7 @@ def conclude_run(
     results = None
     if run.is_main:
         batches = run.update.batches
-        counts = token_counts(train, eval_sets["held_out"].info.size)
-        conclusion = conclude(eval_sets, before, after, tokenizer, counts)
+        conclusion = conclude(eval_sets, before, after, tokenizer, train.token_counts)
         if run.task:
             conclusion = probe_run(run, tokenizer, conclusion)
         results = finite(conclusion.results | run.progress.results())

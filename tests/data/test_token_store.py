@@ -226,7 +226,19 @@ def test_the_header_counts_what_is_in_the_split(world):
     flags = "".join(str(int(start)) for _, starts in tokens for start in starts)  # 1101000…
     assert header["longest_word"] == 1 + max(map(len, flags.split("1")))
     assert stores["validation"].header["unknown_tokens"] == 1
+    ids = [token for document, _ in tokens for token in document]
+    assert stores["train"].token_counts.tolist() == [ids.count(token) for token in range(len(world.tokenizer))]
+    lengths = [len(document) for document, _ in tokens]
+    assert stores["train"].document_lengths.tolist() == [lengths.count(n) for n in range(max(lengths) + 1)]
     assert documents_of(stores["train"]) == tokens
+
+
+def test_the_longest_documents_are_counted_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_store, "LONGEST", 8)
+    monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 10)  # so that documents come in several batches
+    store = built(["fox " * words for words in (1, 5, 6, 7, 700)], TOKENIZERS["wordpiece"], tmp_path)
+    assert np.diff(store.document_offsets).tolist() == [3, 7, 8, 9, 702]
+    assert store.document_lengths.tolist() == [0, 0, 0, 1, 0, 0, 0, 1, 3]
 
 
 def test_a_second_run_finds_its_store(world):
@@ -299,6 +311,15 @@ def damage_version_2(store):
     (store / "train" / "header.json").write_text(json.dumps(header))
 
 
+def damage_version_4(store):
+    """As the version before wrote it, which counted tokens at the end of each run."""
+    header = json.loads((store / "train" / "header.json").read_text())
+    for name in ("token_counts", "document_lengths"):
+        (store / "train" / f"{name}.npy").unlink()
+        del header["bytes"][name], header["checksums"][name]
+    change_header(store, version=4, bytes=header["bytes"], checksums=header["checksums"])
+
+
 def damage_tokenizer(store):
     change_header(store, tokenizer="another")
 
@@ -358,6 +379,14 @@ def damage_falling_offsets(store):
 
 def damage_offsets_that_end_early(store):
     change_array(store, "document_offsets", lambda offsets: np.r_[offsets[:-1], offsets[-1] - 1])
+
+
+def damage_token_counts(store):
+    change_array(store, "token_counts", lambda counts: counts + (np.arange(len(counts)) == 7))
+
+
+def damage_document_lengths(store):
+    change_array(store, "document_lengths", lambda lengths: lengths[:-1])
 
 
 def damage_an_array_of_another_length(store):

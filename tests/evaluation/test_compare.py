@@ -24,7 +24,7 @@ from mlm.errors import UserError
 from mlm.evaluation.breakdown import by_token, by_word, frequency_tenths
 from mlm.evaluation.compare import compare, concentration, documents, in_words
 from mlm.evaluation.eval_set import EvaluateConfig, make_eval_set
-from mlm.evaluation.evaluate import GRID, Evaluation, evaluate, token_counts
+from mlm.evaluation.evaluate import GRID, Evaluation, evaluate
 from mlm.evaluation.interval import interval, student
 from mlm.model.load import ModelConfig
 from mlm.model.sparse_head import SparseMaskedLM
@@ -49,7 +49,7 @@ class World:
         store = build(self.documents, self.tokenizer, info, folder, {"split": "validation"})
         config = EvaluateConfig(eval_mask_folds=3, eval_mask_seeds=2)
         self.eval_set = make_eval_set("text", store, ChunkConfig(**chunking), 16, info, config)
-        self.counts = token_counts(store, info.size)
+        self.counts = store.token_counts
         base, adapted = (toy.new_model(self.tokenizer) for _ in range(2))
         adapted.cls.predictions.bias.data[:60] += 0.5
         self.before, self.after = (
@@ -105,8 +105,8 @@ def slow_sums(world, key):
     sums, seen = defaultdict(lambda: [0, 0.0, 0.0]), set()
     for i in range(world.before.masked):
         chunk, column = int(world.before.chunk[i]), int(world.before.column[i])
-        first = world.eval_set.chunks.first
-        place = column + (chunk * 16 if first is None else int(first[chunk]))
+        offsets = world.eval_set.chunks.document_offsets
+        place = column + (chunk * 16 if offsets is None else int(offsets[chunk]))
         name, occurrence = key(place)
         occurrence = (
             int(world.before.mask_round[i]) // 3,
