@@ -55,10 +55,10 @@ def splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def slow_draw(seed: int, epoch: int, chunk_ids: Iterable[int], length: int) -> list[list[int]]:
+def slow_draw(seed: int, epoch: int, chunk_ids: Iterable[int], length: int, purpose: int = 1) -> list[list[int]]:
     """Number t + 1 of the chunk's sequence for the token at t; the chunk's key is a number of the epoch's."""
     key = 0
-    for word in (seed, epoch, 1):  # 1: draws for masks
+    for word in (seed, epoch, purpose):  # 1: masks, 2: the order of chunks, 3: a sample of them
         key = splitmix64((key + GOLDEN + word) % BITS)
     keys = [splitmix64((key + chunk * GOLDEN) % BITS) for chunk in chunk_ids]
     return [[splitmix64((key + (t + 1) * GOLDEN) % BITS) for t in range(length)] for key in keys]
@@ -109,3 +109,28 @@ def slow_corrupt(ids: Grid, selected: Grid, draws: Grid, recipe: Any) -> tuple[l
             elif second >> 32 < recipe.randomise:
                 seen[b][t] = replacements[second % 2**32 * len(replacements) >> 32]
     return seen, positions, targets
+
+
+# The order of chunks, a place at a time
+
+
+def slow_permute(place: int, n: int, keys: Sequence[int]) -> int:
+    """Where the network of two keys a round takes `place`, on a grid that has n cells or some more."""
+    columns = 4
+    while columns * columns < n or columns % 2:
+        columns += 1
+    rows = max(4, -(-n // columns))
+    while True:
+        row, column = divmod(place, columns)
+        for key in range(0, len(keys), 2):
+            column = (column + (splitmix64((keys[key] + row) % BITS) >> 2)) % columns
+            row = (row + (splitmix64((keys[key + 1] + column) % BITS) >> 2)) % rows
+        place = row * columns + column
+        if place < n:
+            return place
+
+
+def slow_order(seed: int, epoch: int, n: int, purpose: int = 2) -> list[int]:
+    """The chunk at each place of an epoch; its keys are the first ten draws for orders."""
+    [keys] = slow_draw(seed, epoch, [0], 10, purpose)
+    return [slow_permute(place, n, keys) for place in range(n)]

@@ -2,9 +2,9 @@
 
 Five chunks under seed 1, in global batches of four, on two processes:
 
-epochs            | epoch 0: 0 3 1 2 4 | epoch 1: 2 0 1 4 3 | …    a permutation each, by (seed, epoch)
-global batches    | 0 3 1 2 | 4 2 0 1 | 4 3 …                      step s takes places 4s … 4s + 3
-rank 0, rank 1    | 0 3, 1 2 | 4 2, 0 1 | …                        contiguous shares, as even as they come
+epochs            | epoch 0: 2 4 0 3 1 | epoch 1: 3 4 1 0 2 | …    a permutation each, by (seed, epoch)
+global batches    | 2 4 0 3 | 1 3 4 1 | 0 2 …                      step s takes places 4s … 4s + 3
+rank 0, rank 1    | 2 4, 0 3 | 1 3, 4 1 | …                        contiguous shares, as even as they come
 
 A chunk's masks are keyed by the epoch in which it is seen, so that it has new ones in each.
 """
@@ -18,7 +18,7 @@ import torch
 
 from mlm.data.chunks import Chunks, Rows
 from mlm.data.masking import Recipe, corrupt, draw
-from mlm.data.order import epoch_order
+from mlm.data.order import chunks_seen
 
 
 class Batch(NamedTuple):
@@ -83,9 +83,9 @@ class Batches:
 
     def tokens(self, step: int) -> int:
         """Tokens in the global batch of a step, padding not counted."""
-        if self.chunks.lengths is None:
+        if self.chunks.full:
             return self.global_batch * self.chunks.chunk_size
-        return int(self.chunks.lengths[self.places(step)[0]].sum())
+        return int(self.chunks.lengths(self.places(step)[0]).sum())
 
     def due(self, every: int | Literal["epoch"] | None, step: int) -> bool:
         """Whether something done every so many steps (or after every epoch) is due after `step` steps."""
@@ -96,13 +96,8 @@ class Batches:
 
     def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The global batch of a step: its chunk ids [G] int64, and the epoch [G] int64 of each."""
-        epochs, index = np.divmod(step * self.global_batch + np.arange(self.global_batch), self.num_chunks)
-        chunk_ids = np.empty_like(index)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            order = epoch_order(self.seed, int(epoch), len(self.chunks), self.num_chunks)
-            chunk_ids[here] = order[index[here]]
-        return chunk_ids, epochs
+        given = self.seed, step * self.global_batch, self.global_batch
+        return chunks_seen(*given, len(self.chunks), self.num_chunks)
 
     def load(self, step: int, micro_batch: int) -> tuple[list[Batch], int]:
         """This process's share of a step, and the number of masked tokens in the whole global batch.

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mlm.data.token_store import TokenStore
+from mlm.data.token_store import LONGEST, TokenStore
 from mlm.data.tokenizer import TokenizerInfo
 from mlm.data.verify import check_mapped
 from mlm.errors import UserError, at_least, at_most
@@ -34,7 +34,7 @@ class ChunkConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_seq_length")
-        at_most(self, 2**20, "max_seq_length")
+        at_most(self, LONGEST, "max_seq_length")
 
 
 def chunk_length(config: ChunkConfig, max_positions: int | None) -> int:
@@ -55,21 +55,24 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunks:
-    """The chunks of a split as views of the token store: only `take` copies."""
+    """The chunks of a split as views of the token store: only `take` copies, and nothing is kept for each chunk."""
 
     ids: np.ndarray  # [N] unsigned, the whole store
     word_starts: np.ndarray  # [N] bool
     chunk_size: int
     num_chunks: int
     pad_id: int
-    first: np.ndarray | None = None  # [n] int64, where each row begins in the store; None: row c at c * chunk_size
-    lengths: np.ndarray | None = None  # [n] int64, tokens of each row without padding; None: all are full
+    document_offsets: np.ndarray | None = None  # [n + 1] int64, row c is document c; None: it begins at c * chunk_size
     suffix: tuple[int, ...] = ()  # ids that end a document, kept at the end of a row whose document was cut
-    cut: np.ndarray | None = None  # [n] bool, 1: the row's document was longer than the row; given with a suffix
     pad_to_max_length: bool = False  # rows of chunk_size tokens even where all rows taken are shorter
 
     def __len__(self) -> int:
         return self.num_chunks
+
+    @property
+    def full(self) -> bool:
+        """Whether no row has padding."""
+        return self.document_offsets is None and self.num_chunks * self.chunk_size <= len(self.ids)
 
     def take(self, chunk_ids: np.ndarray) -> Rows:
         """chunk_ids [B] -> Rows [B, T]; T is the chunk size, or the longest of the rows if all are padded.
@@ -79,32 +82,45 @@ class Chunks:
         size = self.chunk_size
         for array in (self.ids, self.word_starts):
             check_mapped(array)
-        if self.lengths is None:  # full rows: a reshaped view, so that a gather is B copies of T tokens
+        if self.full:  # a reshaped view, so that a gather is B copies of T tokens
             full = self.num_chunks * size
             ids = self.ids[:full].reshape(-1, size)[chunk_ids].astype(np.int64)
             return Rows(ids, self.word_starts[:full].reshape(-1, size)[chunk_ids], None)
 
-        lengths = self.lengths[chunk_ids]  # [B]
+        first, rest = self._from(chunk_ids)  # [B]
+        lengths = np.minimum(rest, size)
         column = np.arange(size if self.pad_to_max_length else lengths.max(initial=0))  # [T]
         inside = column < lengths[:, None]  # [B, T]
-        index = np.minimum(self.places(chunk_ids, 0)[:, None] + column, len(self.ids) - 1)
+        index = np.minimum(first[:, None] + column, len(self.ids) - 1)
         ids = np.where(inside, self.ids[index], self.pad_id).astype(np.int64)
         word_starts = np.where(inside, self.word_starts[index], True)
-        if self.suffix and (cut := self.cut[chunk_ids]).any():  # then T is the chunk size
+        if self.suffix and (cut := rest > size).any():  # then T is the chunk size
             ids[cut, size - len(self.suffix) :] = self.suffix
             word_starts[cut, size - len(self.suffix) :] = True
         return Rows(ids, word_starts, lengths)
 
     def places(self, chunk_ids: np.ndarray, columns: np.ndarray | int) -> np.ndarray:
         """Where in the store the tokens at these columns [M] of the chunks [M] stand: [M] int64."""
-        first = chunk_ids.astype(np.int64) * self.chunk_size if self.first is None else self.first[chunk_ids]
-        return first + columns
+        return self._from(chunk_ids)[0] + columns
+
+    def lengths(self, chunk_ids: np.ndarray) -> np.ndarray:
+        """Tokens of the rows [B] without padding: [B] int64."""
+        return np.minimum(self._from(chunk_ids)[1], self.chunk_size)
+
+    def _from(self, chunk_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the rows [B] begin in the store, and the tokens [B] from there to the end of their text."""
+        if self.document_offsets is None:
+            first = chunk_ids.astype(np.int64) * self.chunk_size
+            return first, len(self.ids) - first
+        check_mapped(self.document_offsets)
+        first = self.document_offsets[chunk_ids]
+        return first, self.document_offsets[chunk_ids + 1] - first
 
     def documents(self, chunk_ids: np.ndarray, document_offsets: np.ndarray) -> np.ndarray:
         """The documents [D] int64, ascending, that these chunks [B] contain tokens of."""
         first = self.places(chunk_ids, 0)
-        length = self.chunk_size if self.lengths is None else self.lengths[chunk_ids]
-        begins, ends = np.searchsorted(document_offsets, [first, first + length - 1], side="right") - 1  # [B]
+        last = first + self.lengths(chunk_ids) - 1
+        begins, ends = np.searchsorted(document_offsets, [first, last], side="right") - 1  # [B]
         return np.unique(np.concatenate([np.arange(b, e + 1) for b, e in zip(begins, ends, strict=True)]))
 
 
@@ -112,7 +128,8 @@ def cut_into_chunks(store: TokenStore, config: ChunkConfig, chunk_size: int, inf
     """The chunks of a split by `config`. Raises UserError where there is none."""
     if config.line_by_line:
         chunks = line_by_line(store.ids, store.word_starts, store.document_offsets, chunk_size, info)
-        lost = 1 - chunks.lengths.sum() / max(len(store.ids), 1)
+        kept = np.minimum(np.arange(len(store.document_lengths)), chunk_size) @ store.document_lengths
+        lost = 1 - kept / max(len(store.ids), 1)
         if lost > MUCH:
             split = f"the {store.header['split']} split, from documents of more than {chunk_size} tokens"
             log.warning("--line_by_line leaves out %.0f%% of the tokens of %s (--max_seq_length)", 100 * lost, split)
@@ -133,16 +150,13 @@ def concatenate(
 ) -> Chunks:
     """Cuts ids [N] into floor(N / T) chunks, or with "pad" into ceil(N / T), the last one padded."""
     full, rest = divmod(len(ids), chunk_size)
-    if remainder == "drop" or rest == 0:
-        return Chunks(ids, word_starts, chunk_size, full, pad_id)
-    return Chunks(ids, word_starts, chunk_size, full + 1, pad_id, lengths=np.append(np.full(full, chunk_size), rest))
+    return Chunks(ids, word_starts, chunk_size, full + (remainder == "pad" and rest > 0), pad_id)
 
 
 def line_by_line(
     ids: np.ndarray, word_starts: np.ndarray, document_offsets: np.ndarray, chunk_size: int, info: TokenizerInfo
 ) -> Chunks:
     """One document per row. A document longer than T is cut, and still ends with the suffix ([SEP])."""
-    first, lengths = np.array(document_offsets[:-1]), np.diff(document_offsets)
-    shown, cut = np.minimum(lengths, chunk_size), lengths > chunk_size
     suffix = info.suffix if len(info.suffix) < chunk_size else ()
-    return Chunks(ids, word_starts, chunk_size, len(lengths), info.pad_id, first, shown, suffix, cut)
+    n = len(document_offsets) - 1
+    return Chunks(ids, word_starts, chunk_size, n, info.pad_id, document_offsets, suffix)

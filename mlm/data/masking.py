@@ -23,7 +23,7 @@ number t of the sequence with a key is mix(key + (t + 1) * GOLDEN), and mix is S
 
 import hashlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -91,23 +91,22 @@ def make_recipe(info: TokenizerInfo, mask: float = 0.8, randomise: float = 0.1) 
     return Recipe(round(mask * SCALE), either, info.mask_id, np.flatnonzero(info.maskable))
 
 
-def mix(x: int) -> int:
-    """SplitMix64's finalizer of an integer in [0, 2**64)."""
-    return int(_mix(np.array([x], np.uint64))[0])
-
-
 def stream_key(seed: int, epoch: int, purpose: int) -> int:
     """The 64-bit key of the draws of (seed, epoch) for one purpose. Any integer is a seed, modulo 2**64."""
-    key = 0
-    for word in (seed, epoch, purpose):
-        key = mix((key + GOLDEN + (word & ALL_BITS)) & ALL_BITS)
+    return int(_stream_keys(seed, np.array([epoch & ALL_BITS], np.uint64), purpose)[0])
+
+
+def _stream_keys(seed: int, epochs: np.ndarray, purpose: int) -> np.ndarray:
+    """`stream_key` of each epoch: [B] uint64."""
+    key = np.zeros(1, np.uint64)
+    for word in (np.uint64(seed & ALL_BITS), epochs, np.uint64(purpose)):
+        key = _mix(key + np.uint64(GOLDEN) + word)
     return key
 
 
 def draw(seed: int, epochs: int | np.ndarray, chunk_ids: np.ndarray, length: int, purpose: int = MASKS) -> np.ndarray:
     """chunk_ids [B] -> draws [B, length] uint64, uniform over all 64 bits. epochs: one, or [B] one for each chunk"""
-    distinct, which = np.unique(epochs, return_inverse=True)
-    keys = np.array([stream_key(seed, int(epoch), purpose) for epoch in distinct], np.uint64)[which.reshape(-1)]
+    keys = _stream_keys(seed, np.asarray(epochs).astype(np.uint64), purpose)
     chunk_keys = _mix(np.asarray(chunk_ids).astype(np.uint64) * np.uint64(GOLDEN) + keys)  # [B]
     steps = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(GOLDEN)  # [T]
     return _mix(chunk_keys[:, None] + steps)
@@ -116,9 +115,9 @@ def draw(seed: int, epochs: int | np.ndarray, chunk_ids: np.ndarray, length: int
 def draw_torch(seed: int, epoch: int, chunk_ids: torch.Tensor, length: int) -> torch.Tensor:
     """chunk_ids [B] int64 -> [B, length] int64 on their device: the bits of `draw`."""
     golden = _signed(GOLDEN)
-    chunk_keys = _mix_torch(chunk_ids * golden + _signed(stream_key(seed, epoch, MASKS)))  # [B]
+    chunk_keys = mix_int64(chunk_ids * golden + _signed(stream_key(seed, epoch, MASKS)))  # [B]
     steps = torch.arange(1, length + 1, device=chunk_ids.device) * golden  # [T]
-    return _mix_torch(chunk_keys[:, None] + steps)
+    return mix_int64(chunk_keys[:, None] + steps)
 
 
 def select_tokens(maskable: np.ndarray, draws: np.ndarray, rate: float) -> np.ndarray:
@@ -180,7 +179,7 @@ def corrupt(ids: np.ndarray, selected: np.ndarray, draws: np.ndarray, recipe: Re
 
 def select_tokens_torch(maskable: torch.Tensor, draws: torch.Tensor, rate: float) -> torch.Tensor:
     """`select_tokens` on tensors; draws [B, T] int64."""
-    return (_shift(draws, 32) < round(rate * SCALE)) & maskable
+    return (shift(draws, 32) < round(rate * SCALE)) & maskable
 
 
 def select_words_torch(
@@ -196,10 +195,10 @@ def corrupt_torch(ids: torch.Tensor, selected: torch.Tensor, draws: torch.Tensor
     """`corrupt` on tensors; draws [B, T] int64. `nonzero` synchronises the device."""
     positions = selected.reshape(-1).nonzero().squeeze(1)  # [M]
     targets = ids.reshape(-1)[positions]
-    second = _mix_torch(draws.reshape(-1)[positions])
-    fate = _shift(second, 32)
+    second = mix_int64(draws.reshape(-1)[positions])
+    fate = shift(second, 32)
     maskable_ids = torch.from_numpy(recipe.maskable_ids).to(ids.device)
-    drawn = _shift((second & 0xFFFFFFFF) * len(maskable_ids), 32)
+    drawn = shift((second & 0xFFFFFFFF) * len(maskable_ids), 32)
     seen = torch.where(fate < recipe.randomise, maskable_ids[drawn], targets)
     seen = torch.where(fate < recipe.replace, recipe.mask_id, seen)
     corrupted = ids.reshape(-1).index_copy(0, positions, seen).reshape(ids.shape)
@@ -221,7 +220,7 @@ def _through_words(hit: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """`mix` of each element of a uint64 array, in place: memory traffic is what it costs."""
+    """SplitMix64's finalizer of each element of a uint64 array, in place: memory traffic is what it costs."""
     x ^= x >> SHIFTS[0]
     x *= MULTIPLIERS[0]
     x ^= x >> SHIFTS[1]
@@ -230,14 +229,15 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _mix_torch(x: torch.Tensor) -> torch.Tensor:
-    x = (x ^ _shift(x, SHIFTS[0])) * _signed(MULTIPLIERS[0])
-    x = (x ^ _shift(x, SHIFTS[1])) * _signed(MULTIPLIERS[1])
-    return x ^ _shift(x, SHIFTS[2])
+def mix_int64(x: Any) -> Any:
+    """The same of an int64 tensor, or array, to the bit: both have these operators."""
+    x = (x ^ shift(x, SHIFTS[0])) * _signed(MULTIPLIERS[0])
+    x = (x ^ shift(x, SHIFTS[1])) * _signed(MULTIPLIERS[1])
+    return x ^ shift(x, SHIFTS[2])
 
 
-def _shift(x: torch.Tensor, by: int) -> torch.Tensor:
-    """Logical right shift: torch's own on int64 copies the sign."""
+def shift(x: Any, by: int) -> Any:
+    """Logical right shift of int64, whose own copies the sign."""
     return (x >> by) & ((1 << (64 - by)) - 1)
 
 

@@ -1,25 +1,85 @@
-"""The order in which an epoch sees the chunks: a permutation by (seed, epoch)."""
+"""The order in which an epoch sees the chunks: a permutation of 0 … n - 1 by (seed, epoch), computed place by place.
 
+Places are laid out in a grid of about √n columns. A round rotates each row to the right, by a hash of its number with
+a key, then each column downwards. A place sees the chunk whose number is that of the cell it has come to. From cells
+past the n-th, of which there are few, it goes on. Ten places, two keys, one round; a … f are the cells 10 … 15:
+
+    places         rows by 1 2 0 1    columns by 2 0 1 3
+    0 1 2 3        3 0 1 2            8 0 d 5               place 0 sees chunk 1, 1 sees 6, 3 sees 8, …
+    4 5 6 7        6 7 4 5            f 7 1 b               2 comes to cell 15, f, which comes to 4: it sees chunk 4
+    8 9 a b        8 9 a b            3 9 4 e
+    c d e f        f c d e            6 c a 2               the order: 1 6 4 8 7 3 2 5 0 9
+
+This is the generalised Feistel network with cycle walking of Black & Rogaway, "Ciphers with arbitrary finite domains",
+CT-RSA 2002.
+"""
+
+import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from mlm.data.masking import ORDER, SUBSET, draw
+from mlm.data.masking import ORDER, SUBSET, draw, mix_int64, shift
+
+VERSION = 2  # a checkpoint of another order is not resumed; the first one sorted the chunks by their draws
+ROUNDS = 5  # two Feistel rounds each
+SIDE = 4  # rows and columns at least: on a smaller grid not all permutations are equally likely
+BLOCK = 4096  # places that are computed at a time
 
 
-def shuffle(seed: int, epoch: int, n: int, purpose: int = ORDER) -> np.ndarray:
-    """The permutation [n] int64 of 0 … n - 1 that sorts the n draws of (seed, epoch)."""
-    return np.argsort(draw(seed, epoch, np.zeros(1, dtype=np.int64), n, purpose)[0], kind="stable")
+def permute(places: Any, n: int, keys: Any) -> Any:
+    """places [B] in 0 … n - 1 -> their images [B] under the permutations of 0 … n - 1 with the keys [2 · rounds, B].
+
+    All int64, as NumPy arrays or as torch tensors, of which it computes the same bits. n is at most 2**61.
+    """
+    columns = max(math.isqrt(n - 1) + 1, SIDE)
+    columns += columns % 2  # rotations of an odd number of cells are even permutations, products of which are even
+    rows = max(-(-n // columns), SIDE)
+    image = _rounds(places, columns, rows, keys)
+    while (beyond := image >= n).any():
+        image[beyond] = _rounds(image[beyond], columns, rows, keys[:, beyond])
+    return image
 
 
-def subset(seed: int, n: int, samples: int | None) -> np.ndarray:
+def _rounds(cell: Any, columns: int, rows: int, keys: Any) -> Any:
+    row, column = cell // columns, cell % columns
+    for right, down in zip(keys[::2], keys[1::2], strict=True):
+        column = (column + shift(mix_int64(right + row), 2)) % columns
+        row = (row + shift(mix_int64(down + column), 2)) % rows
+    return row * columns + column
+
+
+def order_keys(seed: int, epochs: np.ndarray, purpose: int = ORDER) -> np.ndarray:
+    """epochs [B] int64 -> the keys [2 · ROUNDS, B] int64 of their permutations."""
+    return draw(seed, epochs, np.zeros_like(epochs), 2 * ROUNDS, purpose).view(np.int64).T
+
+
+def subset(seed: int, n: int, samples: int | None) -> np.ndarray | range:
     """A sample of min(samples, n) of the chunk ids 0 … n - 1, int64, ascending; None: all of them."""
     if samples is None or samples >= n:
-        return np.arange(n)
-    return np.sort(shuffle(seed, 0, n, SUBSET)[:samples])
+        return range(n)
+    return np.sort(_drawn(seed, np.arange(samples), n))
 
 
-@lru_cache(maxsize=2)  # a batch can reach from one epoch into the next
-def epoch_order(seed: int, epoch: int, n: int, samples: int) -> np.ndarray:
-    """The chunk ids [samples] int64 of the sample in the order in which an epoch sees them."""
-    return subset(seed, n, samples)[shuffle(seed, epoch, samples)]
+def _drawn(seed: int, places: np.ndarray, n: int) -> np.ndarray:
+    """Members [B] of a sample of n chunk ids. places: [B], 0 … samples - 1"""
+    return permute(places, n, order_keys(seed, np.zeros_like(places), SUBSET))
+
+
+def chunks_seen(seed: int, first: int, count: int, n: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """The chunk ids [count] int64 at these places of the endless stream of epochs, and the epoch [count] of each.
+
+    An epoch sees a sample of `samples` of the n chunks. Time and memory depend on neither.
+    """
+    blocks = range(first // BLOCK, -(-(first + count) // BLOCK))
+    begin = first % BLOCK
+    seen = np.concatenate([_block(seed, block, n, samples) for block in blocks])[begin : begin + count]
+    return seen, np.arange(first, first + count) // samples
+
+
+@lru_cache(maxsize=2)  # a step can reach from one block into the next
+def _block(seed: int, block: int, n: int, samples: int) -> np.ndarray:
+    epochs, places = np.divmod(np.arange(block * BLOCK, (block + 1) * BLOCK), samples)
+    chosen = permute(places, samples, order_keys(seed, epochs))
+    return chosen if samples == n else _drawn(seed, chosen, n)

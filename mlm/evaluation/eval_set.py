@@ -63,14 +63,15 @@ class EvalSet:
     name: str  # the file or data set, for people
     store: TokenStore
     chunks: Chunks
-    chunk_ids: np.ndarray  # [n] int64, those that are measured
+    chunk_ids: np.ndarray | range  # [n] int64, those that are measured
     recipe: Recipe  # always 80% masked, 10% random, 10% unchanged
     info: TokenizerInfo
     config: EvaluateConfig
     one_by_one: "EvalSet | None" = None  # some of its documents, each in a row of its own
 
-    def batch(self, chunk_ids: np.ndarray, mask_round: int) -> Batch:
+    def batch(self, chunk_ids: np.ndarray | range, mask_round: int) -> Batch:
         """The chunks [B] as mask round `mask_round` masks them."""
+        chunk_ids = np.asarray(chunk_ids)
         seed, fold = self.config.rounds[mask_round]
         epochs = np.zeros(len(chunk_ids), np.int64)  # fixed masks: those of epoch 0 of the mask seed
         rate, folds = self.config.eval_mlm_probability, self.config.eval_mask_folds
@@ -97,7 +98,7 @@ def make_eval_set(
         raise UserError(f"--eval_mask_folds {config.eval_mask_folds}: a chunk has {length} tokens only")
     chunk_ids = subset(config.eval_mask_seed, len(chunks), config.max_eval_samples)
     eval_set = EvalSet(name, store, chunks, chunk_ids, make_recipe(info), info, config)
-    batches = (chunk_ids[first : first + 32] for first in range(0, len(chunk_ids), 32))
+    batches = (np.asarray(chunk_ids[first : first + 32]) for first in range(0, len(chunk_ids), 32))
     if config.eval_mask_folds:  # which mask each maskable token once
         masked = any(info.maskable[chunks.take(part).ids].any() for part in batches)
         advice = "give more text"
@@ -127,8 +128,9 @@ def one_by_one(eval_set: EvalSet, chunking: ChunkConfig, model: ModelConfig, lim
     longest = length if static else max(length, min(limit or READ, READ))
     rows = line_by_line(store.ids, store.word_starts, store.document_offsets, longest, eval_set.info)
     chunks = replace(rows, pad_to_max_length=static)
-    chosen = subset(config.eval_mask_seed, documents, min(config.max_eval_samples or DOCUMENTS, DOCUMENTS))
-    chosen = chosen[np.argsort(chunks.lengths[chosen], kind="stable")]  # so that batches have little padding
+    few = min(config.max_eval_samples or DOCUMENTS, DOCUMENTS)
+    chosen = np.asarray(subset(config.eval_mask_seed, documents, few))
+    chosen = chosen[np.argsort(chunks.lengths(chosen), kind="stable")]  # so that batches have little padding
     size = max(config.per_device_eval_batch_size * length // longest, 1)
     once = replace(config, eval_mask_seeds=1, eval_mask_folds=None, per_device_eval_batch_size=size)
     return replace(eval_set, chunks=chunks, chunk_ids=chosen, config=once)

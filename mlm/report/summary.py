@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mlm.data import order
 from mlm.data.token_store import TokenStore
 from mlm.engine.distributed import from_main
 from mlm.engine.experiment import identity, optimizer_identity
@@ -31,6 +32,7 @@ def describe(
         **config.evaluate.identity,
         **asdict(config.optimizer),
         "seed": batches.seed,
+        "order of chunks": order.VERSION,
         "max_grad_norm": config.update.max_grad_norm,
         "model": fingerprint(net),
         "tokenizer": eval_sets["held_out"].info.fingerprint,

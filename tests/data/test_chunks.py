@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlm.data import chunks
 from mlm.data.chunks import ChunkConfig, chunk_length, concatenate, cut_into_chunks, line_by_line
 from mlm.data.token_store import build
 from mlm.data.tokenizer import tokenizer_info
 from mlm.errors import UserError
+from tests.data.stores import few
 from tests.oracles import chunks_of, course_chunks
 from tests.tokenizers_for_tests import wordpiece
 
@@ -162,11 +164,12 @@ def test_rows_come_in_what_torch_indexes_with():
             assert (rows.ids.dtype, rows.word_starts.dtype) == (np.int64, bool)
 
 
-def test_chunks_are_a_view_of_the_store(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"remainder": "pad"}, {"line_by_line": True}], ids=str)
+def test_chunks_are_a_view_of_the_store(options, tmp_path):
     texts = ["the old fox likes grapes"] * 20_000
     store = build(texts, TOKENIZER, INFO, tmp_path, {"split": "train"})  # 140,000 tokens
     tracemalloc.start()
-    chunks = cut_into_chunks(store, ChunkConfig(), 128, INFO)
+    chunks = cut_into_chunks(store, ChunkConfig(**options), 128, INFO)
     cut = tracemalloc.get_traced_memory()[1]
     tracemalloc.reset_peak()
     rows = chunks.take(np.arange(4))
@@ -174,8 +177,8 @@ def test_chunks_are_a_view_of_the_store(tmp_path):
     tracemalloc.stop()
     assert np.shares_memory(chunks.ids, store.ids)
     assert np.shares_memory(chunks.word_starts, store.word_starts)
-    assert cut < 20_000, "cutting allocates next to nothing"
-    assert taken < 20 * rows.ids.nbytes, "and taking allocates no more than what is taken"
+    assert cut < 20_000, "cutting allocates next to nothing, and nothing for each of the 20,000 documents"
+    assert taken < 20_000 + 20 * rows.ids.nbytes, "and taking allocates no more than what is taken"
     assert not np.shares_memory(rows.ids, store.ids), "a row may be written to"
 
 
@@ -207,6 +210,20 @@ def test_a_split_of_less_than_one_chunk_is_refused_unless_padded(tmp_path):
     wide = take_all(cut_into_chunks(store, ChunkConfig(remainder="pad", pad_to_max_length=True), 128, INFO))
     assert wide.ids.shape == (1, 128)
     assert wide.lengths.tolist() == [4]
+
+
+@given(lengths=documents.filter(len), chunk_size=chunk_sizes)
+@few
+def test_what_line_by_line_leaves_out_is_known_without_a_look_at_the_documents(lengths, chunk_size, tmp_path_factory):
+    texts = ["fox " * length for length in lengths]
+    store = build(texts, TOKENIZER, INFO, tmp_path_factory.mktemp("store"), {"split": "train"})
+    kept = sum(min(length + 2, chunk_size) for length in lengths)
+    lost = 100 * (1 - kept / (sum(lengths) + 2 * len(lengths)))
+    with pytest.MonkeyPatch.context() as patch:
+        said = []
+        patch.setattr(chunks.log, "warning", lambda text, share, *_: said.append(share))
+        cut_into_chunks(store, ChunkConfig(line_by_line=True), chunk_size, INFO)
+    assert said == ([pytest.approx(lost)] if lost > 1 else [])
 
 
 @pytest.mark.parametrize("options", [{}, {"remainder": "pad"}, {"line_by_line": True}], ids=str)

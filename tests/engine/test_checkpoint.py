@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM
 
+from mlm.data import order
 from mlm.data.masking import MaskingConfig
 from mlm.engine import checkpoint
 from mlm.engine.checkpoint import (
@@ -130,6 +131,15 @@ def test_other_evaluation_masks_are_another_experiment(toy, tmp_path):
         train(dataclasses.replace(config, evaluate=other))
     larger = dataclasses.replace(config.evaluate, per_device_eval_batch_size=3)
     assert train(dataclasses.replace(config, evaluate=larger)).results["steps"] == 12
+
+
+def test_another_order_of_chunks_is_another_experiment(toy, tmp_path, monkeypatch):
+    """That of an earlier version: chunks would be seen twice, others not at all."""
+    monkeypatch.setattr(order, "VERSION", 1)
+    config = interrupted(toy, tmp_path / "run")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=re.escape("order of chunks 2 (the checkpoint: 1)")):
+        train(config)
 
 
 def test_another_tokenizer_is_another_experiment(toy, tmp_path):
