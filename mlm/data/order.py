@@ -1,17 +1,15 @@
 """The order in which an epoch sees the chunks: a permutation of 0 … n - 1 by (seed, epoch), computed place by place.
 
-Places are laid out in a grid of about √n columns. A round rotates each row to the right, by a hash of its number with
-a key, then each column downwards. A place sees the chunk whose number is that of the cell it has come to. From cells
-past the n-th, of which there are few, it goes on. Ten places, two keys, one round; a … f are the cells 10 … 15:
+A generalised Feistel network with cycle walking (Black & Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002)
+on a grid of about √n columns: a round rotates each row to the right, by a hash of its number with a key, then each
+column downwards. A place sees the chunk whose number is that of the cell it comes to, or goes on from a cell past n.
+Ten places, the keys 1 and 2; a … f are the cells 10 … 15:
 
     places         rows by 1 2 0 1    columns by 2 0 1 3
     0 1 2 3        3 0 1 2            8 0 d 5               place 0 sees chunk 1, 1 sees 6, 3 sees 8, …
-    4 5 6 7        6 7 4 5            f 7 1 b               2 comes to cell 15, f, which comes to 4: it sees chunk 4
+    4 5 6 7        6 7 4 5            f 7 1 b               2 comes to f, which comes to 4: it sees chunk 4
     8 9 a b        8 9 a b            3 9 4 e
     c d e f        f c d e            6 c a 2               the order: 1 6 4 8 7 3 2 5 0 9
-
-This is the generalised Feistel network with cycle walking of Black & Rogaway, "Ciphers with arbitrary finite domains",
-CT-RSA 2002.
 """
 
 import math
@@ -59,12 +57,7 @@ def subset(seed: int, n: int, samples: int | None) -> np.ndarray | range:
     """A sample of min(samples, n) of the chunk ids 0 … n - 1, int64, ascending; None: all of them."""
     if samples is None or samples >= n:
         return range(n)
-    return np.sort(_drawn(seed, np.arange(samples), n))
-
-
-def _drawn(seed: int, places: np.ndarray, n: int) -> np.ndarray:
-    """Members [B] of a sample of n chunk ids. places: [B], 0 … samples - 1"""
-    return permute(places, n, order_keys(seed, np.zeros_like(places), SUBSET))
+    return np.sort(permute(np.arange(samples), n, order_keys(seed, np.zeros(samples, np.int64), SUBSET)))
 
 
 def chunks_seen(seed: int, first: int, count: int, n: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,13 +66,12 @@ def chunks_seen(seed: int, first: int, count: int, n: int, samples: int) -> tupl
     An epoch sees a sample of `samples` of the n chunks. Time and memory depend on neither.
     """
     blocks = range(first // BLOCK, -(-(first + count) // BLOCK))
-    begin = first % BLOCK
-    seen = np.concatenate([_block(seed, block, n, samples) for block in blocks])[begin : begin + count]
+    seen = np.concatenate([_block(seed, block, n, samples) for block in blocks])[first % BLOCK :][:count]
     return seen, np.arange(first, first + count) // samples
 
 
 @lru_cache(maxsize=2)  # a step can reach from one block into the next
 def _block(seed: int, block: int, n: int, samples: int) -> np.ndarray:
     epochs, places = np.divmod(np.arange(block * BLOCK, (block + 1) * BLOCK), samples)
-    chosen = permute(places, samples, order_keys(seed, epochs))
-    return chosen if samples == n else _drawn(seed, chosen, n)
+    seen = permute(places, samples, order_keys(seed, epochs))
+    return seen if samples == n else permute(seen, n, order_keys(seed, np.zeros_like(seen), SUBSET))

@@ -96,17 +96,16 @@ def word_spans(word_starts: np.ndarray, places: np.ndarray) -> tuple[np.ndarray,
     """
     place, which = np.unique(places, return_inverse=True)  # [P], ascending
     before, begins, left = np.append(-1, place[:-1]), place.copy(), np.arange(len(place))
-    while len(left := left[~word_starts[begins[left]]]):  # step back to the word's begin,
+    while len(left := left[~word_starts[begins[left]]]):  # back to where the word begins,
         begins[left] -= 1
-        left = left[begins[left] > before[left]]  # or to a token that is asked for too: then its word is this one
-    new = begins > before  # [P] 1: a word of its own
-    word = np.cumsum(new) - 1
-    ends = place[np.append(new[1:], True)[: len(place)]] + 1  # after each word's last token that is asked for
+        left = left[begins[left] > before[left]]  # or to another of these tokens, which stands in the same word
+    new = begins > before  # [P]
+    ends = place[np.append(new, True)[1:]] + 1  # after the last of each word's tokens
     left = np.flatnonzero(ends < len(word_starts))
     while len(left := left[~word_starts[ends[left]]]):
         ends[left] += 1
         left = left[ends[left] < len(word_starts)]
-    return begins[new], ends, word[which]
+    return begins[new], ends, (np.cumsum(new) - 1)[which]
 
 
 def _rows(label: str, names: Sequence[str], *sums: np.ndarray) -> Rows:
