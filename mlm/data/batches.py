@@ -83,8 +83,6 @@ class Batches:
 
     def tokens(self, step: int) -> int:
         """Tokens in the global batch of a step, padding not counted."""
-        if self.chunks.full:
-            return self.global_batch * self.chunks.chunk_size
         return int(self.chunks.lengths(self.places(step)[0]).sum())
 
     def due(self, every: int | Literal["epoch"] | None, step: int) -> bool:
@@ -96,8 +94,7 @@ class Batches:
 
     def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The global batch of a step: its chunk ids [G] int64, and the epoch [G] int64 of each."""
-        given = self.seed, step * self.global_batch, self.global_batch
-        return chunks_seen(*given, len(self.chunks), self.num_chunks)
+        return chunks_seen(self.seed, step * self.global_batch, self.global_batch, len(self.chunks), self.num_chunks)
 
     def load(self, step: int, micro_batch: int) -> tuple[list[Batch], int]:
         """This process's share of a step, and the number of masked tokens in the whole global batch.

@@ -69,11 +69,6 @@ class Chunks:
     def __len__(self) -> int:
         return self.num_chunks
 
-    @property
-    def full(self) -> bool:
-        """Whether no row has padding."""
-        return self.document_offsets is None and self.num_chunks * self.chunk_size <= len(self.ids)
-
     def take(self, chunk_ids: np.ndarray) -> Rows:
         """chunk_ids [B] -> Rows [B, T]; T is the chunk size, or the longest of the rows if all are padded.
 
@@ -82,8 +77,8 @@ class Chunks:
         size = self.chunk_size
         for array in (self.ids, self.word_starts):
             check_mapped(array)
-        if self.full:  # a reshaped view, so that a gather is B copies of T tokens
-            full = self.num_chunks * size
+        full = self.num_chunks * size
+        if self.document_offsets is None and full <= len(self.ids):  # a view, so that a gather is B copies of T tokens
             ids = self.ids[:full].reshape(-1, size)[chunk_ids].astype(np.int64)
             return Rows(ids, self.word_starts[:full].reshape(-1, size)[chunk_ids], None)
 

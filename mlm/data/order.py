@@ -1,8 +1,8 @@
 """The order in which an epoch sees the chunks: a permutation of 0 … n - 1 by (seed, epoch), computed place by place.
 
-A generalised Feistel network with cycle walking (Black & Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002)
-on a grid of about √n columns: a round rotates each row to the right, by a hash of its number with a key, then each
-column downwards. A place sees the chunk whose number is that of the cell it comes to, or goes on from a cell past n.
+A generalised Feistel network with cycle walking (Black & Rogaway, "Ciphers with arbitrary finite domains", 2002) on a
+grid of about √n columns: a round rotates each row to the right, by a hash of its number with a key, then each column
+downwards. A place sees the chunk whose number is that of the cell it comes to, or goes on from a cell past n.
 Ten places, the keys 1 and 2; a … f are the cells 10 … 15:
 
     places         rows by 1 2 0 1    columns by 2 0 1 3

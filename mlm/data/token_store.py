@@ -222,7 +222,7 @@ def build(
     """
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    digest, counts, longest = hashlib.sha256(), Counter(dict.fromkeys(COUNTS, 0)), 0
+    digest, counts = hashlib.sha256(), Counter(dict.fromkeys(COUNTS, 0))
     token_counts, document_lengths, begun = np.zeros(info.size, np.int64), np.zeros(LONGEST + 1, np.int64), 0
     with (
         _growing(folder / "ids.npy", np.min_scalar_type(info.size - 1)) as append_ids,
@@ -245,8 +245,6 @@ def build(
                 unknown_tokens=int(np.sum(encoded.ids == info.unknown_id)),
                 words=int((encoded.word_starts & maskable).sum()),
             )
-            spans = np.diff(np.flatnonzero(encoded.word_starts), append=len(encoded.ids))
-            longest = max(longest, int(spans.max(initial=0)))
     for name, array in (("token_counts", token_counts), ("document_lengths", np.trim_zeros(document_lengths, "b"))):
         with _growing(folder / f"{name}.npy", np.int64) as append:
             append(array)
@@ -259,7 +257,6 @@ def build(
         "checksums": {name: checksum(folder / f"{name}.npy") for name in ARRAYS},
         **counts,
         "words": counts["words"] if info.has_words else None,
-        "longest_word": longest,
         "seconds": time.perf_counter() - started,
         **origin,
     }

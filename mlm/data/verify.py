@@ -47,12 +47,10 @@ def find_fault(folder: Path, header: dict[str, Any], arrays: dict[str, np.ndarra
         if checksum(folder / f"{name}.npy") != expected:
             return f"{name}.npy is not what was written"
     ids, word_starts, offsets, token_counts, document_lengths = arrays.values()
-    tokens, documents = header["tokens"], header["documents"]
-    sizes = [len(ids), len(word_starts), len(offsets), len(token_counts)]
-    if sizes != [tokens, tokens, documents + 1, header["vocabulary_size"]]:
-        return "the arrays' lengths are not those of the header"
-    if (token_counts.sum(), document_lengths.sum()) != (tokens, documents):
-        return "its counts are not those of the header"
+    found = len(ids), len(word_starts), token_counts.sum(), len(token_counts), len(offsets) - 1, document_lengths.sum()
+    tokens, vocabulary, documents = (header[name] for name in ("tokens", "vocabulary_size", "documents"))
+    if found != (tokens, tokens, tokens, vocabulary, documents, documents):
+        return "the arrays' lengths or counts are not those of the header"
     if ids.max(initial=0) >= header["vocabulary_size"]:
         return f"ids.npy holds an id beyond the vocabulary of {header['vocabulary_size']}"
     parts = (offsets[first : first + PART + 1] for first in range(0, len(offsets), PART))  # so that memory is bounded

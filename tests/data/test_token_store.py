@@ -223,8 +223,6 @@ def test_the_header_counts_what_is_in_the_split(world):
     assert header["maskable_tokens"] == header["tokens"] - 2 * len(TEXTS)
     assert header["words"] == sum(sum(starts) for _, starts in tokens) - 2 * len(TEXTS)
     assert header["unknown_tokens"] == 0
-    flags = "".join(str(int(start)) for _, starts in tokens for start in starts)  # 1101000…
-    assert header["longest_word"] == 1 + max(map(len, flags.split("1")))
     assert stores["validation"].header["unknown_tokens"] == 1
     ids = [token for document, _ in tokens for token in document]
     assert stores["train"].token_counts.tolist() == [ids.count(token) for token in range(len(world.tokenizer))]
