@@ -16,6 +16,7 @@ finds its store without reading a document (cache.py). A store of another format
 import hashlib
 import json
 import logging
+import mmap
 import os
 import re
 import time
@@ -210,6 +211,8 @@ def open_store(folder: Path, tokenizer_fingerprint: str, verify: bool = False) -
         raise Unusable(f"{folder.name}: it cannot be read ({one_line(f'{type(error).__name__}: {error}')})") from None
     if fault:
         raise Unusable(f"{folder.name}: {fault}")
+    for array in arrays.values():  # a chunk is in a page or two, and the kernel would read 32 around each
+        array.base.madvise(mmap.MADV_RANDOM)
     return TokenStore(header, **arrays)
 
 
