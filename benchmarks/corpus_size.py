@@ -1,12 +1,12 @@
 """What a process pays for the size of its corpus: at start, a step, and at the end, and for an epoch's order.
 
-Workload: whole runs of train.py, 30 steps of 32 chunks of 128 tokens with a toy model, evaluated on 64 held-out
-chunks before and after, on token stores of 25 million and of 25 billion tokens in documents of 250, train and
-held-out alike, whose pages an earlier run has read. These are sparse files in which every token is the word of id 0, but for the word starts that the
-tables of words look at. Peer: the smaller store; both in turn, `--n` of each, medians. Ceiling: a ratio of 1. Memory
-is the highest RssAnon of the process, without mapped pages. CPU seconds are those of the process, which other work on
-the machine does not stretch. A store counts as verified: its checksums, once a machine
-and boot, take time in proportion to it by design. The order of an epoch is compared with sorting, which it was by.
+Workload: whole runs of train.py, 30 steps of 32 chunks of 128 tokens with a toy model, evaluated on 64 held-out chunks
+before and after, on token stores of 25 million and of 25 billion tokens in documents of 250, train and held-out alike.
+These are sparse files in which every token is the word of id 0, but for the word starts that the tables of words look
+at; an earlier run has read the same pages. Peer: the smaller store; both in turn, `--n` of each, medians. Ceiling: a
+ratio of 1. Memory is the highest RssAnon of the process, without mapped pages. CPU seconds are those of the process,
+which other work on the machine stretches less. A store counts as verified: its checksums, once a machine and boot, take
+time in proportion to it by design. The order of an epoch is compared with sorting, which it was by.
 
     python benchmarks/corpus_size.py        writes benchmarks/results/corpus_size.json
 """

@@ -63,6 +63,7 @@ def page() -> str:
         intervals(),
         *([probe()] if (BENCHMARKS / "results" / "probe.json").exists() else []),
         checkpoints(),
+        *([corpus_size()] if (BENCHMARKS / "results" / "corpus_size.json").exists() else []),
         faults(),
         (BENCHMARKS / "NOTES.md").read_text(encoding="utf-8"),
     ]
@@ -358,6 +359,41 @@ def checkpoints() -> str:
         f"{stored['copy_seconds']:.2f} s. The rest goes to the thread that hashes and writes, which takes a "
         "core.\n"
     )
+
+
+def corpus_size() -> str:
+    """What a corpus a thousand times as large costs a process, and what an epoch's order costs."""
+    stored = _stored("corpus_size")
+    limit, measured, names = stored["at_most"], stored["medians"], stored["measured"]
+    ratios = {layout: {name: large[name] / small[name] for name in names}
+              for layout, (small, large) in ((layout, by.values()) for layout, by in measured.items())}  # fmt: skip
+    worst = max(ratio for by_name in ratios.values() for ratio in by_name.values())
+    small, large = next(iter(measured.values()))
+    lines = [
+        section(
+            "What the size of the corpus costs",
+            "corpus_size.py",
+            f"{large} tokens against {small}: at most {worst:.2f} times the cost, n = {stored['n']}",
+            stored["environment"],
+            "python benchmarks/corpus_size.py",
+        ),
+        f"| rows | | {small} | {large} | ratio, target ≤ {limit} |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for layout, by_size in measured.items():
+        for name, words in names.items():
+            cells = " | ".join(_figure(by_size[size][name]) for size in (small, large))
+            ratio = f"{ratios[layout][name]:.2f}"
+            lines.append(
+                f"| {layout} | {words} | {cells} | {ratio if ratios[layout][name] <= limit else f'**{ratio}**'} |"
+            )
+    lines += ["", "| chunks | order of an epoch | seconds | peak memory |", "| --- | --- | --- | --- |"]
+    for row in stored["order"]:
+        for name, cost in row.items():
+            if name != "chunks":
+                memory = f"{cost['bytes'] / 2**20:,.1f} MiB"
+                lines.append(f"| {row['chunks']:,} | {name} | {_figure(cost['seconds'])} | {memory} |")
+    return "\n".join(lines) + "\n"
 
 
 def faults() -> str:
