@@ -5,8 +5,8 @@ before and after, on token stores of 25 million and of 25 billion tokens in docu
 These are sparse files in which every token is the word of id 0, but for the word starts that the tables of words look
 at; an earlier run has read the same pages. Peer: the smaller store; both in turn, `--n` of each, medians. Ceiling: a
 ratio of 1. Memory is the highest RssAnon of the process, without mapped pages. CPU seconds are those of the process,
-which other work on the machine stretches less. A store counts as verified: its checksums, once a machine and boot, take
-time in proportion to it by design. The order of an epoch is compared with sorting, which it was by.
+which other work on the machine stretches less. A store counts as verified: its checksums, once a machine and boot,
+take time in proportion to it by design. The order of an epoch is compared with sorting, which it was by.
 
     python benchmarks/corpus_size.py        writes benchmarks/results/corpus_size.json
 """

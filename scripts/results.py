@@ -383,7 +383,7 @@ def corpus_size() -> str:
     for layout, by_size in measured.items():
         for name, words in names.items():
             cells = " | ".join(_figure(by_size[size][name]) for size in (small, large))
-            ratio = f"{ratios[layout][name]:.2f}"
+            ratio = ratios[layout][name]
             lines.append(
                 f"| {layout} | {words} | {cells} | {ratio if ratios[layout][name] <= limit else f'**{ratio}**'} |"
             )
