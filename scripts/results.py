@@ -384,9 +384,8 @@ def corpus_size() -> str:
         for name, words in names.items():
             cells = " | ".join(_figure(by_size[size][name]) for size in (small, large))
             ratio = ratios[layout][name]
-            lines.append(
-                f"| {layout} | {words} | {cells} | {ratio if ratios[layout][name] <= limit else f'**{ratio}**'} |"
-            )
+            shown = f"{ratio:.2f}" if ratio <= limit else f"**{ratio:.2f}**"
+            lines.append(f"| {layout} | {words} | {cells} | {shown} |")
     lines += ["", "| chunks | order of an epoch | seconds | peak memory |", "| --- | --- | --- | --- |"]
     for row in stored["order"]:
         for name, cost in row.items():
