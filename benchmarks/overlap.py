@@ -2,7 +2,7 @@
 
 Workload: two processes of one thread, each in a network namespace of its own, joined by a veth pair whose rate
 `tc … tbf` limits so that the reduction of all gradients alone takes about as long as a backward pass; the update of
-train.py on a BERT of 6 layers × 384 with random weights, 8 chunks of 128 random words a process. Peer: the same step
+train.py on a BERT of 6 layers × 384 with random weights, 2 chunks of 128 random words a process. Peer: the same step
 whose reduction begins after its backward pass; both in turn, `--n` of each, medians. Ceiling: the peer's time less the
 backward pass or the reduction, whichever is shorter; no step comes to it, as the tied word embeddings, here a quarter
 of all gradients, are complete only when the backward pass ends.
@@ -44,7 +44,7 @@ from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.environment import environment
 from mlm.train import objective
 
-SHARE, LENGTH, VOCABULARY, TARGET = 8, 128, 8192, 0.75
+SHARE, LENGTH, VOCABULARY, TARGET = 2, 128, 8192, 0.75
 SHAPE = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
 BYTES = {"fp32": 4, "bf16": 2}
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
@@ -219,7 +219,10 @@ def measure(machines: list[Machine], names: list[str], n: int) -> list[dict[str,
         backward = seconds("backward", dtype)
         for name in names:
             limit(name, size * width / backward)
-        pairs = [[max(ask(machines, f"{what} {dtype}")) for what in ("overlap", "apart")] for _ in range(n)]
+        pairs = []
+        for _ in range(n):
+            pairs.append([max(ask(machines, f"{what} {dtype}")) for what in ("overlap", "apart")])
+            print(f"{dtype}: {pairs[-1][0]:.2f} s with overlap, {pairs[-1][1]:.2f} s without", flush=True)
         alone = {"backward": seconds("backward", dtype), "reduction": seconds("reduction", dtype, 3)}
         apart = statistics.median(pair[1] for pair in pairs)
         rows.append(
