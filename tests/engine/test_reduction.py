@@ -19,7 +19,7 @@ from mlm.engine import distributed
 from mlm.engine.update import Update, UpdateConfig
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.train import objective
-from tests.runs import TORCHRUN, assert_same_bits, half_precision, run
+from tests.runs import TWO, assert_same_bits, half_precision, run
 
 pytestmark = pytest.mark.slow
 STEPS, VOCABULARY, LENGTH = 3, 300, 16
@@ -100,7 +100,7 @@ def run_out(update, where):
 
 
 def take_steps(case):
-    """In each of the processes that torchrun has started, or in this one alone."""
+    """In each of two processes, or in this one alone."""
     world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
     update = toy(case, world, rank)
     entered, early = [], []
@@ -138,7 +138,7 @@ def both(tmp_path_factory):
     """What each of two processes did in each case."""
     folder = tmp_path_factory.mktemp("reduction")
     (folder / "program.py").write_text(PROGRAM)
-    status, _, errors = run(TORCHRUN, [str(folder)], str(folder / "program.py"))
+    status, _, errors = run(TWO, [str(folder)], str(folder / "program.py"))
     assert status == 0, errors
     found = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
     return {name: [Taken(**results[name]) for results in found] for name in CASES}

@@ -497,7 +497,7 @@ def test_two_processes_compare_on_the_main_one_alone_and_both_know_the_result(to
     texts = {"train_file": toy.train_file, "validation_file": toy.validation_file, "token_store": tmp_path}
     models = {"model_name_or_path": toy.checkpoint, "compare": toy.checkpoint, "max_seq_length": 16}
     flags = [f"--{name}={value}" for name, value in (texts | models).items()]
-    status, output, errors = run(TORCHRUN, flags, str(tmp_path / "program.py"))
+    status, output, errors = run(TWO, flags, str(tmp_path / "program.py"))
     assert status == 0, errors
     lines = output.splitlines()
     assert [line for line in lines if line.startswith("compared")] == ["compared on process 0"]
