@@ -2,10 +2,10 @@
 
 Workload: two processes of one thread, each in a network namespace of its own, joined by a veth pair whose rate
 `tc … tbf` limits so that the reduction of all gradients alone takes about as long as a backward pass; the update of
-train.py on a BERT of 6 layers × 384 with random weights, 2 chunks of 128 random words a process. Peer: the same step
+train.py on a BERT of 6 layers × 384 with random weights, 4 chunks of 128 random words a process. Peer: the same step
 whose reduction begins after its backward pass; both in turn, `--n` of each, medians. Ceiling: the peer's time less the
-backward pass or the reduction, whichever is shorter; no step comes to it, as the tied word embeddings, here a quarter
-of all gradients, are complete only when the backward pass ends.
+backward pass or the reduction, whichever is shorter; no step comes to it, as the gradient of tied word embeddings,
+here an eighth of all (of BERT-base's a fifth), is complete only when the backward pass ends.
 
 What bf16 costs is the distance, relative and in norm, of the summed gradient from the one summed in fp32: of the two
 processes, and of 8 and 64 whose gradients are added up one after the other, as in a ring.
@@ -44,7 +44,7 @@ from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.environment import environment
 from mlm.train import objective
 
-SHARE, LENGTH, VOCABULARY, TARGET = 2, 128, 8192, 0.75
+SHARE, LENGTH, VOCABULARY, TARGET = 4, 128, 4096, 0.75
 SHAPE = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
 BYTES = {"fp32": 4, "bf16": 2}
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
