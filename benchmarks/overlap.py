@@ -207,33 +207,29 @@ def work() -> None:
 
 
 def measure(machines: list[Machine], names: list[str], n: int) -> list[dict[str, Any]]:
-    """A row for each type, the link limited anew for it."""
-
-    def seconds(what: str, dtype: str, times: int = n) -> float:
-        return statistics.median(max(ask(machines, f"{what} {dtype}")) for _ in range(times))
-
+    """A row for each type. The link is limited anew for each round, as what else the machine does changes."""
     rows, size = [], sum(p.numel() for p in BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **SHAPE)).parameters())
     for dtype, width in BYTES.items():
-        for what in ("apart", "overlap"):
-            ask(machines, f"{what} {dtype}")  # memory is allocated
-        backward = seconds("backward", dtype)
-        for name in names:
-            limit(name, size * width / backward)
-        pairs = []
-        for _ in range(n):
-            pairs.append([max(ask(machines, f"{what} {dtype}")) for what in ("overlap", "apart")])
-            print(f"{dtype}: {pairs[-1][0]:.2f} s with overlap, {pairs[-1][1]:.2f} s without", flush=True)
-        alone = {"backward": seconds("backward", dtype), "reduction": seconds("reduction", dtype, 3)}
-        apart = statistics.median(pair[1] for pair in pairs)
+        rounds: dict[str, list[float]] = {what: [] for what in ("backward", "overlap", "apart", "reduction")}
+        for number in range(n + 1):
+            for what, seconds in rounds.items():
+                seconds.append(max(ask(machines, f"{what} {dtype}")))
+                if what == "backward":
+                    for name in names:
+                        limit(name, size * width / seconds[-1])
+            print(f"{dtype} {number}:", *(f"{what} {seconds[-1]:.2f}" for what, seconds in rounds.items()), flush=True)
+        backward, ours, theirs, reduction = (seconds[1:] for seconds in rounds.values())  # the first allocated memory
+        alone = {"backward": statistics.median(backward), "reduction": statistics.median(reduction)}
+        apart = statistics.median(theirs)
         rows.append(
             row(
                 f"step, gradients sent in {dtype}",
                 "reduction after the backward pass",
                 "peer",
                 "of its time",
-                [overlapped / after for overlapped, after in pairs],
+                [overlapped / after for overlapped, after in zip(ours, theirs, strict=True)],
                 at_most=TARGET,
-                seconds={"ours": statistics.median(pair[0] for pair in pairs), "theirs": apart},
+                seconds={"ours": statistics.median(ours), "theirs": apart},
                 alone=alone,
                 ceiling=1 - min(alone.values()) / apart,
                 bytes=size * width,
@@ -244,7 +240,7 @@ def measure(machines: list[Machine], names: list[str], n: int) -> list[dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=7, help="steps of each kind")
+    parser.add_argument("--n", type=int, default=11, help="steps of each kind")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "overlap.json")
     args = parser.parse_args()
