@@ -2,7 +2,7 @@
 
 Workload: two processes of one thread, each in a network namespace of its own, joined by a veth pair whose rate
 `tc … tbf` limits so that the reduction of all gradients alone takes about as long as a backward pass; the update of
-train.py on a BERT of 6 layers × 384 with random weights, 4 chunks of 128 random words a process. Peer: the same step
+train.py on a BERT of 6 layers × 384 with random weights, 8 chunks of 128 random words a process. Peer: the same step
 whose reduction begins after its backward pass; both in turn, `--n` of each, medians. Ceiling: the peer's time less the
 backward pass or the reduction, whichever is shorter; no step comes to it, as the gradient of tied word embeddings,
 here an eighth of all (of BERT-base's a fifth), is complete only when the backward pass ends.
@@ -44,7 +44,7 @@ from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.environment import environment
 from mlm.train import objective
 
-SHARE, LENGTH, VOCABULARY, TARGET = 4, 128, 4096, 0.75
+SHARE, LENGTH, VOCABULARY, TARGET = 8, 128, 4096, 0.75
 SHAPE = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
 BYTES = {"fp32": 4, "bf16": 2}
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
@@ -240,7 +240,7 @@ def measure(machines: list[Machine], names: list[str], n: int) -> list[dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=11, help="steps of each kind")
+    parser.add_argument("--n", type=int, default=5, help="steps of each kind")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "overlap.json")
     args = parser.parse_args()
