@@ -2,8 +2,8 @@
 
 Workload: two processes of one thread, each in a network namespace of its own, joined by a veth pair whose rate
 `tc … tbf` limits so that the reduction of all gradients alone takes about as long as a backward pass; the update of
-train.py on a BERT of 6 layers × 384 with random weights, 8 chunks of 128 random words a process. Peer: the same step
-whose reduction begins after its backward pass; both in turn, `--n` of each, medians. Ceiling: the peer's time less the
+train.py on a BERT of 6 layers × 384 with random weights and no dropout, 8 chunks of 128 random words a process. Peer:
+the same step whose reduction begins after its backward pass; both in turn, `--n` of each, medians. Ceiling: the peer's time less the
 backward pass or the reduction, whichever is shorter; no step comes to it, as the gradient of tied word embeddings,
 here an eighth of all (of BERT-base's a fifth), is complete only when the backward pass ends.
 
@@ -46,6 +46,7 @@ from mlm.train import objective
 
 SHARE, LENGTH, VOCABULARY, TARGET = 8, 128, 4096, 0.75
 SHAPE = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
+SHAPE |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # whose draws are slow on a CPU
 BYTES = {"fp32": 4, "bf16": 2}
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
