@@ -2,10 +2,10 @@
 
 Workload: two processes of one thread, each in a network namespace of its own, joined by a veth pair whose rate
 `tc … tbf` limits so that the reduction of all gradients alone takes about as long as a backward pass; the update of
-train.py on a BERT of 6 layers × 384 with random weights and no dropout, 8 chunks of 128 random words a process. Peer:
-the same step whose reduction begins after its backward pass; both in turn, `--n` of each, medians. Ceiling: the peer's time less the
-backward pass or the reduction, whichever is shorter; no step comes to it, as the gradient of tied word embeddings,
-here an eighth of all (of BERT-base's a fifth), is complete only when the backward pass ends.
+train.py on a BERT of 6 layers × 384 with random weights and no dropout, 8 chunks of 128 random words a process.
+Peer: the same step whose reduction begins after its backward pass; both in turn, `--n` of each, medians. Ceiling: the
+peer's time less the backward pass or the reduction, whichever is shorter; no step comes to it, as the gradient of tied
+word embeddings, here an eighth of all (of BERT-base's a fifth), is complete only when the backward pass ends.
 
 What bf16 costs is the distance, relative and in norm, of the summed gradient from the one summed in fp32: of the two
 processes, and of 8 and 64 whose gradients are added up one after the other, as in a ring.
