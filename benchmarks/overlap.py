@@ -249,7 +249,7 @@ def main() -> None:
         return work()
     if not (shutil.which("ip") and shutil.which("tc")):
         return print("nothing is measured: this takes iproute2's commands ip and tc")
-    where = environment(Accelerator(cpu=True))
+    where = {**environment(Accelerator(cpu=True)), "load_before": os.getloadavg()[0]}
     try:
         with two_machines() as names, ExitStack() as stack:
             machines = [stack.enter_context(Machine(name, rank)) for rank, name in enumerate(names)]
