@@ -121,18 +121,24 @@ def measure_corpus(
     limit = min(limits, default=None)
     length = chunk_length(config.chunks, limit)
     measured = {n: measure_one(replace(config, model=m), length, limit, accelerator) for n, m in models.items()}
+    found = conclude(measured, length) if accelerator.is_main_process else None
+    result, summary, lines = from_main(found, accelerator)
+    accelerator.print(lines)
+    return result, summary
+
+
+def conclude(measured: dict[str, Measured], length: int) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """The figures on each eval set, those for the last line of output, and lines to print. length: of a chunk"""
     adapted = measured["model"]
     result: dict[str, Any] = adapted.figures()
     held_out, eval_set = result["held_out"], adapted.eval_sets["held_out"]
     summary = {**held_out, "chunks": len(eval_set.chunk_ids), "chunk_size": length}
     if "base" in measured:
         result, lines = compare_both(measured["base"], adapted)
-        accelerator.print(lines)
         summary |= headlines(result)
     else:
-        for name, figures in result.items():
-            accelerator.print(in_words_alone(figures, adapted.eval_sets[name]))
-    return result, finite(summary)
+        lines = "\n".join(in_words_alone(figures, adapted.eval_sets[name]) for name, figures in result.items())
+    return result, finite(summary), lines
 
 
 def measure_task(

@@ -59,6 +59,8 @@ def page() -> str:
         imdb(),
         *(suite(name) for name in SUITES),
         *([gpu(_stored("gpu"))] if (BENCHMARKS / "results" / "gpu.json").exists() else []),
+        overlap(),
+        host_work(),
         noise(),
         intervals(),
         *([probe()] if (BENCHMARKS / "results" / "probe.json").exists() else []),
@@ -243,6 +245,44 @@ def _sooner(stored: dict[str, Any], name: str) -> str:
 def _bf16(stored: dict[str, Any]) -> str:
     fp32, bf16 = (stored["results"][name]["wall_seconds"] for name in (ONCE, "mlm, bf16"))
     return f"{BF16}: here it is {fp32 / bf16:.1f} times as fast as fp32; {ELSEWHERE}."
+
+
+def overlap() -> str:
+    """A step whose gradients travel during the backward pass, against one whose gradients travel after it."""
+    stored = _stored("overlap")
+    rows, errors = stored["rows"], stored["bf16_error"]
+    lines = [
+        section(stored["what"], "overlap.py", _headline(rows), stored["environment"], "python benchmarks/overlap.py"),
+        "| | of the time without overlap | target | ceiling | rounds | seconds, with and without "
+        "| backward pass and reduction alone | sent |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        seconds, alone = (", ".join(map(_figure, row[name].values())) for name in ("seconds", "alone"))
+        lines.append(
+            f"| {row['workload']} | {_figure(row['median'])}{_spread(row)} | {_target(row)} "
+            f"| {_figure(row['ceiling'])} | {row['n']} | {seconds} | {alone} | {row['bytes'] / 2**20:.0f} MiB |"
+        )
+    cost = ", ".join(f"{error:.2%} for {n}" for n, error in errors.items())
+    return "\n".join(lines) + f"\n\nRounding of a gradient that is sent in bf16, by the number of processes: {cost}.\n"
+
+
+def host_work() -> str:
+    """What a process does for a step on the host, whatever their number."""
+    stored = _stored("host_work")
+    command = "python benchmarks/host_work.py"
+    lines = [
+        section(stored["what"], "host_work.py", _headline(stored["rows"]), stored["environment"], command),
+        "| | of the time of one process alone | target | rounds | milliseconds, and of one alone |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in stored["rows"]:
+        milliseconds = ", ".join(map(_figure, row["milliseconds"].values()))
+        lines.append(
+            f"| {row['workload']} | {_figure(row['median'])}{_spread(row)} | {_target(row)} | {row['n']} "
+            f"| {milliseconds} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def noise() -> str:

@@ -6,9 +6,11 @@ epochs            | epoch 0: 2 4 0 3 1 | epoch 1: 3 4 1 0 2 | …    a permutati
 global batches    | 2 4 0 3 | 1 3 4 1 | 0 2 …                      step s takes places 4s … 4s + 3
 rank 0, rank 1    | 2 4, 0 3 | 1 3, 4 1 | …                        contiguous shares, as even as they come
 
-A chunk's masks are keyed by the epoch in which it is seen, so that it has new ones in each.
+A chunk's masks are keyed by the epoch in which it is seen, so that it has new ones in each. A process takes and masks
+its own share alone: what it costs a process does not grow with their number.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -16,7 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from mlm.data.chunks import Chunks, Rows
+from mlm.data.chunks import Chunks
 from mlm.data.masking import Recipe, corrupt, draw
 from mlm.data.order import chunks_seen
 
@@ -28,6 +30,11 @@ class Batch(NamedTuple):
     positions: torch.Tensor  # [M] int64 into the flat B * T, ascending
     targets: torch.Tensor  # [M] int64, the tokens that stood there
     attention_mask: torch.Tensor | None  # [B, T] int64, 0: padding; None: every row is full
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, padding not counted. Waits for the device where the batch is on one and has padding."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
     def to(self, device: torch.device) -> "Batch":
         pin = device.type == "cuda"  # a copy from memory that is not pinned synchronises the device
@@ -53,8 +60,12 @@ def mask_chunks(
 
     maskable: [V] bool, 1: may be masked
     """
-    (ids, _, lengths), draws, selected = _selected(chunks, chunk_ids, epochs, seed, maskable, select)
-    corrupted = corrupt(ids, selected, draws, recipe)
+    ids, word_starts, lengths = chunks.take(chunk_ids)
+    draws, allowed = draw(seed, epochs, chunk_ids, ids.shape[1]), maskable[ids]
+    selected = select(allowed, draws, word_starts)
+    if selected.shape != allowed.shape or selected.dtype != bool:
+        raise ValueError(f"select returned {selected.dtype} {selected.shape}, it has to be bool {allowed.shape}")
+    corrupted = corrupt(ids, selected & allowed, draws, recipe)  # special and unused tokens never
     attention_mask = None
     if lengths is not None and (lengths < ids.shape[1]).any():
         attention_mask = torch.from_numpy((np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64))
@@ -81,9 +92,10 @@ class Batches:
         """Chunks in an epoch."""
         return min(self.samples or len(self.chunks), len(self.chunks))
 
-    def tokens(self, step: int) -> int:
-        """Tokens in the global batch of a step, padding not counted."""
-        return int(self.chunks.lengths(self.places(step)[0]).sum())
+    def expected(self, step: int) -> int:
+        """A power of two near the masked tokens of the global batch, which each process knows by itself."""
+        tokens = min(len(self.chunks.ids) / len(self.chunks), self.chunks.chunk_size)  # of a chunk
+        return 2 ** round(math.log2(max(self.rate(step) * self.global_batch * tokens, 1)))
 
     def due(self, every: int | Literal["epoch"] | None, step: int) -> bool:
         """Whether something done every so many steps (or after every epoch) is due after `step` steps."""
@@ -92,44 +104,24 @@ class Batches:
             return done > before
         return every is not None and step % every == 0
 
-    def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The global batch of a step: its chunk ids [G] int64, and the epoch [G] int64 of each."""
-        return chunks_seen(self.seed, step * self.global_batch, self.global_batch, len(self.chunks), self.num_chunks)
+    def places(self, step: int, begin: int = 0, end: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The chunk ids [n] int64 at places begin … end - 1 (default: all) of a step's global batch, and the epoch
+        [n] int64 of each."""
+        first, count = step * self.global_batch + begin, (self.global_batch if end is None else end) - begin
+        return chunks_seen(self.seed, first, count, len(self.chunks), self.num_chunks)
 
     def load(self, step: int, micro_batch: int) -> tuple[list[Batch], int]:
-        """This process's share of a step, and the number of masked tokens in the whole global batch.
+        """This process's share of a step, and the number of masked tokens in it.
 
-        The share is cut into micro-batches of at most `micro_batch` chunks; an empty share has none. The mean
-        loss divides by the number, which each process counts for itself, without communication.
+        The share is cut into micro-batches of at most `micro_batch` chunks; an empty share has none.
         """
-        chunk_ids, epochs = self.places(step)
-        start, end = (-(-self.global_batch * r // self.world) for r in (self.rank, self.rank + 1))
-        cuts = [slice(i, min(i + micro_batch, end)) for i in range(start, end, micro_batch)]
-        share = [self.mask(step, chunk_ids[cut], epochs[cut]) for cut in cuts]
-        masked = sum(len(batch.positions) for batch in share)
-        others = np.r_[0:start, end : self.global_batch]
-        if len(others):
-            given = self.seed, self.maskable, self._select_at(step)
-            masked += int(_selected(self.chunks, chunk_ids[others], epochs[others], *given)[2].sum())
-        return share, masked
+        share = (-(-self.global_batch * rank // self.world) for rank in (self.rank, self.rank + 1))
+        chunk_ids, epochs = self.places(step, *share)
+        cuts = [slice(i, i + micro_batch) for i in range(0, len(chunk_ids), micro_batch)]
+        batches = [self.mask(step, chunk_ids[cut], epochs[cut]) for cut in cuts]
+        return batches, sum(len(batch.positions) for batch in batches)
 
     def mask(self, step: int, chunk_ids: np.ndarray, epochs: np.ndarray) -> Batch:
         """Masks chunks at the rate of a step. chunk_ids, epochs: [B] int64, as in `mask_chunks`"""
-        select = self._select_at(step)
-        return mask_chunks(self.chunks, chunk_ids, epochs, self.seed, self.maskable, self.recipe, select)
-
-    def _select_at(self, step: int) -> SelectAtRate:
-        rate = self.rate(step)
-        return lambda maskable, draws, word_starts: self.select(maskable, draws, rate, word_starts)
-
-
-def _selected(
-    chunks: Chunks, chunk_ids: np.ndarray, epochs: np.ndarray, seed: int, maskable: np.ndarray, select: SelectAtRate
-) -> tuple[Rows, np.ndarray, np.ndarray]:
-    """The chunks [B, T], their draws [B, T], and which tokens `select` chose [B, T], special and unused ones never."""
-    rows = chunks.take(chunk_ids)
-    draws, allowed = draw(seed, epochs, chunk_ids, rows.ids.shape[1]), maskable[rows.ids]
-    selected = select(allowed, draws, rows.word_starts)
-    if selected.shape != allowed.shape or selected.dtype != bool:
-        raise ValueError(f"select returned {selected.dtype} {selected.shape}, it has to be bool {allowed.shape}")
-    return rows, draws, selected & allowed
+        rate, given = self.rate(step), (chunk_ids, epochs, self.seed, self.maskable, self.recipe)
+        return mask_chunks(self.chunks, *given, lambda allowed, draws, words: self.select(allowed, draws, rate, words))

@@ -25,8 +25,7 @@ from mlm.files import no_locks
 
 log = logging.getLogger(__name__)
 
-# Seconds to wait for a run that builds the same: half of what the processes of one run wait for each other (PATIENCE
-# in engine/distributed.py), so that time is left to build without the lock.
+# Seconds to wait for a run that builds the same, after which this one builds without the lock.
 LOCK_TIMEOUT = 3600.0
 ABANDONED = 24 * 3600  # seconds after its last write from which a build counts as dead
 

@@ -65,7 +65,7 @@ def chunks_seen(seed: int, first: int, count: int, n: int, samples: int) -> tupl
 
     An epoch sees a sample of `samples` of the n chunks. Time and memory depend on neither.
     """
-    blocks = range(first // BLOCK, -(-(first + count) // BLOCK))
+    blocks = range(first // BLOCK, -(-(first + max(count, 1)) // BLOCK))  # one for an empty share too
     seen = np.concatenate([_block(seed, block, n, samples) for block in blocks])[first % BLOCK :][:count]
     return seen, np.arange(first, first + count) // samples
 

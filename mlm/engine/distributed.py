@@ -1,15 +1,16 @@
 """What the processes of a run do together: agree on what happened, and add up their gradients.
 
-A reduction ends only when every process has entered it. So before it they agree, in host memory, that all of them have
-a gradient: one that ran out of memory and tried again alone would leave the others waiting.
+A reduction ends only when every process has entered it. So each of them enters all of a step, whatever has happened to
+it, and then they agree, in host memory, on whether all had their gradients: one that ran out of memory and tried again
+alone would leave the others waiting.
 """
 
 import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -19,8 +20,10 @@ from accelerate import Accelerator
 
 from mlm.errors import UserError, one_line
 
-# So long the others wait, in the host's group alone, while one process tokenises; what takes longer is for prepare.py.
-PATIENCE = timedelta(hours=2)
+# The others wait, in the host's group alone, for one process that tokenises or analyses, as long as that takes. If it
+# dies its machine closes its connections, which ends their wait.
+PATIENCE = timedelta(days=30)
+BUCKET = 2**21  # gradients that travel together
 # What gloo and NCCL say when a process is gone and its machine has closed its sockets.
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
 
@@ -63,13 +66,15 @@ def leave_group() -> None:
     gc.collect()
 
 
-def agree(values: Sequence[int], group: dist.ProcessGroup | None) -> list[int]:
-    """The largest of each value over all processes, the same on each of them."""
+def agree(largest: Sequence[int], group: dist.ProcessGroup | None, added: Sequence[int] = ()) -> list[int]:
+    """The largest of each of `largest`, then the sum of each of `added`, over all processes, to all of them."""
     if group is None:
-        return list(values)
-    largest = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-    return largest.tolist()
+        return [*largest, *added]
+    mine = torch.tensor([*largest, *added], dtype=torch.int64)
+    everyone = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(everyone, mine, group)
+    to_compare, to_add = torch.stack(everyone).split([len(largest), len(added)], dim=1)
+    return to_compare.amax(dim=0).tolist() + to_add.sum(dim=0).tolist()
 
 
 def check_same(mine: dict[str, Any], accelerator: Accelerator) -> None:
@@ -113,31 +118,88 @@ def from_main(value: Any, accelerator: Accelerator) -> Any:
     return box[0]
 
 
-class GradientSum:
-    """Adds up gradients over all processes, in place, in flat pieces of about `piece` elements.
+def gather_on_main(value: Any, accelerator: Accelerator) -> list[Any]:
+    """Every process's `value`, which pickle has to take, on the main process, in host memory; [] on the others."""
+    if accelerator.num_processes == 1:
+        return [value]
+    everyone = [None] * accelerator.num_processes if accelerator.is_main_process else None
+    dist.gather_object(value, everyone, dst=0, group=host_group(accelerator))
+    return everyone or []
 
-    DistributedDataParallel does so during backward, but a process may have several micro-batches, or none. The buffer
-    is made once: no process can run out of memory for it while the others are in the reduction.
+
+@dataclass
+class Bucket:
+    """Parameters whose gradients travel together."""
+
+    gradients: torch.Tensor  # [N]
+    views: dict[torch.nn.Parameter, torch.Tensor]  # of `gradients`, each parameter's .grad
+    message: torch.Tensor  # [N] what travels: the gradients themselves, or a copy in another type
+    missing: set[torch.nn.Parameter] = field(default_factory=set)  # those whose gradient is not complete
+    work: dist.Work | None = None  # the reduction, where this process has entered it
+
+
+class GradientSum:
+    """Adds up gradients over all processes, in buckets, while the last backward pass of a step makes the next ones.
+
+    A step: `begin`, `backward` of each micro-batch, `enter`, `finish`. Every process enters each bucket once, the last
+    parameters first, with whatever it has for it. DistributedDataParallel does the like, but a process may have
+    several micro-batches, or none, or run out of memory amid one: so all buffers are made once, beforehand.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], processes: int, piece: int = 2**24) -> None:
-        starts = accumulate((p.numel() for p in parameters), initial=0)
-        grouped = groupby(zip(starts, parameters, strict=False), lambda pair: pair[0] // piece)
-        self.pieces = [[p for _, p in group] for _, group in grouped] if processes > 1 else []
-        largest = max((sum(p.numel() for p in part) for part in self.pieces), default=0)
-        self.buffer = torch.empty(largest, dtype=parameters[0].dtype, device=parameters[0].device)
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], processes: int, dtype: torch.dtype | None) -> None:
+        """dtype: in which gradients are sent and added up; None: their own"""
+        self.buckets: list[Bucket] = []
+        self.last = False
+        backwards = parameters[::-1] if processes > 1 else []
+        starts = accumulate((p.numel() for p in backwards), initial=0)
+        for _, group in groupby(zip(starts, backwards, strict=False), lambda pair: (pair[0] // BUCKET, pair[1].dtype)):
+            held = [p for _, p in group]
+            sizes = [p.numel() for p in held]
+            gradients = torch.zeros(sum(sizes), dtype=held[0].dtype, device=held[0].device)
+            views = {p: view.view_as(p) for p, view in zip(held, gradients.split(sizes), strict=True)}
+            self.buckets.append(Bucket(gradients, views, gradients.to(dtype or gradients.dtype)))
+            for p in held:
+                p.register_post_accumulate_grad_hook(partial(self._complete, self.buckets[-1]))
 
-    def __call__(self, sums: torch.Tensor) -> None:
-        """Adds up each parameter's .grad, which all have, and `sums` [K] float32."""
-        if self.pieces:
-            dist.all_reduce(sums)
-        for parameters in self.pieces:
-            sizes = [p.numel() for p in parameters]
-            flat = self.buffer[: sum(sizes)]
-            torch.cat([p.grad.reshape(-1) for p in parameters], out=flat)
-            dist.all_reduce(flat)
-            for p, total in zip(parameters, flat.split(sizes), strict=True):
-                p.grad.copy_(total.view_as(p.grad))
+    def begin(self) -> None:
+        """Zero gradients. (In one process they are autograd's own, and nothing here does anything.)"""
+        for bucket in self.buckets:
+            bucket.gradients.zero_()
+            bucket.missing = set(bucket.views)
+            for p, view in bucket.views.items():
+                p.grad = view
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """loss.backward(); in the last pass of a step each bucket is entered as soon as its gradients are complete."""
+        self.last = last
+        loss.backward()
+
+    def _complete(self, bucket: Bucket, p: torch.nn.Parameter) -> None:
+        if self.last and bucket.work is not None:
+            raise RuntimeError("a parameter got a second gradient in one backward pass, after the first was sent")
+        if self.last:
+            bucket.missing.discard(p)
+            self.enter(complete=True)
+
+    def enter(self, complete: bool = False) -> None:
+        """Enters the buckets that are left: of parameters not reached, an empty share, a pass that memory cut short.
+
+        complete: stop at the first that lacks gradients
+        """
+        self.last = complete
+        for bucket in self.buckets:
+            if bucket.work is None:
+                if complete and bucket.missing:
+                    return
+                bucket.message.copy_(bucket.gradients)  # which, of a tensor to itself, does nothing
+                bucket.work = dist.all_reduce(bucket.message, async_op=True)
+
+    def finish(self, factor: float) -> None:
+        """Waits for the sums, on the device where they are, and multiplies them by `factor`."""
+        for bucket in self.buckets:
+            bucket.work.wait()
+            bucket.work = None  # a reference to the group, whose threads would live on
+            bucket.gradients.copy_(bucket.message).mul_(factor)
 
 
 def lost_a_process(error: BaseException) -> bool:

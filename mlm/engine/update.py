@@ -1,13 +1,16 @@
 """One exact optimizer step, on any number of processes.
 
     micro-batches     forward and backward, in the pieces that memory takes
-    agreement         all processes learn whether one of them ran out of memory: then all halve, and try again
-    reduction         gradients are summed over the processes
+    reduction         gradients are summed over the processes, while the last backward pass still makes the next ones
+    agreement         all learn how many tokens were masked, and whether one of them ran out of memory: then they drop
+                      the sum, halve, and try again
     clipping, guard   gradients that are not finite move no weight
     optimizers        each followed by its schedule; under fp16, an overflow is tried again at a lower scale
 
-The gradient is that of the mean loss over all masked tokens of the global batch, however it is cut. Where
-nothing goes wrong, the host waits for the device only under fp16 and with optimizers that are not fused.
+The gradient is that of the mean loss over all masked tokens of the global batch, however it is cut. One process can
+divide its loss by their number. Several count their own alone, and divide by a power of two near the number until the
+gradients are added up: it keeps every bit, and fp16's range as it is in one process. Where nothing goes wrong, the
+host waits for the device only under fp16 and with optimizers that are not fused.
 """
 
 import logging
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import release_memory
 from torch.optim import Optimizer
@@ -47,6 +51,7 @@ class UpdateConfig:
     per_device_train_batch_size: int | Literal["auto"] = 8  # Set a micro-batch's chunks (auto: what fits).
     gradient_accumulation_steps: int = 1  # A step has this many micro-batches (or use --train_batch_size).
     max_grad_norm: float = 1.0  # Scale gradients of a larger norm down to this one (0: never).
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # Send and add up gradients in this type (bf16: half the traffic).
 
     def __post_init__(self) -> None:
         at_least(self, 1, "train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -71,6 +76,7 @@ class Step(NamedTuple):
     sums: torch.Tensor  # [1 + S] float32, on the device: the loss and the named scalars, over the masked tokens
     nonfinite: torch.Tensor  # [] float32, on the device; 1: this step, or one before it, moved no weight
     masked: int  # masked tokens
+    tokens: int  # tokens, padding not counted
     overflows: int  # times that fp16's scale was lowered and the step taken again
     requests: list[int]  # the largest of each request over all processes
 
@@ -97,7 +103,8 @@ class Update:
         place = {id(p): number for number, p in enumerate(model.parameters())}  # those beside the model come last
         self.parameters = sorted((p for p in held if p.requires_grad), key=lambda p: place.get(id(p), len(place)))
         self.smallest = min(self.parameters, key=torch.numel)
-        self.reduce = GradientSum(self.parameters, batches.world)
+        narrow = torch.bfloat16 if config.reduce_dtype == "bf16" else None
+        self.gradients = GradientSum(self.parameters, batches.world, narrow)
         self.group = host_group(accelerator)
         # Fused kernels read a flag on the device, and leave the weights alone where it is set.
         self.fused = all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
@@ -113,53 +120,59 @@ class Update:
         """
         overflows = 0
         while True:
+            self.gradients.begin()
             try:
-                sums, masked = self._forward_backward(step)
+                sums, divisor, counts = self._forward_backward(step)
                 ran_out = False
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                ran_out = True
-            # No process enters the reduction unless all have their gradients.
-            ran_out, S, *agreed = agree([ran_out, len(self.scalars or ()), *requests], self.group)
+                ran_out, divisor, counts = True, 1, [0, 0]
+            self.gradients.enter()  # each process enters all, as the others wait there; then they learn of one another
+            told = [ran_out, len(self.scalars or ()), *requests]
+            ran_out, S, *agreed, masked, tokens = agree(told, self.group, counts)
+            self.gradients.finish(divisor / max(masked, 1))
             if ran_out:
                 self._halve_micro_batches(step)
                 continue
             sums = torch.nn.functional.pad(sums, (0, 1 + S - len(sums)))  # of an empty share, zeros
-            self.reduce(sums)
+            if self.batches.world > 1:
+                dist.all_reduce(sums)
             applied = self._apply(sums)
             self._zero_grad()
             if applied:
                 for scheduler in self.schedulers:
                     scheduler.step()
-                return Step(sums, self.nonfinite, masked, overflows, agreed)
+                return Step(sums, self.nonfinite, masked, tokens, overflows, agreed)
             overflows += 1
             scale = self.scaler.get_scale()
             if scale < torch.finfo(torch.float16).tiny:  # where ordinary gradients vanish in fp16
                 reason = f"the loss or its gradients overflow at any fp16 loss scale (now {scale:.1e})"
                 raise UserError(f"step {step + 1}: {reason}; use --mixed_precision bf16, or a lower --learning_rate")
 
-    def _forward_backward(self, step: int) -> tuple[torch.Tensor, int]:
-        """Adds this process's part to each .grad. Gives its sums [1 + S], and the masked tokens of all."""
+    def _forward_backward(self, step: int) -> tuple[torch.Tensor, int, list[int]]:
+        """Adds this process's part to each .grad. Gives its sums [1 + S], what they were divided by for that, and how
+        many tokens it has: masked, and all."""
         share, masked = self.batches.load(step, self.micro_batch)
+        divisor = max(masked, 1) if self.batches.world == 1 else self.batches.expected(step)
         torch.manual_seed(stream_key(self.batches.seed, step, DROPOUT + self.batches.rank))
         sums = torch.zeros(1, device=self.accelerator.device)
-        for batch in share:
+        for number, batch in enumerate(share, start=1):
             loss, scalars = self.loss(batch)
             if taken := RESERVED & scalars.keys():
                 raise ValueError(f"the objective returned {taken.pop()!r} beside its loss, a name that the log has")
             if self.scalars not in (None, tuple(scalars)):
                 raise ValueError(f"the objective returned {self.scalars} beside its loss, and now {tuple(scalars)}")
             self.scalars = tuple(scalars)
-            mean = loss / max(masked, 1)
-            (mean if self.scaler is None else self.scaler.scale(mean)).backward()
+            mean = loss / divisor
+            self.gradients.backward(mean if self.scaler is None else self.scaler.scale(mean), number == len(share))
             found = torch.stack([loss.detach(), *(value.detach() for value in scalars.values())]).float()
             sums = sums + found  # [1] + [1 + S], the first time
         if self.scaler is not None and not share:
             self.scaler.scale(sums)  # its first use, which `backward` would have been, sets it up
         for p in self.parameters:  # of an empty share, or a parameter that this batch does not reach
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        return sums, masked
+        return sums, divisor, [masked, sum(batch.tokens for batch in share)]
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """What the objective returns for a micro-batch."""

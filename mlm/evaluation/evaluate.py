@@ -4,7 +4,7 @@
 
 An evaluation keeps every prediction, so that all sums and comparisons come from the same numbers. Nats are rounded to
 multiples of 2**-24 (float32's own spacing from 0.5 to 1): sums of them in float64 are exact in any order, up to 2**29
-nats in all. Memory on each process is some 60 bytes a prediction at the end of `evaluate`, and 100 in compare.py;
+nats in all. Memory on the main process is some 60 bytes a prediction at the end of `evaluate`, and 100 in compare.py;
 --max_eval_samples bounds it.
 """
 
@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, release_memory
+from accelerate.utils import release_memory
 
+from mlm.engine.distributed import from_main, gather_on_main
 from mlm.engine.memory import out_of_memory
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import EvalSet, EvaluateConfig
@@ -111,8 +112,9 @@ def evaluate(
 ) -> Evaluation | None:
     """Measures `model` on an eval set, its chunks cut into contiguous shares over the processes.
 
-    Where a batch does not fit into memory, this process continues with batches of half the size. No figure depends on
-    the size, and the processes meet only at the end. Raises UserError, on all of them, where one chunk does not fit.
+    The main process gets the evaluation, through host memory, the others one of no predictions. Where a batch does not
+    fit into memory, this process continues with batches of half the size. No figure depends on the size, and the
+    processes meet only at the end. Raises UserError, on all of them, where one chunk does not fit.
 
     complete: all mask rounds, else the first one alone
     stopped: asked before each batch; where it is true on any process, all return None
@@ -122,12 +124,11 @@ def evaluate(
             share = _evaluate_share(model, eval_set, accelerator, complete, stopped)
     except UserError as error:
         share = error
-    shares = gather_object([share])
-    if failures := [part for part in shares if isinstance(part, UserError)]:
-        raise failures[0]
-    if any(part is None for part in shares):
+    shares = gather_on_main(share, accelerator)
+    failures = [part for part in shares if isinstance(part, UserError)]
+    if from_main(failures[0] if failures else None in shares, accelerator):
         return None
-    columns = [np.concatenate(column) for column in zip(*shares, strict=True)]
+    columns = [np.concatenate(column) for column in zip(*shares, strict=True)] or [column[:0] for column in share]
     order = np.argsort(columns[0], kind="stable")  # by mask round; in a round, the shares are in order already
     return Evaluation(*(column[order] for column in columns))
 

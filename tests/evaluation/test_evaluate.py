@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -459,14 +460,16 @@ def on_two_processes(toy, tmp_path, most):
 @pytest.mark.slow
 @pytest.mark.parametrize("most", [1000, 2], ids=["enough memory", "one of them short of memory"])
 def test_two_processes_measure_what_one_does(toy, held_out, tmp_path, most):
-    """Prediction by prediction, in its order: three mask rounds, chunks that do not halve."""
+    """Prediction by prediction, in its order: three mask rounds, chunks that do not halve. It is the main process that
+    has them."""
     on_two_processes(toy, tmp_path, most)
     one = measure(held_out, held_out[1].chunk_ids[:11], eval_mask_folds=3)
-    two = [Evaluation(*np.load(tmp_path / f"{rank}.npz").values()) for rank in (0, 1)]
-    for other in two:
-        assert other.same_masks(one)
-        np.testing.assert_allclose(other.nats, one.nats, rtol=1e-4, atol=1e-5)
-        assert other.perplexity == pytest.approx(one.perplexity, rel=1e-6)
+    main, other = (Evaluation(*np.load(tmp_path / f"{rank}.npz").values()) for rank in (0, 1))
+    assert main.same_masks(one)
+    np.testing.assert_allclose(main.nats, one.nats, rtol=1e-4, atol=1e-5)
+    assert main.perplexity == pytest.approx(one.perplexity, rel=1e-6)
+    assert [column.dtype for column in other] == [column.dtype for column in main]
+    assert other.masked == 0
 
 
 @pytest.mark.slow
@@ -474,3 +477,30 @@ def test_a_process_without_memory_for_one_chunk_leaves_none_waiting(toy, tmp_pat
     printed = on_two_processes(toy, tmp_path, most=0)
     for rank in (0, 1):
         assert f"process {rank}: out of memory" in printed
+
+
+COMPARING = """
+import json, os, sys
+from tests.scripts import load_script
+script = load_script("evaluate")
+def said(*given, compare=script.compare):
+    print("compared on process", os.environ["RANK"])
+    return compare(*given)
+script.compare = said
+print(json.dumps(script.main(sys.argv[1:])))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_compare_on_the_main_one_alone_and_both_know_the_result(toy, tmp_path):
+    (tmp_path / "program.py").write_text(COMPARING)
+    texts = {"train_file": toy.train_file, "validation_file": toy.validation_file, "token_store": tmp_path}
+    models = {"model_name_or_path": toy.checkpoint, "compare": toy.checkpoint, "max_seq_length": 16}
+    flags = [f"--{name}={value}" for name, value in (texts | models).items()]
+    status, output, errors = run(TWO, flags, str(tmp_path / "program.py"))
+    assert status == 0, errors
+    lines = output.splitlines()
+    assert [line for line in lines if line.startswith("compared")] == ["compared on process 0"]
+    one, other = (line for line in lines if line.startswith("{"))
+    assert one == other
+    assert json.loads(one)["gain"] == 1.0
