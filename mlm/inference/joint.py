@@ -14,7 +14,6 @@ defines no joint distribution: the two orders give the same sentence different p
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -62,8 +61,9 @@ def fill_jointly(
     in the order in which the masks were filled. Raises UserError as `encode` does.
     """
 
-    def surest(logits: Tensor) -> tuple[Tensor, Tensor]:
-        return likeliest(logits.log_softmax(dim=-1), min(num_beams, logits.shape[1]))
+    def surest(logits: Tensor) -> list[Tensor]:
+        ranked = logits.log_softmax(dim=-1).sort(dim=-1, descending=True, stable=True)  # `topk` promises no order
+        return [values[:, :num_beams] for values in ranked]
 
     rows, masks = encode(model, tokenizer, sentences)
     beams = [[_Hypothesis(row, left, 0.0)] for row, left in zip(rows, masks, strict=True)]
@@ -87,13 +87,3 @@ def fill_jointly(
         return Filled(text, tokens, hypothesis.log_probability)
 
     return [[filled(text, at, h) for h in beam] for text, at, beam in zip(sentences, masks, beams, strict=True)]
-
-
-def likeliest(log_probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest values of each row of `[M, V]` float32 ≤ 0, and their ids, both `[M, k]`. Of equal values
-    the one with the lower id comes first, on any device; `topk` does not promise an order."""
-    ids = torch.arange(log_probabilities.shape[1], device=log_probabilities.device)
-    # Floats of one sign have the order of their bits; the id in the lower half makes each key unique.
-    keys = (log_probabilities.abs().view(torch.int32).long() << 32) | ids
-    tokens = keys.topk(k, largest=False).values & 0xFFFFFFFF
-    return log_probabilities.gather(1, tokens), tokens
