@@ -17,9 +17,8 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mlm.columns import columns
 from mlm.data.tokenizer import spell, template
-from mlm.errors import printable
+from mlm.figures import unspaced
 from mlm.inference.sentences import encode, predict
 from mlm.model.sparse_head import SparseMaskedLM
 
@@ -28,14 +27,6 @@ class Filled(NamedTuple):
     text: str  # as the tokenizer decodes it
     tokens: tuple[str, ...]  # of the masks from left to right
     log_probability: float  # nats, of all fillers jointly
-
-
-def cells(answers: Sequence[Sequence[Filled]], width: int) -> list[list[str]]:
-    """`[model][rank]`, cells of a table: sentences, or the fillers alone where one is wider than `width`."""
-    with_text = [[f"{f.log_probability:8.2f} nats  {printable(f.text)}" for f in answer] for answer in answers]
-    if all(columns(cell) <= width for answer in with_text for cell in answer):
-        return with_text
-    return [[f"{filled.log_probability:8.2f} nats  {' … '.join(filled.tokens)}" for filled in a] for a in answers]
 
 
 class _Hypothesis(NamedTuple):
@@ -79,11 +70,9 @@ def fill_jointly(
             beams[i] = sorted(hypotheses, key=lambda h: -h.log_probability)[:num_beams]  # stable
     before, after = map(len, template(tokenizer))
 
-    def filled(sentence: str, positions: list[int], hypothesis: _Hypothesis) -> Filled:
+    def filled(positions: list[int], hypothesis: _Hypothesis) -> Filled:
         row, tokens = hypothesis.row, tuple(spell(tokenizer, [hypothesis.row[p]]) for p in positions)
-        text = tokenizer.decode(row[before : len(row) - after])
-        if columns(sentence) > len(sentence) and " " not in sentence:  # WordPiece decodes Chinese with blanks
-            text = text.replace(" ", "")
+        text = unspaced(tokenizer.decode(row[before : len(row) - after]))
         return Filled(text, tokens, hypothesis.log_probability)
 
-    return [[filled(text, at, h) for h in beam] for text, at, beam in zip(sentences, masks, beams, strict=True)]
+    return [[filled(at, h) for h in beam] for at, beam in zip(masks, beams, strict=True)]

@@ -12,12 +12,14 @@ from accelerate import Accelerator
 from transformers import BertConfig, BertForMaskedLM
 
 from mlm.errors import UserError
-from mlm.evaluation.pseudo_perplexity import Scores, measure, score
+from mlm.evaluation.pseudo_perplexity import Scores, score
 from mlm.model.load import ModelConfig
 from mlm.model.sparse_head import SparseMaskedLM
 from tests.conftest import REPOSITORY
+from tests.scripts import load_script
 from tests.tokenizers_for_tests import byte_level_bpe, unigram, wordpiece
 
+script = load_script("evaluate")
 TEXTS = ["the old cat likes milk every day", "a young fox, a small bee"] * 5
 SENTENCES = [
     "the old cat likes milk every day",
@@ -127,7 +129,8 @@ def test_the_model_stays_in_its_mode_and_draws_nothing():
 
 
 def measured(toy, file) -> dict:
-    return measure(str(file), ModelConfig(model_name_or_path=str(toy.checkpoint)), 3, Accelerator(cpu=True))
+    models = {"model": ModelConfig(model_name_or_path=str(toy.checkpoint))}
+    return script.measure_file(str(file), models, 3, Accelerator(cpu=True))
 
 
 def test_a_sentence_that_is_too_long_is_named_by_its_line(toy, tmp_path):

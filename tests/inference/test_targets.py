@@ -12,8 +12,9 @@ from transformers import BertConfig, BertForMaskedLM
 
 from mlm.errors import UserError
 from mlm.inference.fill_mask import fill
-from mlm.inference.targets import Target, parse_targets, score_targets
+from mlm.inference.targets import Target, score_targets
 from mlm.model.sparse_head import SparseMaskedLM
+from tests.scripts import load_script
 from tests.tokenizers_for_tests import byte_level_bpe, unigram, wordpiece
 
 TEXTS = ["this is a great film, and the acting is good.", "unable and able, a boring film; great films"] * 5
@@ -160,6 +161,7 @@ def test_a_word_that_makes_a_sentence_too_long_is_refused():
 
 
 def test_targets_are_written_as_in_a_csv_file():
+    parse_targets = load_script("fill_mask").parse_targets
     assert parse_targets("good") == ["good"]
     assert parse_targets(' good, so so ,"1,000" , good,","') == ["good", "so so", "1,000", ","]
     for text in ("", " ", "good,", ",good", "good,,bad"):
