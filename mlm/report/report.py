@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from mlm.errors import UserError
 from mlm.figures import flat, unspaced
 from mlm.files import write_text
-from mlm.report.charts import Compared, breakdown_chart, event_chart, gain_chart, loss_chart, mean, task_chart
+from mlm.report.charts import Compared, breakdown_chart, event_chart, loss_chart, mean, task_chart
 from mlm.report.model_card import short
 from mlm.report.run_record import ABOUT, COMPARED, RunRecord, files_of
 
@@ -51,7 +51,7 @@ def write_report(runs: Sequence[RunRecord], output: Path) -> None:
 def render(runs: Sequence[RunRecord]) -> str:
     loader = FileSystemLoader(Path(__file__).parent)
     page = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    charts = (breakdown_chart, event_chart, gain_chart, loss_chart, task_chart)
+    charts = (breakdown_chart, event_chart, loss_chart, task_chart)
     forms = (aligned, count, chance, short, counted, unspaced, grouped, share, duration)
     functions = {f.__name__: f for f in (*charts, *forms, same, mean, unlike, largest_change, zip)}
     page.filters |= functions | {"shlex_join": shlex.join}

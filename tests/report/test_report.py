@@ -22,7 +22,7 @@ from mlm.data.corpus import OutOfDomainConfig
 from mlm.errors import UserError
 from mlm.figures import unspaced
 from mlm.inference.fill_mask import fill, load
-from mlm.report.charts import breakdown_chart, event_chart, gain_chart, loss_chart
+from mlm.report.charts import breakdown_chart, event_chart, loss_chart
 from mlm.report.examples import from_held_out, readable
 from mlm.report.report import aligned, chance, duration, render, share, unlike
 from mlm.report.run_directory import RunConfig
@@ -455,8 +455,8 @@ def test_a_run_has_one_colour_wherever_it_is(run, other, tmp_path):
     compared = [(r, r.comparison["held_out"]) for r in runs[1:]]
     curves = [trace.line.color for trace in loss_chart(runs).data]
     assert curves == [f"var(--series-{i})" for i in (0, 0, 1, 1, 2, 2)]
-    for chart in (gain_chart(compared), breakdown_chart(compared, "word", "")):
-        assert [trace.marker.color for trace in chart.data] == ["var(--series-1)", "var(--series-2)"]
+    bars = breakdown_chart(compared, "word", "").data
+    assert [trace.marker.color for trace in bars] == ["var(--series-1)", "var(--series-2)"]
     keys = re.findall(r'<span class="key key-(\d)"></span>(other|toy|again)', render(runs))
     assert len(keys) > 6
     assert {name: {key for key, of in keys if of == name} for _, name in keys} == {
