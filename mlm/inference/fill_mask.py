@@ -21,9 +21,6 @@ class Filler(NamedTuple):
     token: str
     probability: float
 
-    def __str__(self) -> str:
-        return f"{self.probability:.4f}  {self.token}"
-
 
 def load(name: str, trust_remote_code: bool = False) -> tuple[SparseMaskedLM, PreTrainedTokenizerBase]:
     """A checkpoint and its tokenizer, by Hub name or folder, the model on accelerate's device. Raises UserError

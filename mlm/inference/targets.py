@@ -10,7 +10,6 @@ Ivanova (2023, arXiv:2305.10588). transformers' `pipeline("fill-mask", targets=â
 sum to at most 1, those of words of several lengths form no distribution.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,10 +28,6 @@ class Target(NamedTuple):
     word: str
     pieces: tuple[str, ...]  # as the vocabulary spells them
     log_probability: float  # nats
-
-    def __str__(self) -> str:
-        pieces = f"  = {' '.join(self.pieces)}" if len(self.pieces) > 1 else ""
-        return f"{self.log_probability:8.2f} nats  {math.exp(self.log_probability):<8.3g}  {self.word}{pieces}"
 
 
 def score_targets(
