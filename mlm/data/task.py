@@ -41,9 +41,8 @@ def read_task(config: TaskConfig, domain: CorpusConfig) -> Task | None:
     """
     if not (name := config.task_file or config.task_dataset_name):
         return None
-    column, label, pair = config.task_text_column or domain.text_column, config.task_label_column, ()
-    if config.task_pair_column:
-        pair = (config.task_pair_column,)
+    column, label = config.task_text_column or domain.text_column, config.task_label_column
+    pair = (config.task_pair_column,) if config.task_pair_column else ()
     if "text" in (label, *pair) and column != "text":
         raise UserError(f"{name}: only the column of --task_text_column may be called text; rename the other")
     try:
@@ -57,9 +56,8 @@ def read_task(config: TaskConfig, domain: CorpusConfig) -> Task | None:
         raise UserError(f"{name} has no column {lacks[0]!r}: name it with --task_label_column or --task_pair_column")
     kind = getattr(rows.features[label], "dtype", "several labels a document")  # lists and mappings have none
     if kind.startswith(("float", "decimal", "several")):
-        raise UserError(
-            f"{name}: column {label!r} holds {kind}; a probe needs one class, a text or whole number, each"
-        )
+        needed = "a probe needs one class, a text or whole number, each"
+        raise UserError(f"{name}: column {label!r} holds {kind}; {needed}")
     table = rows.with_format("arrow")[:]
     texts, labels = list(zip(*(table[c].to_pylist() for c in ("text", *pair)), strict=True)), table[label].to_pylist()
     kept = [i for i, own in enumerate(texts) if labels[i] is not None and all(t and t.strip() for t in own)]

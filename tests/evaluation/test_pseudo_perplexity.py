@@ -178,12 +178,11 @@ def test_a_file_without_sentences_is_refused(content, words, toy, tmp_path):
 
 
 def test_two_models_are_scored_side_by_side(toy, tmp_path):
-    file, kept = tmp_path / "sentences.txt", tmp_path / "found.json"
-    file.write_text("\n".join(SENTENCES))
+    kept = tmp_path / "found.json"
     flags = ["--model_name_or_path", str(toy.checkpoint), "--compare", str(toy.checkpoint)]
-    flags += ["--pseudo_perplexity", str(file), "--output", str(kept)]
+    flags += ["--pseudo_perplexity", "-", "--output", str(kept)]
     command = [sys.executable, str(REPOSITORY / "scripts/evaluate.py"), *flags]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, input="\n".join(SENTENCES), check=True, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["base"] == {name: value for name, value in found.items() if name != "base"}
     assert json.loads(kept.read_text()) == found
