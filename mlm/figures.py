@@ -1,8 +1,13 @@
-"""Numbers as JSON and people take them."""
+"""Numbers and decoded text as JSON and people take them."""
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
+
+# Chinese and Japanese, without Hangul: blanks between their letters come from a decoder, not from the text.
+UNSPACED = "[\u2e80-\u312f\u31a0-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
+GAPS = re.compile(rf"(?<={UNSPACED}) +(?={UNSPACED}|\[MASK\])|(?<=\[MASK\]) +(?={UNSPACED})")
 
 
 def mean(total: float, count: int) -> float:
@@ -36,3 +41,8 @@ def flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def unspaced(text: str) -> str:
+    """Decoded Chinese and Japanese without the blanks that a decoder puts between tokens."""
+    return GAPS.sub("", text)

@@ -1,12 +1,10 @@
-"""Files that are written completely or not at all, and files of sentences."""
+"""Files that are written completely or not at all."""
 
 import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
-
-from mlm.errors import UserError, one_line
 
 
 def no_locks(error: Exception) -> bool:
@@ -45,22 +43,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def read_sentences(path: str) -> dict[int, str]:
-    """The non-blank lines of a UTF-8 text file (`-`: standard input): {line number from 1: sentence}.
-
-    Raises UserError where the file cannot be read, or holds none.
-    """
-    name, source = ("standard input", 0) if path == "-" else (path, path)
-    try:
-        # utf-8-sig: editors on Windows write a byte order mark
-        with open(source, encoding="utf-8-sig", closefd=path != "-") as file:
-            sentences = {number: line.rstrip("\n") for number, line in enumerate(file, 1) if line.strip()}
-    except OSError as error:
-        raise UserError(f"{name}: cannot read the sentences ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 text ({one_line(error)})") from None
-    if not sentences:
-        raise UserError(f"{name}: no sentence in it; write one on each line")
-    return sentences

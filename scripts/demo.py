@@ -8,10 +8,11 @@ from mlm.startup import quick_imports
 
 with quick_imports():
     from demo_corpus import with_demo_corpus
+    from terminal import table
 
     from mlm import cli
     from mlm.config import Config
-    from mlm.inference.fill_mask import fill, table
+    from mlm.inference.fill_mask import fill
     from mlm.model.load import load_model
     from mlm.model.sparse_head import SparseMaskedLM
     from mlm.report.examples import with_examples

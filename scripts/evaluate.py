@@ -13,6 +13,8 @@ from mlm.startup import quick_imports
 
 with quick_imports():
     from accelerate import Accelerator
+    from sentences import read_sentences
+    from terminal import PAGE, fit
     from transformers import PreTrainedTokenizerBase
 
     from mlm import cli
@@ -21,7 +23,7 @@ with quick_imports():
     from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
     from mlm.data.task import Task, TaskConfig, read_task
     from mlm.data.token_store import TokenStore, TokenStoreConfig, limit_threads
-    from mlm.data.tokenizer import load_tokenizer
+    from mlm.data.tokenizer import load_tokenizer, tokenizer_info
     from mlm.engine.checkpoint import tensors
     from mlm.engine.device import make_accelerator
     from mlm.engine.distributed import broadcast, check_same, from_main, local_main_process_first
@@ -29,11 +31,11 @@ with quick_imports():
     from mlm.evaluation.compare import compare, gain_figures, in_words
     from mlm.evaluation.eval_set import EvalSet, EvaluateConfig, open_eval_sets
     from mlm.evaluation.evaluate import Evaluations, evaluate_all, measure
-    from mlm.evaluation.pseudo_perplexity import PseudoPerplexityConfig
-    from mlm.evaluation.pseudo_perplexity import measure as measure_sentences
-    from mlm.figures import figure, finite
+    from mlm.evaluation.pseudo_perplexity import Scores, score
+    from mlm.figures import exp_or_inf, figure, finite, mean
     from mlm.files import write_json
     from mlm.model.load import ModelConfig, fingerprint, load_trained, open_corpus, position_limit
+    from mlm.model.sparse_head import SparseMaskedLM
     from mlm.report.environment import versions
     from mlm.report.model_card import task_in_words
 
@@ -45,6 +47,7 @@ class CheckpointToMeasure:
     model_name_or_path: str | None = None  # Measure this checkpoint, a Hub name or a folder.
     tokenizer_name: str | None = None  # Use this tokenizer if it differs from the model's.
     compare: str | None = None  # Measure this second checkpoint, the base, on the same masks.
+    pseudo_perplexity: str | None = None  # Score the sentences of this file, no held-out text (-: standard input).
     output: str | None = None  # Write the figures, or with --compare the comparison, to this JSON file.
     trust_remote_code: bool = False  # Run the Python code that a checkpoint brings along.
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # The default is accelerate's setting.
@@ -52,7 +55,7 @@ class CheckpointToMeasure:
 
 MODULES = (
     *(CheckpointToMeasure, CorpusConfig, OutOfDomainConfig, TokenStoreConfig, ChunkConfig),
-    *(EvaluateConfig, PseudoPerplexityConfig, TaskConfig),
+    *(EvaluateConfig, TaskConfig),
 )
 
 
@@ -67,7 +70,7 @@ class Measured(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    what, corpus, out_of_domain, token_store, chunks, evaluation, pseudo, task_config, _ = cli.parse(
+    what, corpus, out_of_domain, token_store, chunks, evaluation, task_config, _ = cli.parse(
         MODULES, argv, cli.command(__doc__)
     )
     if not what.model_name_or_path:
@@ -80,12 +83,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise UserError("--task_file: a probe is of two models; give --compare BASE")
     accelerator = make_accelerator(what.mixed_precision)
     # Where stores are kept may differ.
-    modules = (what, corpus, out_of_domain, chunks, evaluation, pseudo, task_config)
+    modules = (what, corpus, out_of_domain, chunks, evaluation, task_config)
     settings = {name: value for module in modules for name, value in asdict(module).items()}
     check_same({**settings, **versions(), "device": accelerator.device.type}, accelerator)
-    if pseudo.pseudo_perplexity:
+    if what.pseudo_perplexity:
         size = evaluation.per_device_eval_batch_size
-        result = summary = measure_file(pseudo.pseudo_perplexity, models, size, accelerator)
+        result = summary = measure_file(what.pseudo_perplexity, models, size, accelerator)
     elif task and not (corpus.dataset_name or corpus.files):
         limit_threads(token_store)
         result, summary = {}, {}
@@ -103,14 +106,47 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return summary
 
 
+def load(config: ModelConfig, accelerator: Accelerator) -> tuple[SparseMaskedLM, PreTrainedTokenizerBase]:
+    tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, config.trust_remote_code)
+    return load_trained(config, tokenizer, accelerator.device), tokenizer
+
+
 def measure_file(path: str, models: dict[str, ModelConfig], size: int, accelerator: Accelerator) -> dict[str, Any]:
-    """The pseudo-perplexity of a file's sentences; those of the base, if there is one, under "base"."""
-    scored = {}
-    for name, model in models.items():
+    """The pseudo-perplexity of a file's sentences, printed; that of the base, if there is one, under "base".
+
+    Raises UserError where the file cannot be read, the processes differ in it or in a model, and as `score` does.
+    """
+    sentences, measured = read_sentences(path), {}
+    for name, config in models.items():
         if len(models) > 1:
-            accelerator.print(f"{model.model_name_or_path}:")
-        scored[name] = measure_sentences(path, model, size, accelerator)
-    return {**scored.pop("model"), **scored}
+            accelerator.print(f"{config.model_name_or_path}:")
+        model, tokenizer = load(config, accelerator)
+        text = {"sentences": sentences, "tokenizer": tokenizer_info(tokenizer).fingerprint}
+        check_same({**text, "model": fingerprint(model.model)}, accelerator)
+        broadcast(tensors(model.model).values(), accelerator)  # which that fingerprint rounds
+        scores = score(model, tokenizer, sentences, size, accelerator)
+        measured[name] = print_scores(sentences, scores, accelerator)
+    return {**measured.pop("model"), **measured}
+
+
+def print_scores(sentences: dict[int, str], scores: Scores, accelerator: Accelerator) -> dict[str, Any]:
+    """Prints a line for each sentence and one for all; returns `Scores.summary`, and "sentences"."""
+    accelerator.print(f"{'line':>6} {'tokens':>6} {'PLL, nats':>10} {'PPPL':>9}  sentence")
+    records, totals = [], (scores.log_likelihoods.tolist(), scores.tokens.tolist())
+    for (line, text), nats, tokens in zip(sentences.items(), *totals, strict=True):
+        perplexity = exp_or_inf(mean(-nats, tokens))
+        figures = {"pseudo_log_likelihood": nats, "tokens": tokens, "pseudo_perplexity": perplexity}
+        records.append({"line": line, "text": text, **finite(figures)})
+        head = f"{line:>6} {tokens:>6} {nats:>10.2f} {perplexity:>9.4g}  "
+        accelerator.print(head + fit(printable(text.strip()), PAGE - len(head)).rstrip())
+    summary = scores.summary()
+    accelerator.print(
+        f"pseudo-perplexity {summary['pseudo_perplexity']:.4g} over {summary['tokens']:,} tokens in "
+        f"{len(sentences):,} sentences; {summary['bits_per_character']:.4g} bits a character, "
+        f"{summary['bits_per_word']:.4g} a word"
+        + (f"; {summary['unknown_tokens']:,} unknown tokens are not predicted" if scores.unknown.any() else "")
+    )
+    return {**finite(summary), "sentences": records}
 
 
 def measure_corpus(
@@ -151,9 +187,8 @@ def measure_task(
     if accelerator.is_main_process:
         both = []
         for config in (models["base"], models["model"]):
-            tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, config.trust_remote_code)
-            net = load_trained(config, tokenizer, accelerator.device).model
-            both.append(probe.features(net, tokenizer, task, size, accelerator))
+            model, tokenizer = load(config, accelerator)
+            both.append(probe.features(model.model, tokenizer, task, size, accelerator))
         found = probe.conclude(task, *both)
         accelerator.print(task_in_words(probe.figures(found)))
     found = from_main(found, accelerator)

@@ -8,9 +8,10 @@ from typing import Any
 from mlm.startup import quick_imports
 
 with quick_imports():
+    from sentences import read_sentences
+
     from mlm import cli
     from mlm.errors import printable
-    from mlm.files import read_sentences
     from mlm.report.examples import with_examples
     from mlm.report.report import write_report
     from mlm.report.run_record import read_runs

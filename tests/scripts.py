@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 FOLDER = Path(__file__).parents[1] / "scripts"
+sys.path.append(str(FOLDER))  # where a script finds its neighbours
 
 
 def load_script(name: str) -> ModuleType:

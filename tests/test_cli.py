@@ -21,9 +21,8 @@ from mlm.config import Config
 from mlm.data.corpus import OutOfDomainConfig
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import EvaluateConfig
-from mlm.evaluation.pseudo_perplexity import PseudoPerplexityConfig
-from mlm.inference.fill_mask import FillMaskConfig
 from tests.conftest import REPOSITORY
+from tests.scripts import load_script
 
 FLAGS = [
     (module, field)
@@ -239,9 +238,10 @@ def test_every_flag_of_a_run_has_a_help_text(module, field):
     assert len(help_of([module])[field.name].partition(" (default")[0]) >= 8
 
 
-@pytest.mark.parametrize(
-    "module", [part.type for part in dataclasses.fields(Config)] + [FillMaskConfig, PseudoPerplexityConfig]
-)
+CONFIGS = [*(part.type for part in dataclasses.fields(Config)), load_script("fill_mask").FillMaskConfig]
+
+
+@pytest.mark.parametrize("module", [*CONFIGS, load_script("evaluate").CheckpointToMeasure])
 def test_the_help_is_whole_sentences_under_the_first_line_of_the_modules_docstring(module):
     """Titles are phrases."""
     parser = cli.command("")

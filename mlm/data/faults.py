@@ -47,7 +47,7 @@ def find_bad_row(file: str, column: str) -> str | None:
         for where, row in _rows(file):
             if fault := isinstance(row, Row) and _row_fault(row, column):
                 return f"{where}{fault}"
-    except TooDeep as error:
+    except RecursionError as error:
         return str(error)
     except (Broken, ValueError, EOFError, OSError, zlib.error):
         pass  # for the datasets library to read, else for `find_fault` to name
@@ -85,10 +85,6 @@ class Broken(Exception):
     """The line, and what is wrong with its JSON."""
 
 
-class TooDeep(Broken):
-    pass
-
-
 def _opened(file: str) -> BinaryIO:
     return (gzip.open if file.lower().endswith(".gz") else open)(file, "rb")
 
@@ -102,7 +98,8 @@ def _row(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def _rows(file: str) -> Iterator[tuple[str, Any]]:
-    """The values in a JSON file, each after its place: one on each line, or spread over a few, or all in one list."""
+    """The values in a JSON file, each after its place: one on each line, or spread over a few, or all in one list.
+    Raises Broken, and RecursionError, which names the line too, where it is nested too deeply."""
     pending, begin, broken, is_first = "", 1, None, True
     with _opened(file) as lines:
         for number, line in enumerate(lines, start=1):
@@ -117,7 +114,7 @@ def _rows(file: str) -> Iterator[tuple[str, Any]]:
             try:
                 value = json.loads(pending, object_pairs_hook=_row)
             except RecursionError:
-                raise TooDeep(f"line {begin} is nested too deeply") from None
+                raise RecursionError(f"line {begin} is nested too deeply") from None
             except json.JSONDecodeError as error:
                 at = f"line {begin + error.lineno - 1} is broken JSON ({error.msg}, column {error.colno})"
                 broken = broken or Broken(at)
@@ -159,7 +156,7 @@ def _mixed(file: str) -> str | None:
                 first, there = kinds.setdefault(name, (_kind(value), where)) if value is not None else (None, "")
                 if first not in (None, _kind(value)) and {first, _kind(value)} != {"int64", "double"}:
                     return f"{where}: column {name!r} holds {_kind(value)}, but {first} on {there}"
-    except Broken as error:
+    except (Broken, RecursionError) as error:
         return str(error)
     return None if where else "holds no document"
 

@@ -1,7 +1,6 @@
 """Labelled documents: a task that may profit from the adaptation. No label is ever trained on."""
 
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -42,9 +41,8 @@ def read_task(config: TaskConfig, domain: CorpusConfig) -> Task | None:
     """
     if not (name := config.task_file or config.task_dataset_name):
         return None
-    column, label, pair = config.task_text_column or domain.text_column, config.task_label_column, ()
-    if config.task_pair_column:
-        pair = (config.task_pair_column,)
+    column, label = config.task_text_column or domain.text_column, config.task_label_column
+    pair = (config.task_pair_column,) if config.task_pair_column else ()
     if "text" in (label, *pair) and column != "text":
         raise UserError(f"{name}: only the column of --task_text_column may be called text; rename the other")
     try:
@@ -58,9 +56,8 @@ def read_task(config: TaskConfig, domain: CorpusConfig) -> Task | None:
         raise UserError(f"{name} has no column {lacks[0]!r}: name it with --task_label_column or --task_pair_column")
     kind = getattr(rows.features[label], "dtype", "several labels a document")  # lists and mappings have none
     if kind.startswith(("float", "decimal", "several")):
-        raise UserError(
-            f"{name}: column {label!r} holds {kind}; a probe needs one class, a text or whole number, each"
-        )
+        needed = "a probe needs one class, a text or whole number, each"
+        raise UserError(f"{name}: column {label!r} holds {kind}; {needed}")
     table = rows.with_format("arrow")[:]
     texts, labels = list(zip(*(table[c].to_pylist() for c in ("text", *pair)), strict=True)), table[label].to_pylist()
     kept = [i for i, own in enumerate(texts) if labels[i] is not None and all(t and t.strip() for t in own)]
@@ -80,9 +77,9 @@ def in_training_text(documents: list[tuple[str, ...]], domain: CorpusConfig) -> 
     """How many of the labelled documents stand in the training text, up to case and white space. Memory is for the
     labelled ones alone."""
 
-    def key(text: str) -> bytes:
-        return blake2b(" ".join(text.lower().split()).encode(), digest_size=16).digest()
+    def folded(text: str) -> str:
+        return " ".join(text.lower().split())
 
-    keys = [set(map(key, texts)) for texts in documents]
-    found = set().union(*keys).intersection(map(key, corpus.load(domain).documents("train")))
+    keys = [set(map(folded, texts)) for texts in documents]
+    found = set().union(*keys).intersection(map(folded, corpus.load(domain).documents("train")))
     return sum(not own.isdisjoint(found) for own in keys)

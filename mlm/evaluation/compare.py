@@ -219,9 +219,8 @@ def documents_in_words(compared: dict[str, Any]) -> str:
     """The comparison on documents one by one on a line, and whether it tells another story than chunks do."""
     whole, story = compared["one_by_one"], ""
     before, after = figure(whole["perplexity_before"]), figure(whole["perplexity"])
-    sure = _sureness(
-        whole["gain"]["interval"], whole["documents"], f"documents of at most {whole['longest']:,} tokens"
-    )
+    unit = f"documents of at most {whole['longest']:,} tokens"
+    sure = _sureness(whole["gain"]["interval"], whole["documents"], unit)
     if whole["differs"] and whole["gain"]["value"] < compared["gain"]["value"]:
         story = ": another story, a part of the gain in chunks is of how they are cut and joined, not of the domain"
     elif whole["differs"]:

@@ -14,32 +14,19 @@ tokenizers, but a word in several pieces is guessed from its own pieces (Kauf an
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from mlm.columns import PAGE, fit
 from mlm.data.encode import encode_texts
-from mlm.data.tokenizer import load_tokenizer, tokenizer_info
-from mlm.engine.checkpoint import tensors
-from mlm.engine.distributed import broadcast, check_same
-from mlm.errors import one_line, printable
+from mlm.data.tokenizer import tokenizer_info
+from mlm.errors import one_line
 from mlm.evaluation.evaluate import unknown_bits
-from mlm.figures import exp_or_inf, finite, mean
-from mlm.files import read_sentences
-from mlm.model.load import ModelConfig, fingerprint, load_trained
+from mlm.figures import exp_or_inf, mean
 from mlm.model.predict import check_length, cross_entropy, same_length, without_dropout
 from mlm.model.sparse_head import SparseMaskedLM
-
-
-@dataclass(frozen=True)
-class PseudoPerplexityConfig:
-    """Pseudo-perplexity of sentences, in place of the held-out text."""
-
-    pseudo_perplexity: str | None = None  # Score the sentences of this file instead (-: standard input).
 
 
 @dataclass(frozen=True)
@@ -102,33 +89,3 @@ def score(
     unknown = [(row == info.unknown_id).sum() for row in rows]
     sizes = ([len(text) for text in texts], [len(text.split()) for text in texts])
     return Scores(-np.bincount(whose, nats, len(rows)), tokens, *map(np.array, (unknown, *sizes)))
-
-
-def measure(path: str, config: ModelConfig, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:
-    """Scores the sentences of a file with the checkpoint that `config` names, and prints a line for each.
-
-    Returns `Scores.summary`, and `sentences`. Raises UserError where either cannot be read, and as `score` does.
-    """
-    sentences = read_sentences(path)
-    tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, config.trust_remote_code)
-    model = load_trained(config, tokenizer, accelerator.device)
-    text = {"sentences": sentences, "tokenizer": tokenizer_info(tokenizer).fingerprint}
-    check_same({**text, "model": fingerprint(model.model)}, accelerator)
-    broadcast(tensors(model.model).values(), accelerator)  # which that fingerprint rounds
-    scores, records = score(model, tokenizer, sentences, batch_size, accelerator), []
-    accelerator.print(f"{'line':>6} {'tokens':>6} {'PLL, nats':>10} {'PPPL':>9}  sentence")
-    totals = (scores.log_likelihoods.tolist(), scores.tokens.tolist())
-    for (line, text), nats, tokens in zip(sentences.items(), *totals, strict=True):
-        perplexity = exp_or_inf(mean(-nats, tokens))
-        figures = {"pseudo_log_likelihood": nats, "tokens": tokens, "pseudo_perplexity": perplexity}
-        records.append({"line": line, "text": text, **finite(figures)})
-        head = f"{line:>6} {tokens:>6} {nats:>10.2f} {perplexity:>9.4g}  "
-        accelerator.print(head + fit(printable(text.strip()), PAGE - len(head)).rstrip())
-    summary = scores.summary()
-    accelerator.print(
-        f"pseudo-perplexity {summary['pseudo_perplexity']:.4g} over {summary['tokens']:,} tokens in "
-        f"{len(sentences):,} sentences; {summary['bits_per_character']:.4g} bits a character, "
-        f"{summary['bits_per_word']:.4g} a word"
-        + (f"; {summary['unknown_tokens']:,} unknown tokens are not predicted" if scores.unknown.any() else "")
-    )
-    return {**finite(summary), "sentences": records}

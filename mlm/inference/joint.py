@@ -14,13 +14,11 @@ defines no joint distribution: the two orders give the same sentence different p
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mlm.columns import columns
 from mlm.data.tokenizer import spell, template
-from mlm.errors import printable
+from mlm.figures import unspaced
 from mlm.inference.sentences import encode, predict
 from mlm.model.sparse_head import SparseMaskedLM
 
@@ -29,14 +27,6 @@ class Filled(NamedTuple):
     text: str  # as the tokenizer decodes it
     tokens: tuple[str, ...]  # of the masks from left to right
     log_probability: float  # nats, of all fillers jointly
-
-
-def cells(answers: Sequence[Sequence[Filled]], width: int) -> list[list[str]]:
-    """`[model][rank]`, cells of a table: sentences, or the fillers alone where one is wider than `width`."""
-    with_text = [[f"{f.log_probability:8.2f} nats  {printable(f.text)}" for f in answer] for answer in answers]
-    if all(columns(cell) <= width for answer in with_text for cell in answer):
-        return with_text
-    return [[f"{filled.log_probability:8.2f} nats  {' … '.join(filled.tokens)}" for filled in a] for a in answers]
 
 
 class _Hypothesis(NamedTuple):
@@ -62,8 +52,9 @@ def fill_jointly(
     in the order in which the masks were filled. Raises UserError as `encode` does.
     """
 
-    def surest(logits: Tensor) -> tuple[Tensor, Tensor]:
-        return likeliest(logits.log_softmax(dim=-1), min(num_beams, logits.shape[1]))
+    def surest(logits: Tensor) -> list[Tensor]:
+        ranked = logits.log_softmax(dim=-1).sort(dim=-1, descending=True, stable=True)  # `topk` promises no order
+        return [values[:, :num_beams] for values in ranked]
 
     rows, masks = encode(model, tokenizer, sentences)
     beams = [[_Hypothesis(row, left, 0.0)] for row, left in zip(rows, masks, strict=True)]
@@ -79,21 +70,9 @@ def fill_jointly(
             beams[i] = sorted(hypotheses, key=lambda h: -h.log_probability)[:num_beams]  # stable
     before, after = map(len, template(tokenizer))
 
-    def filled(sentence: str, positions: list[int], hypothesis: _Hypothesis) -> Filled:
+    def filled(positions: list[int], hypothesis: _Hypothesis) -> Filled:
         row, tokens = hypothesis.row, tuple(spell(tokenizer, [hypothesis.row[p]]) for p in positions)
-        text = tokenizer.decode(row[before : len(row) - after])
-        if columns(sentence) > len(sentence) and " " not in sentence:  # WordPiece decodes Chinese with blanks
-            text = text.replace(" ", "")
+        text = unspaced(tokenizer.decode(row[before : len(row) - after]))
         return Filled(text, tokens, hypothesis.log_probability)
 
-    return [[filled(text, at, h) for h in beam] for text, at, beam in zip(sentences, masks, beams, strict=True)]
-
-
-def likeliest(log_probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest values of each row of `[M, V]` float32 ≤ 0, and their ids, both `[M, k]`. Of equal values
-    the one with the lower id comes first, on any device; `topk` does not promise an order."""
-    ids = torch.arange(log_probabilities.shape[1], device=log_probabilities.device)
-    # Floats of one sign have the order of their bits; the id in the lower half makes each key unique.
-    keys = (log_probabilities.abs().view(torch.int32).long() << 32) | ids
-    tokens = keys.topk(k, largest=False).values & 0xFFFFFFFF
-    return log_probabilities.gather(1, tokens), tokens
+    return [[filled(at, h) for h in beam] for at, beam in zip(masks, beams, strict=True)]

@@ -10,8 +10,6 @@ Ivanova (2023, arXiv:2305.10588). transformers' `pipeline("fill-mask", targets=â
 sum to at most 1, those of words of several lengths form no distribution.
 """
 
-import csv
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,22 +28,6 @@ class Target(NamedTuple):
     word: str
     pieces: tuple[str, ...]  # as the vocabulary spells them
     log_probability: float  # nats
-
-    def __str__(self) -> str:
-        pieces = f"  = {' '.join(self.pieces)}" if len(self.pieces) > 1 else ""
-        return f"{self.log_probability:8.2f} nats  {math.exp(self.log_probability):<8.3g}  {self.word}{pieces}"
-
-
-def parse_targets(text: str) -> list[str]:
-    """The words of `good,so so,"1,000"`: separated by commas, quoted where they contain one (as in CSV), each once.
-
-    Raises UserError where a word is missing.
-    """
-    [cells] = csv.reader([" ".join(text.split()) or " "], skipinitialspace=True)
-    words = list(dict.fromkeys(cell.strip() for cell in cells))
-    if "" in words:
-        raise UserError(f"--targets {text!r}: expected words with commas between them, such as good,bad")
-    return words
 
 
 def score_targets(

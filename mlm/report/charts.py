@@ -40,21 +40,6 @@ def event_chart(runs: Sequence[RunRecord], key: str) -> go.Figure:
     return chart
 
 
-def gain_chart(compared: Compared) -> go.Figure:
-    """The gain of each run with its interval; a line at 1, where nothing is gained."""
-    chart = _chart("perplexity before / after", "")
-    for run, comparison in compared:
-        gain, colour = comparison["gain"], _colour(run)
-        value, (low, high) = gain["value"], gain["interval"]
-        error = {} if None in (value, low, high) else {"array": [high - value], "arrayminus": [value - low]}
-        error["color"] = colour
-        chart.add_scatter(x=[value], y=[_label(run.name)], marker={"color": colour}, error_x=error)
-    chart.update_traces(mode="markers", showlegend=False, marker_size=9, error_x_thickness=2)
-    chart.add_vline(x=1, line={"color": "var(--muted)", "width": 1})
-    chart.update_layout(height=110 + 36 * len(compared), yaxis={"autorange": "reversed", "type": "category"})
-    return chart
-
-
 def task_chart(compared: Compared) -> go.Figure:
     """A probe's accuracy before and after over the labels a class; the bars are the interval of the difference."""
     chart = _chart("labels a class", "accuracy")

@@ -1,25 +1,22 @@
 """Sentences of the held-out text with a word masked, and what a run's model writes there before and after."""
 
-import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from mlm.errors import UserError, one_line, printable
+from mlm.errors import UserError, printable
+from mlm.figures import unspaced
 from mlm.files import write_json
 from mlm.inference.fill_mask import fill, load
 from mlm.inference.sentences import MASK, own_mask
 from mlm.model.load import ModelConfig, load_model
 from mlm.model.sparse_head import SparseMaskedLM
-from mlm.report.report import unspaced
 from mlm.report.run_record import Rows, RunRecord, files_of
 
 EXAMPLES = 6
@@ -48,7 +45,7 @@ def with_examples(
     try:
         with files_of(run.folder):
             *models, tokenizer = _load(run, trust_remote_code)
-            chosen = from_held_out(run.folder, tokenizer) if sentences is None else []
+            chosen = from_held_out(run, tokenizer) if sentences is None else []
         if sentences is None:
             examples = _fill(models, tokenizer, chosen)
             with suppress(OSError):  # a run that may only be read
@@ -62,16 +59,12 @@ def with_examples(
 
 
 def _load(run: RunRecord, trust_remote_code: bool) -> tuple[SparseMaskedLM, SparseMaskedLM, PreTrainedTokenizerBase]:
-    """The model that a run began from, the one that it ended with, and their tokenizer. Raises UserError."""
+    """The model that a run began from, the one that it ended with, and their tokenizer."""
     adapted, tokenizer = load(str(run.folder), trust_remote_code)
     about = run.about["configuration"]
-    try:
-        config = ModelConfig(**{**about["model"], "trust_remote_code": trust_remote_code})
-        seed = int(about["train"]["seed"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"run.json has the flags of another version ({one_line(error)})") from None
+    config = ModelConfig(**{**about["model"], "trust_remote_code": trust_remote_code})
     # The seed draws the very weights from which the training of a model from scratch began.
-    base = SparseMaskedLM(load_model(config, tokenizer, seed).to(adapted.model.device))
+    base = SparseMaskedLM(load_model(config, tokenizer, about["train"]["seed"]).to(adapted.model.device))
     return base, adapted, tokenizer
 
 
@@ -90,17 +83,14 @@ def _fill(
     return rows
 
 
-def from_held_out(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> list[tuple[str, str]]:
+def from_held_out(run: RunRecord, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> list[tuple[str, str]]:
     """Openings of held-out documents, in an order drawn by `seed`, each with a word of one token masked.
 
     Returns sentences and their words, each word and each document once: of the words whose summed gain is the largest,
-    first those that gained most at an occurrence, so "movie" before "the". Raises UserError for an unreadable file.
+    first those that gained most at an occurrence, so "movie" before "the".
     """
-    try:
-        compared = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["held_out"]
-        table = pq.read_table(folder / "documents.parquet", columns=["text", "opening"])
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise UserError(f"{folder / 'documents.parquet'} cannot be read: {one_line(error)}") from None
+    compared = run.comparison["held_out"]
+    table = pq.read_table(run.folder / "documents.parquet", columns=["text", "opening"])
     openings = [row["opening"].split() for row in table.to_pylist() if row["text"] == "held_out"]
     np.random.default_rng(seed).shuffle(openings)
     drawn: list[tuple[str, str]] = []

@@ -51,10 +51,8 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
         forgotten = f"\nOn out-of-domain text, {source}:\n\n{_figures(results, 'general_')}"
     if "task_accuracy" in results:
         task = _letters(short(config.task.task_file or config.task.task_dataset_name))
-        forgotten += (
-            f"\nFrozen features and logistic regression, on {results['task_documents']:,} documents of {task}:\n\n"
-        )
-        forgotten += f"{task_in_words(results)}\n"
+        documents = f"{results['task_documents']:,} documents of {task}"
+        forgotten += f"\nFrozen features and logistic regression, on {documents}:\n\n{task_in_words(results)}\n"
     return f"""---
 {data.to_yaml()}
 ---
@@ -100,10 +98,8 @@ def task_in_words(results: dict[str, Any]) -> str:
     """What classifiers of frozen features gained with the fewest and the most labels, in lines of Markdown."""
     lines = []
     for prefix in ("task_few_", "task_"):
-        percent = {
-            name: 100 * results[f"{prefix}accuracy{name}"] for name in ("_before", "", "_difference", "_low", "_high")
-        }
-        before, after, difference, low, high = map(figure, percent.values())
+        shares = (results[f"{prefix}accuracy{name}"] for name in ("_before", "", "_difference", "_low", "_high"))
+        before, after, difference, low, high = (figure(100 * share) for share in shares)
         gain = f"{before}% before, {after}% after, difference {difference} points (95% interval {low} to {high})"
         lines.append(f"- task, {results[f'{prefix}labels_a_class']:,} labels a class: accuracy {gain}")
     if seen := results["task_in_training_text"]:

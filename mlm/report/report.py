@@ -6,9 +6,9 @@ jinja2 escapes all text of a run on the page. Every figure of all_results.json s
 
 import json
 import math
-import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,13 @@ from jinja2 import Environment, FileSystemLoader
 from plotly.offline import get_plotlyjs
 
 from mlm.errors import UserError
-from mlm.figures import flat
+from mlm.figures import flat, unspaced
 from mlm.files import write_text
-from mlm.report.charts import Compared, breakdown_chart, event_chart, gain_chart, loss_chart, mean, task_chart
+from mlm.report.charts import Compared, breakdown_chart, event_chart, loss_chart, mean, task_chart
 from mlm.report.model_card import short
 from mlm.report.run_record import ABOUT, COMPARED, RunRecord, files_of
 
 LOGGED = {"event", "step", "seconds", "tokens", "loss", "learning_rate", "mask_rate", "tokens_per_second"}
-
-# Chinese and Japanese, without Hangul: blanks between their letters come from a decoder, not from the text.
-UNSPACED = "[\u2e80-\u312f\u31a0-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
-GAPS = re.compile(rf"(?<={UNSPACED}) +(?={UNSPACED}|\[MASK\])|(?<=\[MASK\]) +(?={UNSPACED})")
 
 # What figures depend on beside the model: key of run.json's experiment, and its name for people.
 MEASURED = {
@@ -39,7 +35,6 @@ MEASURED = {
     "eval_mask_folds": "mask folds",
     "max_eval_samples": "numbers of chunks",
     "max_seq_length": "chunk lengths",
-    "masks": "ways of masking",
 }
 
 
@@ -56,7 +51,7 @@ def write_report(runs: Sequence[RunRecord], output: Path) -> None:
 def render(runs: Sequence[RunRecord]) -> str:
     loader = FileSystemLoader(Path(__file__).parent)
     page = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    charts = (breakdown_chart, event_chart, gain_chart, loss_chart, task_chart)
+    charts = (breakdown_chart, event_chart, loss_chart, task_chart)
     forms = (aligned, count, chance, short, counted, unspaced, grouped, share, duration)
     functions = {f.__name__: f for f in (*charts, *forms, same, mean, unlike, largest_change, zip)}
     page.filters |= functions | {"shlex_join": shlex.join}
@@ -74,10 +69,6 @@ def unlike(runs: Sequence[RunRecord], text: str) -> str:
     experiments = [run.about["experiment"] for run in runs]
     names = {f"{text} corpus": "texts", **MEASURED}
     differ = [key for key in names if len({json.dumps(e[key]) for e in experiments if key in e}) > 1]
-    # The fingerprint of the masks is of the tokenizer's vocabulary too, and since evaluation has masks of its
-    # own, of training's masks alone.
-    if "tokenizer" in differ or all("eval_mlm_probability" in e for e in experiments):
-        differ = [key for key in differ if key != "masks"]
     if not differ:
         return ""
     *others, last = [names[key] for key in differ]
@@ -123,19 +114,9 @@ def chance(row: dict[str, Any], when: str) -> str:
     return share(0.0 if nats is None else math.exp(-nats))
 
 
-def unspaced(text: str) -> str:
-    """Decoded Chinese and Japanese without the blanks that a decoder puts between tokens."""
-    return GAPS.sub("", text)
-
-
 def duration(seconds: float | None) -> str:
-    """1 h 5 min, 2 min 13 s, 8.4 s."""
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.2g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
+    """2:05:00 for two hours and five minutes, as in a run's log."""
+    return "–" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 def same(runs: Sequence[RunRecord], key: str, form: Callable[[float | None], str]) -> bool:

@@ -207,9 +207,8 @@ class RunDirectory:
         code: whether the model may bring Python files along. Raises UserError for a link, which may lead anywhere.
         """
         allowed = (*MODEL_FILES, "*.py") if code else MODEL_FILES
-        recorded = recorded_files(self.folder)  # a run from before has none
-        model = [path.name for path in self.model_files() if not recorded or path.name in recorded]
-        model = [name for name in model if any(fnmatchcase(name, pattern) for pattern in allowed)]
+        recorded = sorted(recorded_files(self.folder))
+        model = [name for name in recorded if any(fnmatchcase(name, pattern) for pattern in allowed)]
         files = [path for name in (*model, "README.md", "all_results.json") if (path := self.folder / name).is_file()]
         for path in files:
             if path.is_symlink():

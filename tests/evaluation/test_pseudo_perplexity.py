@@ -12,12 +12,14 @@ from accelerate import Accelerator
 from transformers import BertConfig, BertForMaskedLM
 
 from mlm.errors import UserError
-from mlm.evaluation.pseudo_perplexity import Scores, measure, score
+from mlm.evaluation.pseudo_perplexity import Scores, score
 from mlm.model.load import ModelConfig
 from mlm.model.sparse_head import SparseMaskedLM
 from tests.conftest import REPOSITORY
+from tests.scripts import load_script
 from tests.tokenizers_for_tests import byte_level_bpe, unigram, wordpiece
 
+script = load_script("evaluate")
 TEXTS = ["the old cat likes milk every day", "a young fox, a small bee"] * 5
 SENTENCES = [
     "the old cat likes milk every day",
@@ -127,7 +129,8 @@ def test_the_model_stays_in_its_mode_and_draws_nothing():
 
 
 def measured(toy, file) -> dict:
-    return measure(str(file), ModelConfig(model_name_or_path=str(toy.checkpoint)), 3, Accelerator(cpu=True))
+    models = {"model": ModelConfig(model_name_or_path=str(toy.checkpoint))}
+    return script.measure_file(str(file), models, 3, Accelerator(cpu=True))
 
 
 def test_a_sentence_that_is_too_long_is_named_by_its_line(toy, tmp_path):
@@ -175,12 +178,11 @@ def test_a_file_without_sentences_is_refused(content, words, toy, tmp_path):
 
 
 def test_two_models_are_scored_side_by_side(toy, tmp_path):
-    file, kept = tmp_path / "sentences.txt", tmp_path / "found.json"
-    file.write_text("\n".join(SENTENCES))
+    kept = tmp_path / "found.json"
     flags = ["--model_name_or_path", str(toy.checkpoint), "--compare", str(toy.checkpoint)]
-    flags += ["--pseudo_perplexity", str(file), "--output", str(kept)]
+    flags += ["--pseudo_perplexity", "-", "--output", str(kept)]
     command = [sys.executable, str(REPOSITORY / "scripts/evaluate.py"), *flags]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, input="\n".join(SENTENCES), check=True, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["base"] == {name: value for name, value in found.items() if name != "base"}
     assert json.loads(kept.read_text()) == found

@@ -15,7 +15,6 @@ from unittest.mock import patch
 import torch
 from mlm.data import corpus
 from mlm.errors import UserError
-from mlm.evaluation import pseudo_perplexity
 from mlm.report import environment
 from tests.scripts import load_script
 
@@ -41,8 +40,8 @@ for name, (shared, flags, patched) in {
     "package": ([], [], patch.object(environment, "version", lambda package: "9")),
     "text": ([], store, patch.object(corpus, "texts", other_text)),
     "weights": ([], [], patch.object(script, "load_trained", altered(larger))),
-    "sentences": (sentences, [], patch.object(pseudo_perplexity, "read_sentences", other_sentences)),
-    "weights, sentences": (sentences, [], patch.object(pseudo_perplexity, "load_trained", altered(larger))),
+    "sentences": (sentences, [], patch.object(script, "read_sentences", other_sentences)),
+    "weights, sentences": (sentences, [], patch.object(script, "load_trained", altered(larger))),
     "rows reversed": ([], [], patch.object(script, "load_trained", altered(reversed_rows))),
 }.items():
     with patched if other else nullcontext():

@@ -1,7 +1,6 @@
 """Filling masks: the numbers of the stock pipeline, either spelling of a mask, one line for every mistake."""
 
 import json
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm.utils import disp_len
 from transformers import (
     AutoModelForMaskedLM,
     BertConfig,
@@ -24,16 +24,16 @@ from transformers import (
     pipeline,
 )
 
-from mlm.columns import columns
 from mlm.data.tokenizer import load_tokenizer, train_tokenizer
 from mlm.errors import UserError
-from mlm.inference.fill_mask import Filler, FillMaskConfig, fill, load, table
+from mlm.inference.fill_mask import Filler, fill, load
 from mlm.inference.joint import Filled, fill_jointly
 from mlm.inference.targets import Target, score_targets
 from mlm.model.load import ModelConfig, check_embeddings
 from tests.scripts import load_script
 from tests.tokenizers_for_tests import wordpiece
 
+script, terminal = load_script("fill_mask"), load_script("terminal")
 ROOT = Path(__file__).parents[2]
 TINY_CHECKPOINT = ROOT.parent / "shared/data/models/bert-tiny-wikitext"
 TEXTS = [
@@ -109,7 +109,7 @@ def convbert(tmp_path_factory) -> Path:
 @pytest.fixture
 def answer() -> Callable[..., dict]:
     """The script's `main`, in this process."""
-    main = runpy.run_path(str(ROOT / "scripts/fill_mask.py"))["main"]
+    main = script.main
     return lambda *argv: main([str(word) for word in argv])
 
 
@@ -121,7 +121,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def script(*argv: object) -> subprocess.CompletedProcess[str]:
+def launched(*argv: object) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "scripts/fill_mask.py", *map(str, argv)]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
 
@@ -239,7 +239,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(bert, tmp_path):
 def test_top_k_is_between_one_and_the_vocabulary(bert):
     model, tokenizer = load(str(bert))
     with pytest.raises(UserError, match=r"--top_k 0: at least 1"):
-        FillMaskConfig(top_k=0)
+        script.FillMaskConfig(top_k=0)
     with pytest.raises(UserError, match=rf"--top_k 500: the model's vocabulary has {len(tokenizer)} tokens"):
         fill(model, tokenizer, SENTENCES, 500)
 
@@ -263,7 +263,7 @@ def test_escapes_in_sentences_and_in_tokens_are_shown_and_not_sent(order, tmp_pa
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     flags = ["--model_name_or_path", str(tmp_path), f"the {ESCAPE} [MASK] \u202e"]
-    load_script("fill_mask").main(flags + ([] if order is None else ["--order", order]))
+    script.main(flags + ([] if order is None else ["--order", order]))
     printed = capsys.readouterr().out
     assert printed.count("\\x1b]0;owned\\x07\\x9b2J") >= 2, "in the sentence and as a filler"
     assert "\\u202e" in printed
@@ -276,17 +276,17 @@ fillers = st.builds(Filler, st.text(st.sampled_from("aé酒店ｗ"), min_size=1,
 @given(names, names, st.lists(st.tuples(fillers, fillers), min_size=1, max_size=3))
 def test_tables_are_aligned_in_a_hundred_columns(base, adapted, pairs):
     left, right = zip(*pairs, strict=True)
-    _, head, *rows = table("A [MASK].", [base, adapted], [[list(left)], [list(right)]]).splitlines()
-    assert all(columns(line) <= 100 for line in [head, *rows])
+    _, head, *rows = terminal.table("A [MASK].", [base, adapted], [[list(left)], [list(right)]]).splitlines()
+    assert all(disp_len(line) <= 100 for line in [head, *rows])
     for row, (_, filler) in zip(rows, pairs, strict=True):
-        start = next(i for i in range(len(row)) if columns(row[:i]) == 54)
+        start = next(i for i in range(len(row)) if disp_len(row[:i]) == 54)
         assert row[start:].startswith(f"{filler.probability:.4f}  {filler.token[:10]}")
 
 
 def test_of_a_long_model_name_the_end_is_shown():
     name = "/runs/" + "of-many-parameters/" * 10 + "step_500"
     fillers = [[Filler("film", 0.5)]]
-    assert table("A [MASK].", [name, name], [fillers, fillers]).splitlines()[1].count("/step_500") == 2
+    assert terminal.table("A [MASK].", [name, name], [fillers, fillers]).splitlines()[1].count("/step_500") == 2
 
 
 def test_compare_puts_the_base_first(bert, roberta, answer, capsys):
@@ -343,7 +343,7 @@ def test_targets_and_joint_fillings_of_two_models_stand_side_by_side(bert, rober
         found = [[Filled(**filled) for filled in record["filled"]] for record in result[key]]
         assert found == [ways[:3] for ways in expected]
     lines = capsys.readouterr().out.splitlines()
-    assert all(columns(line) <= 100 for line in lines)
+    assert all(disp_len(line) <= 100 for line in lines)
     assert sum(line.count(" nats  ") for line in lines) == 2 * 2 * 3
 
 
@@ -381,7 +381,7 @@ def test_what_does_not_go_together_is_refused(flags, words, bert, answer):
 
 
 def test_the_script_ends_with_one_json_object(bert):
-    done = script("--model_name_or_path", bert, "--top_k", 3, *SENTENCES)
+    done = launched("--model_name_or_path", bert, "--top_k", 3, *SENTENCES)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(SENTENCES[0])
     result = json.loads(done.stdout.splitlines()[-1])
@@ -393,7 +393,7 @@ def test_the_script_ends_with_one_json_object(bert):
 
 
 def test_a_mistake_ends_the_script_with_one_line_and_status_2(bert):
-    done = script("--model_name_or_path", bert, "A [MASK] story", "No gaps here.")
+    done = launched("--model_name_or_path", bert, "A [MASK] story", "No gaps here.")
     assert (done.returncode, done.stdout) == (2, "")
     [line] = done.stderr.splitlines()
     assert line.startswith("error: sentence 2 ('No gaps here.') has no mask")

@@ -5,15 +5,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from tqdm.utils import disp_len
 from transformers import BertConfig, BertForMaskedLM
 
-from mlm.columns import columns
 from mlm.data.tokenizer import train_tokenizer
 from mlm.inference.fill_mask import fill
-from mlm.inference.joint import Filled, cells, fill_jointly, likeliest
+from mlm.inference.joint import Filled, fill_jointly
 from mlm.model.sparse_head import SparseMaskedLM
+from tests.scripts import load_script
 
 ORDERS = ["left_to_right", "confidence"]
 SENTENCES = ["a [MASK] b [MASK]", "[MASK] [MASK] [MASK] d", "c a [MASK]", "[MASK] d d a [MASK] [MASK]"]
@@ -120,18 +119,6 @@ def test_of_equally_likely_fillers_the_lower_ids_come_first(order):
     assert [filled.log_probability for filled in found] == pytest.approx([-2 * math.log(9)] * 12)
 
 
-@given(
-    st.lists(st.lists(st.sampled_from([0.0, -0.0, -1e-30, -0.5, -1.0, -30.0]), min_size=6, max_size=6), min_size=1),
-    st.integers(1, 6),
-)
-def test_the_likeliest_are_those_of_a_stable_sort(rows, k):
-    values, ids = likeliest(torch.tensor(rows), k)
-    for row, row_values, row_ids in zip(rows, values.tolist(), ids.tolist(), strict=True):
-        expected = sorted(range(6), key=lambda i: -row[i])[:k]
-        assert row_ids == expected
-        assert row_values == pytest.approx([row[i] for i in expected])
-
-
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_sentence_does_not_depend_on_the_other_sentences(order):
     model, tokenizer = letters()
@@ -178,9 +165,10 @@ def test_chinese_is_written_without_the_blanks_of_wordpiece():
 
 def test_cells_show_sentences_where_all_fit_and_fillers_where_not():
     short, long = Filled("a b", ("b",), -1.5), Filled("a " + "b " * 30, ("b", "b"), -20.25)
-    assert cells([[short], [short]], 46) == [["   -1.50 nats  a b"]] * 2
-    assert cells([[short], [long]], 46) == [["   -1.50 nats  b"], ["  -20.25 nats  b … b"]]
+    script = load_script("fill_mask")
+    assert script.joint_cells([[short], [short]], 46) == [["   -1.50 nats  a b"]] * 2
+    assert script.joint_cells([[short], [long]], 46) == [["   -1.50 nats  b"], ["  -20.25 nats  b … b"]]
     wide = Filled("房" * 16, ("房",), -1.0)
-    [[cell]] = cells([[wide]], 46)
-    assert columns(cell) <= 46
+    [[cell]] = script.joint_cells([[wide]], 46)
+    assert disp_len(cell) <= 46
     assert cell.endswith("  房")

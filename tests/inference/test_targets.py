@@ -12,8 +12,9 @@ from transformers import BertConfig, BertForMaskedLM
 
 from mlm.errors import UserError
 from mlm.inference.fill_mask import fill
-from mlm.inference.targets import Target, parse_targets, score_targets
+from mlm.inference.targets import Target, score_targets
 from mlm.model.sparse_head import SparseMaskedLM
+from tests.scripts import load_script
 from tests.tokenizers_for_tests import byte_level_bpe, unigram, wordpiece
 
 TEXTS = ["this is a great film, and the acting is good.", "unable and able, a boring film; great films"] * 5
@@ -160,6 +161,7 @@ def test_a_word_that_makes_a_sentence_too_long_is_refused():
 
 
 def test_targets_are_written_as_in_a_csv_file():
+    parse_targets = load_script("fill_mask").parse_targets
     assert parse_targets("good") == ["good"]
     assert parse_targets(' good, so so ,"1,000" , good,","') == ["good", "so so", "1,000", ","]
     for text in ("", " ", "good,", ",good", "good,,bad"):
@@ -168,5 +170,6 @@ def test_targets_are_written_as_in_a_csv_file():
 
 
 def test_a_table_shows_the_pieces_of_words_that_have_several():
-    assert str(Target("film", ("Ġfilm",), math.log(0.25))) == "   -1.39 nats  0.25      film"
-    assert str(Target("films", ("Ġfilm", "s"), -20.0)) == "  -20.00 nats  2.06e-09  films  = Ġfilm s"
+    cell = load_script("terminal").cell
+    assert cell(Target("film", ("Ġfilm",), math.log(0.25))) == "   -1.39 nats  0.25      film"
+    assert cell(Target("films", ("Ġfilm", "s"), -20.0)) == "  -20.00 nats  2.06e-09  films  = Ġfilm s"
