@@ -42,11 +42,11 @@ class Progress:
         self._measured: list[torch.Tensor] = []
         self._masked, self._tokens, self._started = 0, 0, time.perf_counter()
 
-    def add(self, applied: Step, tokens: int) -> None:
-        """An optimizer step of so many tokens. Nothing waits for the device."""
+    def add(self, applied: Step) -> None:
+        """An optimizer step. Nothing waits for the device."""
         self._measured.append(torch.cat([applied.sums, applied.nonfinite[None]]))
         self._masked += applied.masked
-        self._tokens += tokens
+        self._tokens += applied.tokens
         self.overflows += applied.overflows
         self.step += 1
         self.evaluated = False

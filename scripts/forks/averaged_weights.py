@@ -124,7 +124,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         while progress.step < last_step:
             applied = update(progress.step, run.requests())
             average.update_parameters(net)
-            progress.add(applied, applied.tokens)
+            progress.add(applied)
             evaluates, saves, logs = run.due(progress.step, last_step)
             if not (evaluates or saves or logs or any(applied.requests)):
                 continue

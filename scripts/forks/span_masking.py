@@ -125,7 +125,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         progress.restart()
         while progress.step < last_step:
             applied = update(progress.step, run.requests())
-            progress.add(applied, applied.tokens)
+            progress.add(applied)
             evaluates, saves, logs = run.due(progress.step, last_step)
             if not (evaluates or saves or logs or any(applied.requests)):
                 continue
