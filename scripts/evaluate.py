@@ -26,7 +26,7 @@ with quick_imports():
     from mlm.data.tokenizer import load_tokenizer, tokenizer_info
     from mlm.engine.checkpoint import tensors
     from mlm.engine.device import make_accelerator
-    from mlm.engine.distributed import broadcast, check_same, from_main, local_main_process_first
+    from mlm.engine.distributed import broadcast, check_same, from_main, local_main_process_first, on_main
     from mlm.errors import UserError, printable
     from mlm.evaluation.compare import compare, gain_figures, in_words
     from mlm.evaluation.eval_set import EvalSet, EvaluateConfig, open_eval_sets
@@ -36,6 +36,7 @@ with quick_imports():
     from mlm.files import write_json
     from mlm.model.load import ModelConfig, fingerprint, load_trained, open_corpus, position_limit
     from mlm.model.sparse_head import SparseMaskedLM
+    from mlm.model.vocabulary import check_encoder
     from mlm.report.environment import versions
     from mlm.report.model_card import task_in_words
 
@@ -78,18 +79,20 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     model = ModelConfig(what.model_name_or_path, trust_remote_code=what.trust_remote_code)
     models = {"base": replace(model, model_name_or_path=what.compare)} if what.compare else {}
     models["model"] = replace(model, tokenizer_name=what.tokenizer_name)
-    task = read_task(task_config, corpus)
-    if task and not what.compare:
+    if task_config.given and not what.compare:
         raise UserError("--task_file: a probe is of two models; give --compare BASE")
     accelerator = make_accelerator(what.mixed_precision)
     # Where stores are kept may differ.
     modules = (what, corpus, out_of_domain, chunks, evaluation, task_config)
     settings = {name: value for module in modules for name, value in asdict(module).items()}
     check_same({**settings, **versions(), "device": accelerator.device.type}, accelerator)
+    task = on_main(lambda: read_task(task_config, corpus), accelerator)
     if what.pseudo_perplexity:
         size = evaluation.per_device_eval_batch_size
         result = summary = measure_file(what.pseudo_perplexity, models, size, accelerator)
     elif task and not (corpus.dataset_name or corpus.files):
+        if out_of_domain != OutOfDomainConfig():
+            raise UserError("--out_of_domain_file: give the held-out text too, --validation_file")
         limit_threads(token_store)
         result, summary = {}, {}
     else:
@@ -98,8 +101,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         )
         result, summary = measure_corpus(config, models, accelerator)
     if task:
-        result["task"], figures = measure_task(task, models, evaluation.per_device_eval_batch_size, accelerator)
-        summary |= figures
+        found, figures = measure_task(task, models, evaluation.per_device_eval_batch_size, accelerator)
+        result, summary = {**result, "task": found}, {**summary, **figures}
     if what.output and accelerator.is_main_process:
         save(Path(what.output), result)
     accelerator.end_training()
@@ -116,7 +119,7 @@ def measure_file(path: str, models: dict[str, ModelConfig], size: int, accelerat
 
     Raises UserError where the file cannot be read, the processes differ in it or in a model, and as `score` does.
     """
-    sentences, measured = read_sentences(path), {}
+    sentences, measured = on_main(lambda: read_sentences(path), accelerator), {}
     for name, config in models.items():
         if len(models) > 1:
             accelerator.print(f"{config.model_name_or_path}:")
@@ -183,15 +186,16 @@ def measure_task(
     """Prints the probe of both models. Returns it, and its figures for the last line of output."""
     from mlm.evaluation import probe  # it imports scikit-learn: a second
 
-    found = None
-    if accelerator.is_main_process:
+    def measured() -> dict[str, Any]:
         both = []
         for config in (models["base"], models["model"]):
             model, tokenizer = load(config, accelerator)
+            check_encoder(model.model)
             both.append(probe.features(model.model, tokenizer, task, size, accelerator))
-        found = probe.conclude(task, *both)
-        accelerator.print(task_in_words(probe.figures(found)))
-    found = from_main(found, accelerator)
+        return probe.conclude(task, *both)
+
+    found = on_main(measured, accelerator)
+    accelerator.print(task_in_words(probe.figures(found)))
     return found, probe.figures(found)
 
 

@@ -22,6 +22,10 @@ class TaskConfig:
     task_pair_column: str | None = None  # This column holds the second text, where pairs of texts have classes.
     task_label_column: str = "label"  # This column holds their classes.
 
+    @property
+    def given(self) -> str | None:
+        return self.task_file or self.task_dataset_name
+
     def __post_init__(self) -> None:
         if self.task_file and self.task_dataset_name:
             raise UserError("--task_file and --task_dataset_name: give one of the two")
@@ -39,7 +43,7 @@ def read_task(config: TaskConfig, domain: CorpusConfig) -> Task | None:
 
     Raises UserError where they cannot be read, or their labels are no classes of FEWEST documents or more.
     """
-    if not (name := config.task_file or config.task_dataset_name):
+    if not (name := config.given):
         return None
     column, label = config.task_text_column or domain.text_column, config.task_label_column
     pair = (config.task_pair_column,) if config.task_pair_column else ()
@@ -73,13 +77,16 @@ def read_task(config: TaskConfig, domain: CorpusConfig) -> Task | None:
     return Task(name, texts, numbers, seen)
 
 
-def in_training_text(documents: list[tuple[str, ...]], domain: CorpusConfig) -> int:
-    """How many of the labelled documents stand in the training text, up to case and white space. Memory is for the
-    labelled ones alone."""
+def in_training_text(documents: list[tuple[str, ...]], domain: CorpusConfig) -> int | None:
+    """How many of the labelled documents stand in the training text, up to case and white space; None where there is
+    no such text. Memory is for the labelled ones alone."""
 
     def folded(text: str) -> str:
         return " ".join(text.lower().split())
 
+    text = corpus.load(domain)
+    if "train" not in text.splits:
+        return None
     keys = [set(map(folded, texts)) for texts in documents]
-    found = set().union(*keys).intersection(map(folded, corpus.load(domain).documents("train")))
+    found = set().union(*keys).intersection(map(folded, text.documents("train")))
     return sum(not own.isdisjoint(found) for own in keys)

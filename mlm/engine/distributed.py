@@ -6,7 +6,8 @@ alone would leave the others waiting.
 """
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -118,6 +119,15 @@ def from_main(value: Any, accelerator: Accelerator) -> Any:
     return box[0]
 
 
+def on_main(find: Callable[[], Any], accelerator: Accelerator) -> Any:
+    """What `find()` gives on the main process, on every process; a UserError that it raises there, on every one."""
+    try:
+        found = find() if accelerator.is_main_process else None
+    except UserError as error:
+        found = error
+    return from_main(found, accelerator)
+
+
 def gather_on_main(value: Any, accelerator: Accelerator) -> list[Any]:
     """Every process's `value`, which pickle has to take, on the main process, in host memory; [] on the others."""
     if accelerator.num_processes == 1:
@@ -159,10 +169,10 @@ class GradientSum:
             views = {p: view.view_as(p) for p, view in zip(held, gradients.split(sizes), strict=True)}
             self.buckets.append(Bucket(gradients, views, gradients.to(dtype or gradients.dtype)))
             for p in held:
-                p.register_post_accumulate_grad_hook(partial(self._complete, self.buckets[-1]))
+                p.register_post_accumulate_grad_hook(partial(_completed, weakref.ref(self), len(self.buckets) - 1))
 
     def begin(self) -> None:
-        """Zero gradients. (In one process they are autograd's own, and nothing here does anything.)"""
+        """Zero gradients. (In one process they are autograd's own, and `backward` alone does anything.)"""
         for bucket in self.buckets:
             bucket.gradients.zero_()
             bucket.missing = set(bucket.views)
@@ -174,7 +184,8 @@ class GradientSum:
         self.last = last
         loss.backward()
 
-    def _complete(self, bucket: Bucket, p: torch.nn.Parameter) -> None:
+    def _complete(self, number: int, p: torch.nn.Parameter) -> None:
+        bucket = self.buckets[number]
         if self.last and bucket.work is not None:
             raise RuntimeError("a parameter got a second gradient in one backward pass, after the first was sent")
         if self.last:
@@ -200,6 +211,13 @@ class GradientSum:
             bucket.work.wait()
             bucket.work = None  # a reference to the group, whose threads would live on
             bucket.gradients.copy_(bucket.message).mul_(factor)
+
+
+def _completed(gradients: "weakref.ref[GradientSum]", number: int, p: torch.nn.Parameter) -> None:
+    """A parameter's hook. It refers to the sum weakly: Python does not see through hooks of torch, and would free
+    neither the sum nor the parameters after a run."""
+    if (own := gradients()) is not None:
+        own._complete(number, p)
 
 
 def lost_a_process(error: BaseException) -> bool:

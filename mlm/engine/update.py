@@ -51,7 +51,7 @@ class UpdateConfig:
     per_device_train_batch_size: int | Literal["auto"] = 8  # Set a micro-batch's chunks (auto: what fits).
     gradient_accumulation_steps: int = 1  # A step has this many micro-batches (or use --train_batch_size).
     max_grad_norm: float = 1.0  # Scale gradients of a larger norm down to this one (0: never).
-    reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # Send and add up gradients in this type (bf16: half the traffic).
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # Processes send gradients in this type (bf16: half the traffic).
 
     def __post_init__(self) -> None:
         at_least(self, 1, "train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")

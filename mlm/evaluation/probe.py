@@ -55,7 +55,7 @@ CLASSIFIERS = {
 }
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, as in evaluate.py
 def features(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, size: int, accelerator: Accelerator
 ) -> np.ndarray:

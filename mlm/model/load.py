@@ -77,7 +77,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
         # New versions of transformers have the first name and warn about the second, which old ones have.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         try:
-            enable()
+            enable({"use_reentrant": False})  # a layer used several times gets one gradient, complete
         except ValueError as error:
             raise UserError(f"--gradient_checkpointing: {one_line(error)}") from error
     if own_dropout:

@@ -30,6 +30,12 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     return rows - padding - 1
 
 
+def check_encoder(model: PreTrainedModel) -> None:
+    """Raises UserError where `model` has no encoder that reads texts of any length by itself."""
+    if model.config.model_type in OF_ONE_LENGTH or model.base_model is model:
+        raise UserError(f"{type(model).__name__} has no encoder that reads texts of any length: no --task_file")
+
+
 def only_length(config: PreTrainedConfig) -> int | None:
     """The one length of sequences, in tokens, that a Nystromformer takes, whose landmarks are the means of equal
     segments of a sequence of that length (Xiong et al. 2021, arXiv:2102.03902); None for other architectures."""

@@ -52,7 +52,8 @@ def task_chart(compared: Compared) -> go.Figure:
             accuracy = [each[when] for each in own]
             chart.add_scatter(x=ks, y=accuracy, name=f"{name}, {when}", line=line, error_y=bars)
     chart.update_traces(mode="lines+markers")
-    chart.update_layout(xaxis={"type": "log", "tickvals": ks}, yaxis={"tickformat": ".0%"})
+    ticks = sorted({k for drawn in chart.data for k in drawn.x})
+    chart.update_layout(xaxis={"type": "log", "tickvals": ticks}, yaxis={"tickformat": ".0%"})
     return chart
 
 

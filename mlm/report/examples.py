@@ -40,7 +40,7 @@ def with_examples(
     Returns the run, and why there are no examples, in one line, or nothing. Raises UserError where a given sentence
     has no mask, or is too long.
     """
-    if sentences is None and (run.examples is not None or not run.comparison):
+    if sentences is None and (run.examples is not None or not run.comparison.get("held_out")):
         return run, ""
     try:
         with files_of(run.folder):

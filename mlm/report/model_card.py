@@ -50,7 +50,7 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
         source = _letters(short(corpus.origin(out_of_domain, "validation")))
         forgotten = f"\nOn out-of-domain text, {source}:\n\n{_figures(results, 'general_')}"
     if "task_accuracy" in results:
-        task = _letters(short(config.task.task_file or config.task.task_dataset_name))
+        task = _letters(short(config.task.given))
         documents = f"{results['task_documents']:,} documents of {task}"
         forgotten += f"\nFrozen features and logistic regression, on {documents}:\n\n{task_in_words(results)}\n"
     return f"""---

@@ -18,7 +18,7 @@ from mlm.data.task import read_task
 from mlm.data.token_store import TokenStore
 from mlm.engine import checkpoint
 from mlm.engine.checkpoint import Stateful, Writer, not_written
-from mlm.engine.distributed import agree, broadcast, check_same, from_main, host_group, lost_a_process
+from mlm.engine.distributed import agree, broadcast, check_same, from_main, host_group, lost_a_process, on_main
 from mlm.engine.nonfinite import find_nonfinite
 from mlm.engine.signals import Stopped, StopSignals
 from mlm.engine.update import Update
@@ -28,11 +28,13 @@ from mlm.evaluation.eval_set import EvalSet
 from mlm.evaluation.evaluate import Evaluations, evaluate_all
 from mlm.figures import figure, flat
 from mlm.model.sparse_head import SparseMaskedLM
-from mlm.model.vocabulary import OF_ONE_LENGTH
+from mlm.model.vocabulary import check_encoder
 from mlm.report.environment import environment, versions
 from mlm.report.metrics import Log, Progress
 from mlm.report.run_directory import RunDirectory
 from mlm.report.upload import announcement, create_repository, upload
+
+PROBES = "scripts/evaluate.py --model_name_or_path RUN --compare BASE --task_file FILE does it"
 
 
 class Run:
@@ -57,11 +59,7 @@ class Run:
         self.group = host_group(accelerator)
         self.hub_id: str | None = None
         self._failure: str | None = None  # why a checkpoint could not be written
-        try:
-            found = read_task(config.task, config.corpus) if self.is_main else None
-        except UserError as error:
-            found = error
-        self.task = from_main(found, accelerator)
+        self.task = on_main(lambda: read_task(config.task, config.corpus), accelerator)
 
     def keeps(
         self,
@@ -81,8 +79,8 @@ class Run:
             if name in own or not (hasattr(state, "state_dict") and hasattr(state, "load_state_dict")):
                 raise ValueError(f"extra_state {name!r}: another name, and state_dict and load_state_dict, are needed")
             checkpoint.pack(state.state_dict(), name, {})  # names what no checkpoint can hold
-        if self.task and (model.config.model_type in OF_ONE_LENGTH or model.base_model is model):
-            raise UserError(f"{type(model).__name__} has no encoder that reads texts of any length: no --task_file")
+        if self.task:
+            check_encoder(model)
         self.model, self.update, self.progress, self.states = model, update, progress, {**own, **extra_state}
         self.experiment = {**experiment, "state": sorted(self.states)}
         check_same(self.experiment, self.accelerator)
@@ -92,15 +90,13 @@ class Run:
         """The results of this very experiment, where --resume_from_checkpoint latest finds it finished."""
         if self.config.checkpoint.resume_from_checkpoint != "latest":
             return None
-        try:
-            found = self.directory.finished(self.experiment) if self.is_main else None
-        except UserError as error:
-            found = error
-        results = from_main(found, self.accelerator)
+        results = on_main(lambda: self.directory.finished(self.experiment), self.accelerator)
         if results:
             self._publish(results)  # an upload that has failed is made up for
             done = f"{results['steps']} steps, held-out perplexity {figure(results['perplexity'])}"
             self.log.print(f"{self.folder} is finished: {done}; give --overwrite_output_dir to train anew")
+            if self.task and "task_accuracy" not in results:
+                self.log.print(f"the task is not probed; {PROBES}")
         return results
 
     def _create_repository(self) -> None:
@@ -121,7 +117,7 @@ class Run:
             self.log.print(f"warning: {message}")  # a model from scratch may also have had too few steps
         elif base and results["steps"] and not measured and results["perplexity"] > near:
             told = f"scripts/evaluate.py --model_name_or_path {self.folder} --compare {base} tells whether it ever did"
-            self.log.print(f"warning: the model does no better than token frequencies alone; {told}")
+            self.log.print(f"warning: the model does hardly better than token frequencies alone; {told}")
         if self.hub_id is None:
             self._create_repository()
         if self.hub_id is not None:

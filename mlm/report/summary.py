@@ -10,7 +10,7 @@ from mlm.data.token_store import TokenStore
 from mlm.engine.distributed import from_main
 from mlm.engine.experiment import identity, optimizer_identity
 from mlm.engine.update import Update
-from mlm.errors import printable
+from mlm.errors import UserError, one_line, printable
 from mlm.evaluation.compare import CONFIDENCE, EVAL_SETS, Conclusion, conclude
 from mlm.evaluation.eval_set import EvalSet
 from mlm.evaluation.evaluate import Evaluation
@@ -18,7 +18,7 @@ from mlm.figures import figure, finite
 from mlm.model.load import fingerprint, load_model
 from mlm.report.environment import peak_memory_mib
 from mlm.report.model_card import model_card, task_in_words
-from mlm.report.run import Run
+from mlm.report.run import PROBES, Run
 
 
 def describe(
@@ -34,6 +34,7 @@ def describe(
         "seed": batches.seed,
         "order of chunks": order.VERSION,
         "max_grad_norm": config.update.max_grad_norm,
+        "reduce_dtype": config.update.reduce_dtype if batches.world > 1 else "fp32",
         "model": fingerprint(net),
         "tokenizer": eval_sets["held_out"].info.fingerprint,
         "masks": batches.recipe.digest,
@@ -95,16 +96,17 @@ def conclude_run(
     """Compares before with after and writes what came of it, on the main process; returns the results on each."""
     results = None
     if run.is_main:
-        batches = run.update.batches
         conclusion = conclude(eval_sets, before, after, tokenizer, train.token_counts)
-        if run.task:
-            conclusion = probe_run(run, tokenizer, conclusion)
-        results = finite(conclusion.results | run.progress.results())
-        results["epochs"] = run.progress.step * batches.global_batch / batches.num_chunks
-        results["peak_memory_mib"] = peak_memory_mib(run.accelerator.device)
         run.log.print(conclusion.lines)
-        card = model_card(run.hub_id or run.folder.resolve().name, run.config, results)
-        run.directory.save_results(results, conclusion, card)
+        results = save_results(run, conclusion)
+        if run.task:  # what fails in it, for lack of memory, say, costs nothing else
+            try:
+                conclusion = probe_run(run, tokenizer, conclusion, eval_sets["held_out"].chunks.chunk_size)
+                results = save_results(run, conclusion)
+                run.log.print(task_in_words(results))
+            except Exception as error:
+                reason = one_line(f"{type(error).__name__}: {error}", 200)
+                run.log.print(f"warning: the task could not be probed ({reason}); {PROBES}")
         run.log.print(
             f"held-out perplexity {figure(results['perplexity'])}, where token frequencies alone reach "
             f"{figure(results['perplexity_unigram'])}; saved to {run.folder}"
@@ -112,22 +114,31 @@ def conclude_run(
     return from_main(results, run.accelerator)
 
 
-def probe_run(run: Run, tokenizer: PreTrainedTokenizerBase, conclusion: Conclusion) -> Conclusion:
+def save_results(run: Run, conclusion: Conclusion) -> dict[str, Any]:
+    """The figures of the run, as they are written to all_results.json, beside the comparison and the model card."""
+    batches = run.update.batches
+    results = finite(conclusion.results | run.progress.results())
+    results["epochs"] = run.progress.step * batches.global_batch / batches.num_chunks
+    results["peak_memory_mib"] = peak_memory_mib(run.accelerator.device)
+    card = model_card(run.hub_id or run.folder.resolve().name, run.config, results)
+    run.directory.save_results(results, conclusion, card)
+    return results
+
+
+def probe_run(run: Run, tokenizer: PreTrainedTokenizerBase, conclusion: Conclusion, length: int) -> Conclusion:
     """The conclusion with the probe of the run's task, on the main process: the model as it began, loaded again, and
-    as it is."""
+    as it is. `length` is of the chunks of which --per_device_eval_batch_size fit into memory."""
     from mlm.evaluation import probe  # it imports scikit-learn: a second
 
     config, accelerator = run.config, run.accelerator
-    base = load_model(config.model, tokenizer, config.train.seed).to(accelerator.device)
-    size = config.evaluate.per_device_eval_batch_size
-    both = (probe.features(net, tokenizer, run.task, size, accelerator) for net in (base, run.model))
-    task = probe.conclude(run.task, *both)
-    results, lines = (
-        conclusion.results | probe.figures(task),
-        f"{conclusion.lines}\n{task_in_words(probe.figures(task))}",
-    )
+    base = load_model(config.model, tokenizer, config.train.seed)
+    if fingerprint(base) != run.experiment["model"]:
+        raise UserError(f"{config.model.model_name_or_path} is not the model that the run began from any more")
+    size = max(config.evaluate.per_device_eval_batch_size * length // probe.LONGEST, 1)
+    models = base.to(accelerator.device), run.model
+    task = probe.conclude(run.task, *(probe.features(net, tokenizer, run.task, size, accelerator) for net in models))
     comparison = {**dict.fromkeys(EVAL_SETS), **(conclusion.comparison or {}), "task": task}
-    return conclusion._replace(results=results, lines=lines, comparison=comparison)
+    return conclusion._replace(results=conclusion.results | probe.figures(task), comparison=comparison)
 
 
 def outcome(results: dict[str, Any]) -> str:

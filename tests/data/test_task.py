@@ -89,3 +89,10 @@ def test_a_file_that_is_missing_is_named_by_the_task_s_flag(tmp_path):
 
 def test_no_task_is_none():
     assert read_task(TaskConfig(), CorpusConfig()) is None
+
+
+def test_a_data_set_of_held_out_text_alone_has_no_training_text_to_look_in(tmp_path):
+    (tmp_path / "domain").mkdir()
+    write(tmp_path / "domain" / "validation.jsonl", rows([0] * 5))
+    labelled = write(tmp_path / "a.jsonl", rows(["x", "y"] * 10))
+    assert read(labelled, CorpusConfig(dataset_name=str(tmp_path / "domain"))).seen is None

@@ -125,3 +125,12 @@ def test_a_checkpoint_that_one_process_sees_differently_is_not_resumed(toy, tmp_
     [mistake] = {line for line in errors.splitlines() if line.startswith("error: ")}
     assert "checkpoint is " in mistake and "None on process 1" in mistake
     assert f'File "{tmp_path}' not in errors  # no traceback beside that of the launcher
+
+
+def test_gradients_sent_in_another_type_are_another_experiment(toy, tmp_path):
+    flags = toy.flags(tmp_path / "run", checkpointing_steps=6)
+    assert run(TWO, [*flags, "--reduce_dtype=bf16"])[0] == 0
+    (tmp_path / "run" / "all_results.json").unlink()
+    status, _, errors = run(TWO, [*flags, "--resume_from_checkpoint=latest"])
+    assert status != 0
+    assert "reduce_dtype fp32 (the checkpoint: bf16)" in errors

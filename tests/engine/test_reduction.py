@@ -1,7 +1,9 @@
 """Several processes add up their gradients while a backward pass still runs, and end where one process does."""
 
 import dataclasses
+import gc
 import os
+import weakref
 from functools import cache
 from typing import NamedTuple
 from unittest.mock import patch
@@ -205,6 +207,16 @@ def test_bf16_on_the_way_costs_a_rounding_of_each_gradient(both):
     """2 ** -9 of each number that is sent, and as much of each sum."""
     exact, rounded = both["uneven"][0].weights, both["sent in bf16"][0].weights
     assert 0 < distance(rounded, exact) < 2**-7
+
+
+def test_a_model_is_free_when_its_update_is_gone():
+    update = toy(CASES["uneven"], 2, 0)
+    parameter, bucket = weakref.ref(update.parameters[0]), weakref.ref(update.gradients.buckets[0].gradients)
+    update.gradients.begin()
+    update.gradients.backward(update.parameters[0].sum(), last=False)
+    del update
+    gc.collect()
+    assert parameter() is None and bucket() is None
 
 
 def test_a_gradient_that_comes_twice_after_it_was_sent_is_an_error_and_not_a_wrong_sum():

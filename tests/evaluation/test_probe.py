@@ -12,8 +12,11 @@ from sklearn.metrics import f1_score
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from mlm.data.task import Task, TaskConfig
+from mlm.engine.checkpoint import CheckpointConfig
 from mlm.errors import UserError
 from mlm.evaluation.probe import CHOICES, FOLDS, choose, f1_scores, features, probe, sizes, spread
+from mlm.report.examples import with_examples
+from mlm.report.run_record import read_runs
 from mlm.train import train
 from tests.conftest import ANIMALS
 from tests.scripts import load_script
@@ -219,6 +222,27 @@ def test_a_run_that_was_not_measured_before_is_probed_all_the_same(toy, labelled
     comparison = json.loads((tmp_path / "run" / "comparison.json").read_text())
     assert comparison["held_out"] is None and comparison["task"]["documents"] == 40
     assert not (tmp_path / "run" / "documents.parquet").exists()
+    [read] = read_runs([tmp_path / "run"])
+    assert with_examples(read, None) == (read, ""), "no examples from a comparison that was not made"
+
+
+def test_a_probe_that_fails_costs_the_probe_alone_and_a_finished_run_says_that_there_is_none(
+    toy, labelled, tmp_path, monkeypatch, capsys
+):
+    def no_memory(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("mlm.evaluation.probe.features", no_memory)
+    modules = {"task": TaskConfig(task_file=str(labelled))}
+    results = train(toy.config(tmp_path / "run", modules=modules, max_train_steps=3)).results
+    assert results["gain"] > 0 and "task_accuracy" not in results
+    assert (
+        "warning: the task could not be probed (MemoryError: no room); scripts/evaluate.py" in capsys.readouterr().out
+    )
+    assert json.loads((tmp_path / "run" / "comparison.json").read_text())["held_out"] is not None
+    latest = CheckpointConfig(resume_from_checkpoint="latest")
+    train(toy.config(tmp_path / "run", modules={**modules, "checkpoint": latest}, max_train_steps=3))
+    assert "the task is not probed; scripts/evaluate.py" in capsys.readouterr().out
 
 
 def test_a_task_without_labels_is_refused_before_anything_is_trained(toy, tmp_path):

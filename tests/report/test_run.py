@@ -103,8 +103,14 @@ def test_train_can_be_called_again_and_again_by_several_processes(toy, tmp_path)
 import atexit, glob, sys
 import torch.distributed as dist
 
+def name(task):
+    try:
+        return open(task).read()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        return ""
+
 def threads():
-    return [name for task in glob.glob("/proc/self/task/*/comm") if "gloo" in (name := open(task).read())]
+    return [task for task in glob.glob("/proc/self/task/*/comm") if "gloo" in name(task)]
 
 atexit.register(lambda: print("left:", threads(), flush=True))  # the last to be called
 from mlm import cli
