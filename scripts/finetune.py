@@ -3,12 +3,17 @@ model is used.
 
     python scripts/finetune.py --model_name_or_path RUN --compare BASE --task_file labelled.jsonl --labels 64
 
-Plain sequence classification. Both models learn from the same few labels, with the same fresh head, order and dropout,
-as often as there are splits, and are measured on the same other documents.
+Plain sequence classification. Both models learn from the same few labels, in the same order and with the same seeds of
+dropout, as often as there are splits, and are measured on the same other documents. What either checkpoint lacks, the
+head and, with BERT, the pooler, which masked-language-model checkpoints are saved without, is drawn anew for each
+split, and is the same in both models. Models that bring code of their own are not for this script: it has no
+--trust_remote_code.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +31,11 @@ with quick_imports():
     from mlm.data.tokenizer import load_tokenizer
     from mlm.engine.device import make_accelerator
     from mlm.engine.optimizer import OptimizerConfig, make_optimizer, make_scheduler
-    from mlm.errors import UserError, at_least, at_most, explain_load_failure
+    from mlm.errors import UserError, at_least, at_most, explain_load_failure, listed
     from mlm.figures import figure
     from mlm.files import write_json
     from mlm.hub import local_files_only, no_bars
-    from mlm.model.sparse_head import seeded_cpu_generator
+    from mlm.model.vocabulary import max_positions
 
 EVALUATED = 64  # documents at a time
 
@@ -41,14 +46,14 @@ class FinetuneConfig:
 
     model_name_or_path: str | None = None  # Fine-tune this checkpoint, an adapted one.
     compare: str | None = None  # And this one, its base, in the same way.
-    labels: int = 64  # Train on this many labels a class.
+    labels: int = 64  # Train on this many labels a class, on fewer of a class that has too few.
     seeds: int = 2  # So often in each of 5 folds, each time with other labels, another head and order.
     epochs: int = 10  # Each of them is seen this many times.
     batch_size: int = 16  # Documents a step.
-    max_seq_length: int = 128  # Cut documents after this many tokens.
+    max_seq_length: int = 128  # Cut documents after this many tokens, or as many as both models take.
     max_grad_norm: float = 1.0  # Clip gradients to this norm.
     output: str | None = None  # Write the figures to this JSON file.
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # The default is accelerate's setting.
+    mixed_precision: Literal["no", "bf16"] | None = None  # The default is accelerate's setting.
 
     def __post_init__(self) -> None:
         at_least(self, 1, "labels", "epochs", "batch_size", "max_seq_length")
@@ -66,6 +71,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     accelerator = make_accelerator(config.mixed_precision)
     if accelerator.num_processes > 1:
         raise UserError("fine-tuning to a few labels is for one process; start it without a launcher")
+    if accelerator.mixed_precision not in ("no", "bf16"):  # fp16 needs a loss scale, which finetune() has not
+        reason = f"accelerate is configured for {accelerator.mixed_precision}, which fine-tuning does not support"
+        raise UserError(f"{reason}; give --mixed_precision no or bf16")
     result = compare(config, optimizer, task, accelerator)
     if config.output:
         write_json(Path(config.output), result)
@@ -76,21 +84,33 @@ def compare(
     config: FinetuneConfig, optimizer: OptimizerConfig, task: Task, accelerator: Accelerator
 ) -> dict[str, Any]:
     """The accuracy of both models, and their difference with its interval, which is the probe's."""
-    from mlm.evaluation.probe import choose, share_of, spread  # it imports scikit-learn: a second
+    from mlm.evaluation.probe import choose, share_of, sizes, spread  # it imports scikit-learn: a second
+
+    if config.labels > (most := sizes(task.labels)[-1]):
+        reason = "three quarters of what the largest class has outside a fold"
+        raise UserError(f"--labels {config.labels}: at most {most} with {task.name}, {reason}")
+    names = {"before": config.compare, "after": config.model_name_or_path}
+    with seeded(0, accelerator.device):  # from_pretrained draws what is lacking; it is drawn again for each split
+        loaded = {when: load(name, task) for when, name in names.items()}
+    models, lacking = {when: model for when, (model, _) in loaded.items()}, common_lack(names, loaded)
+    accelerator.print(f"drawn anew for each split, the same in both models: {listed(lacking)}")
+    lengths = [max_positions(model.config) or config.max_seq_length for model in models.values()]
+    config = replace(config, max_seq_length=min(config.max_seq_length, *lengths))
 
     splits = list(choose(task.labels, config.labels, 0, config.seeds))
     scores: dict[str, list[np.ndarray]] = {}
-    for when, name in (("before", config.compare), ("after", config.model_name_or_path)):
+    for when, name in names.items():
         tokenizer = load_tokenizer(name)
         cut = sum(len(row) > config.max_seq_length for row in tokenizer(*columns(task), verbose=False)["input_ids"])
         if cut:
-            accelerator.print(f"{name}: {cut:,} documents of {len(task.labels):,} are cut (--max_seq_length)")
+            after = f"after {config.max_seq_length} tokens (--max_seq_length)"
+            accelerator.print(f"{name}: {cut:,} documents of {len(task.labels):,} are cut {after}")
         scores[when] = []
         for fold, (test, choices) in enumerate(splits):
             hits = []
             for choice, chosen in enumerate(choices):
-                with seeded_cpu_generator(fold * config.seeds + choice):
-                    model = load(name, task).to(accelerator.device)
+                with seeded(fold * config.seeds + choice, accelerator.device):
+                    model = start(models[when], models["before"], lacking).to(accelerator.device)
                     finetune(model, tokenizer, task, chosen, config, optimizer, accelerator)
                 hits.append(predict(model, tokenizer, task, test, config, accelerator) == task.labels[test])
             scores[when].append(np.array(hits, float))
@@ -109,16 +129,51 @@ def compare(
     return {**figures, "splits": len(splits) * config.seeds, "documents": len(task.labels)}
 
 
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds the global generators of the CPU, for weights and order, and of the device, for dropout. Restores them."""
+    kept = [] if device.type in ("cpu", "mps") else [device.index or 0]  # fork_rng cannot keep the one of MPS
+    with torch.random.fork_rng(kept):
+        torch.manual_seed(seed)
+        yield
+
+
 @no_bars()
-def load(name: str, task: Task) -> PreTrainedModel:
-    """The checkpoint with a fresh head for the task's classes. Raises UserError where there is none."""
+def load(name: str, task: Task) -> tuple[PreTrainedModel, set[str]]:
+    """The checkpoint with a head for the task's classes, and the names of the tensors that it lacks.
+
+    Raises UserError where there is none.
+    """
     settings = {"num_labels": int(task.labels.max()) + 1, "dtype": torch.float32, "weights_only": True}
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
-            name, local_files_only=local_files_only(name), **settings
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            name, local_files_only=local_files_only(name), output_loading_info=True, **settings
         )
     except Exception as error:  # missing, damaged, or of an architecture that has no such head
         raise explain_load_failure("model", name, error) from error
+    return model, set(found["missing_keys"])
+
+
+def common_lack(names: dict[str, str], loaded: dict[str, tuple[PreTrainedModel, set[str]]]) -> list[str]:
+    """The names of the tensors that either checkpoint lacks. Raises UserError where these are not of equal shapes."""
+    lacking = sorted(set().union(*(lack for _, lack in loaded.values())))
+    states = [model.state_dict() for model, _ in loaded.values()]
+    for name in lacking:
+        shapes = [tuple(state[name].shape) if name in state else None for state in states]
+        if shapes[0] != shapes[1]:
+            reason = f"their {name} is of the shapes {shapes[0]} and {shapes[1]}"
+            raise UserError(f"{names['before']} is no base of {names['after']}: {reason}")
+    return lacking
+
+
+def start(model: PreTrainedModel, base: PreTrainedModel, lacking: Sequence[str]) -> PreTrainedModel:
+    """A copy of the model with the tensors of these names drawn as a new model of the base's configuration draws them.
+
+    The draw is by the global generator, and does not depend on which of them the model's own checkpoint has.
+    """
+    drawn, model = type(base)(base.config).state_dict(), copy.deepcopy(model)
+    model.load_state_dict({name: drawn[name] for name in lacking}, strict=False)
+    return model
 
 
 def columns(task: Task, rows: Sequence[int] | None = None) -> list[list[str]]:

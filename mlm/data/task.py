@@ -1,4 +1,4 @@
-"""Labelled documents: a task that may profit from the adaptation. No label is ever trained on."""
+"""Labelled documents: a task that may profit from the adaptation. train.py trains on no label."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +14,7 @@ FEWEST, MOST = 10, 5000  # documents of a class, two a fold of probe.py; in all,
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """A task, classes of documents, that the model is probed for before and after, and never trained on."""
+    """A task, labelled documents, that shows what the adaptation is worth; train.py trains on no label."""
 
     task_file: str | None = None  # Probe with the labelled documents of this file, in the formats of --train_file.
     task_dataset_name: str | None = None  # Or of this dataset or folder: its train split, else its validation split.
