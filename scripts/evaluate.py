@@ -119,7 +119,11 @@ def measure_file(path: str, models: dict[str, ModelConfig], size: int, accelerat
 
     Raises UserError where the file cannot be read, the processes differ in it or in a model, and as `score` does.
     """
-    sentences, measured = on_main(lambda: read_sentences(path), accelerator), {}
+    if path == "-":  # there is one standard input
+        sentences = on_main(lambda: read_sentences(path), accelerator)
+    else:
+        sentences = read_sentences(path)
+    measured = {}
     for name, config in models.items():
         if len(models) > 1:
             accelerator.print(f"{config.model_name_or_path}:")

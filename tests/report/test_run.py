@@ -103,14 +103,14 @@ def test_train_can_be_called_again_and_again_by_several_processes(toy, tmp_path)
 import atexit, glob, sys
 import torch.distributed as dist
 
-def name(task):
+def thread(task):
     try:
         return open(task).read()
     except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
         return ""
 
 def threads():
-    return [task for task in glob.glob("/proc/self/task/*/comm") if "gloo" in name(task)]
+    return [task for task in glob.glob("/proc/self/task/*/comm") if "gloo" in thread(task)]
 
 atexit.register(lambda: print("left:", threads(), flush=True))  # the last to be called
 from mlm import cli
