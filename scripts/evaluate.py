@@ -119,10 +119,8 @@ def measure_file(path: str, models: dict[str, ModelConfig], size: int, accelerat
 
     Raises UserError where the file cannot be read, the processes differ in it or in a model, and as `score` does.
     """
-    if path == "-":  # there is one standard input
-        sentences = on_main(lambda: read_sentences(path), accelerator)
-    else:
-        sentences = read_sentences(path)
+    # There is one standard input.
+    sentences = on_main(lambda: read_sentences(path), accelerator) if path == "-" else read_sentences(path)
     measured = {}
     for name, config in models.items():
         if len(models) > 1:
