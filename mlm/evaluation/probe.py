@@ -6,9 +6,10 @@
 
 A document's score is 1 where its class is predicted, else 0; for macro-F1 it is linearised, so that the scores' mean
 is the figure. The difference d[s, i] of two models, of choice s and test document i, varies with documents and with
-choices. With N documents, R splits, and the share f of its labels that a choice takes, its mean has the
+choices. With N documents, R splits, and the share f of its labels that a choice takes of the smallest class, its mean
+has the
 
-    variance  Σ (d̄[i] − d̄)² / (N · (N − FOLDS)) + V · (1 / R + f / (1 − f))
+    variance  Σ (d̄[i] − d̄)² / (N · (N − FOLDS)) + V · (1 / R + f / (1 − f)), d̄ being each fold's own in the sum
     V         variance of d̄[s] over a fold's choices, less the part that comes of d[s, i] − d̄[s] − d̄[i], at least 0
 
 The choices of labels overlap, all the more the larger f is, so that they vary less than labels drawn anew would: the
