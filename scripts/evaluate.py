@@ -26,7 +26,7 @@ with quick_imports():
     from mlm.data.tokenizer import load_tokenizer, tokenizer_info
     from mlm.engine.checkpoint import tensors
     from mlm.engine.device import make_accelerator
-    from mlm.engine.distributed import broadcast, check_same, from_main, local_main_process_first, on_main
+    from mlm.engine.distributed import broadcast, check_same, local_main_process_first, on_main
     from mlm.errors import UserError, printable
     from mlm.evaluation.compare import compare, gain_figures, in_words
     from mlm.evaluation.eval_set import EvalSet, EvaluateConfig, open_eval_sets
@@ -162,8 +162,7 @@ def measure_corpus(
     limit = min(limits, default=None)
     length = chunk_length(config.chunks, limit)
     measured = {n: measure_one(replace(config, model=m), length, limit, accelerator) for n, m in models.items()}
-    found = conclude(measured, length) if accelerator.is_main_process else None
-    result, summary, lines = from_main(found, accelerator)
+    result, summary, lines = on_main(lambda: conclude(measured, length), accelerator)
     accelerator.print(lines)
     return result, summary
 

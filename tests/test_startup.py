@@ -80,27 +80,27 @@ def test_the_wait_policy_that_a_user_has_chosen_stays():
     assert run.stdout.split()[1] == "active"
 
 
-def test_the_package_finds_a_home_before_any_library_looks_for_it(tmp_path):
-    program = "import sys, mlm; before = {*sys.modules}; from huggingface_hub import constants\n"
-    program += "from mlm.startup import HEAVY; print(constants.HF_HOME, HEAVY & before)"
+def without_home(program, tmp_path):
+    """The program, as run by a user whose home is not there, and whose caches nobody named."""
     environment = {**os.environ, "HOME": "/nowhere", "TMPDIR": str(tmp_path)}
     for name in ("HF_HOME", "XDG_CACHE_HOME"):
         environment.pop(name, None)
     command = [sys.executable, "-c", program]
-    printed = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True).stdout
-    assert printed == f"{tmp_path}/home-{os.getuid()}/.cache/huggingface set()\n"
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+
+
+def test_the_package_finds_a_home_before_any_library_looks_for_it(tmp_path):
+    program = "import sys, mlm; before = {*sys.modules}; from huggingface_hub import constants\n"
+    program += "from mlm.startup import HEAVY; print(constants.HF_HOME, HEAVY & before)"
+    assert without_home(program, tmp_path).stdout == f"{tmp_path}/home-{os.getuid()}/.cache/huggingface set()\n"
 
 
 def test_libraries_that_looked_for_a_home_before_the_package_are_told_of_the_one_it_finds(tmp_path):
     """As they do where mlm/train.py or a copy of it is launched."""
     program = "import accelerate; from transformers.utils import hub; from huggingface_hub import constants\n"
     program += "print(constants.HF_HUB_CACHE); import mlm; print(constants.HF_HUB_CACHE, hub.HF_MODULES_CACHE)"
-    environment = {**os.environ, "HOME": "/nowhere", "TMPDIR": str(tmp_path)}
-    for name in ("HF_HOME", "XDG_CACHE_HOME"):
-        environment.pop(name, None)
-    command = [sys.executable, "-c", program]
-    printed = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     cache = f"{tmp_path}/home-{os.getuid()}/.cache/huggingface"
+    printed = without_home(program, tmp_path)
     assert printed.stdout == f"/nowhere/.cache/huggingface/hub\n{cache}/hub {cache}/modules\n"
     assert printed.stderr == ""
 

@@ -32,7 +32,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mlm.engine.distributed import broadcast, from_main
+from mlm.engine.distributed import broadcast, on_main
 from mlm.engine.experiment import differences
 from mlm.errors import UserError, at_least, one_line
 from mlm.files import sync, write_json
@@ -169,11 +169,14 @@ def find(wanted: str | None, checkpoints: Path, accelerator: Accelerator) -> tup
 
     Raises UserError where all are damaged, or a path holds none.
     """
-    try:
-        found = _find(wanted, checkpoints) if accelerator.is_main_process and wanted is not None else (None, [])
-    except UserError as error:
-        found = UserError(f"--resume_from_checkpoint {wanted}: {error}")
-    return from_main(found, accelerator)
+
+    def found() -> tuple[Path | None, list[str]]:
+        try:
+            return (None, []) if wanted is None else _find(wanted, checkpoints)
+        except UserError as error:
+            raise UserError(f"--resume_from_checkpoint {wanted}: {error}") from error
+
+    return on_main(found, accelerator)
 
 
 def _find(wanted: str, checkpoints: Path) -> tuple[Path | None, list[str]]:

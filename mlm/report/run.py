@@ -180,7 +180,7 @@ class Run:
             moments = 2 * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)  # of AdamW
             needed += needed + (moments if step is None else 0) + sum(t.nbytes for t in state.values())
             what = "a checkpoint and the model take"
-        room = from_main(self.directory.room(step) if self.is_main else None, self.accelerator)
+        room = on_main(lambda: self.directory.room(step), self.accelerator)
         if needed > room:
             takes = f"{what} {needed / 1e6:,.1f} MB, and {room / 1e6:,.1f} MB are free there"
             message = f"--output_dir {self.folder}: {takes}; make room, or name another folder"

@@ -494,10 +494,26 @@ def test_a_file_that_changes_after_it_was_verified_is_read_again(world, read):
     assert sorted(set(read)) == [name for name in ALL_ARRAYS if name.startswith("train")]
 
 
+CUT = "was cut short while in use; run again, which builds the token store anew"
+
+
+def cut_short(world, array, program):
+    """How many rows a program prints that it has, the file that is cut short then, and what the program says next."""
+    world.train_file.write_text("".join(f"{text}\n" for text in TEXTS * 1000))
+    run = world.python(program, stdin=subprocess.PIPE)
+    rows = int(run.stdout.readline())
+    (path,) = world.folder.glob(f"*/train/{array}.npy")
+    os.truncate(path, 5000)
+    said, _ = run.communicate(b"\n")
+    assert run.returncode == 0, "no signal"
+    return rows, path, said.decode()
+
+
 @pytest.mark.parametrize("array", ["ids", "word_starts"])
 def test_a_store_that_is_cut_short_while_it_is_mapped_is_one_line_not_a_bus_error(array, world):
-    world.train_file.write_text("".join(f"{text}\n" for text in TEXTS * 1000))
-    run = world.python(
+    rows, path, said = cut_short(
+        world,
+        array,
         "import sys, numpy as np\n"
         "from mlm.data.chunks import concatenate\n"
         "from mlm.errors import UserError\n"
@@ -509,20 +525,15 @@ def test_a_store_that_is_cut_short_while_it_is_mapped_is_one_line_not_a_bus_erro
         "except UserError as error: print(error)\n"
         f"try: store.{array}[-1]\n"
         "except UserError as error: print(error)",
-        stdin=subprocess.PIPE,
     )
-    assert int(run.stdout.readline()) > 1000
-    (path,) = world.folder.glob(f"*/train/{array}.npy")
-    os.truncate(path, 5000)
-    said, _ = run.communicate(b"\n")
-    assert run.returncode == 0, "no signal"
-    line = f"{path} was cut short while in use; run again, which builds the token store anew"
-    assert said.decode().splitlines() == [line, line], "from chunks and from the store itself"
+    assert rows > 1000
+    assert said.splitlines() == [f"{path} {CUT}"] * 2, "from chunks and from the store itself"
 
 
 def test_offsets_that_are_cut_short_while_rows_of_documents_are_taken_are_one_line(world):
-    world.train_file.write_text("".join(f"{text}\n" for text in TEXTS * 1000))
-    run = world.python(
+    _, path, said = cut_short(
+        world,
+        "document_offsets",
         "import sys, types, numpy as np\n"
         "from mlm.data.chunks import line_by_line\n"
         "from mlm.errors import UserError\n"
@@ -532,14 +543,8 @@ def test_offsets_that_are_cut_short_while_rows_of_documents_are_taken_are_one_li
         "sys.stdin.readline()\n"
         "try: chunks.take(np.arange(len(chunks)))\n"
         "except UserError as error: print(error)",
-        stdin=subprocess.PIPE,
     )
-    run.stdout.readline()
-    (path,) = world.folder.glob("*/train/document_offsets.npy")
-    os.truncate(path, 5000)
-    said, _ = run.communicate(b"\n")
-    assert run.returncode == 0, "no signal"
-    assert said.decode() == f"{path} was cut short while in use; run again, which builds the token store anew\n"
+    assert said == f"{path} {CUT}\n"
 
 
 def test_the_kernel_reads_no_pages_around_those_of_a_chunk(world):
