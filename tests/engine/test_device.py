@@ -59,6 +59,26 @@ for how in ("returns", "makes its own group", *errors):
     print("status", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
+# Two processes that connect and end at once, many times over.
+CONNECTS = """
+import os, socket
+from mlm.engine.device import make_accelerator
+from mlm.engine.distributed import leave_group
+
+os.environ.update(ACCELERATE_USE_CPU="true", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+for number in range(100):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    for rank in range(2):
+        if os.fork() == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            make_accelerator()
+            leave_group()
+            os._exit(0)
+    print([os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)], flush=True)
+"""
+
 PROGRAM = """
 import resource, sys, torch
 from mlm.engine.device import keep_freed_memory
@@ -118,6 +138,13 @@ def test_several_cpu_processes_of_accelerate_launch_are_refused_as_it_starts_one
 def test_one_cpu_process_of_accelerate_launch_is_not_refused(tmp_path):
     run = start([*LAUNCH, "--cpu", "--num_processes", "1"], PROCESSES, tmp_path)
     assert (run.returncode, run.stdout) == (0, '{"processes": 1, "device": "cpu"}\n')
+
+
+@ON_THE_CPU
+@pytest.mark.torture
+def test_processes_that_end_as_soon_as_they_are_connected_leave_no_other_one_half_connected(tmp_path):
+    run = start([sys.executable], CONNECTS, tmp_path)
+    assert run.stdout.splitlines() == ["[0, 0]"] * 100, run.stderr[-1000:]
 
 
 def test_a_script_destroys_the_process_group_that_it_made_on_every_way_out(tmp_path):
