@@ -174,7 +174,7 @@ class RunDirectory:
             self.about = about | {"files": recorded_files(self.folder)}
             write_json(self.folder / "run.json", self.about)  # before all else: with it the folder is a run's
             kept = self._kept(step)
-            checkpoint.clear(self.checkpoints, after=kept)
+            checkpoint.remove(*checkpoint.outdated(self.checkpoints, kept))
             write_text(self.folder / "metrics.jsonl", self._events_until(kept))
             old += [self.folder / name for name in PARTIALS]
             shutil.rmtree(self.folder / "model.partial", ignore_errors=True)
