@@ -1,5 +1,8 @@
 """Claims about the table that ends a run on a terminal."""
 
+import math
+
+from mlm.figures import figure
 from mlm.report.summary import outcome
 
 ENDED = {
@@ -45,3 +48,4 @@ def test_the_name_of_the_folder_is_shown_and_not_sent():
 
 def test_a_run_that_has_diverged_says_undefined():
     assert rows({**ENDED, "perplexity": None, "eval_loss": None})[1] == "held-out perplexity undefined"
+    assert [figure(value) for value in (math.inf, math.nan, None)] == ["undefined"] * 3, "as JSON has no infinity"
