@@ -81,10 +81,8 @@ def snapshot(model: torch.nn.Module, states: dict[str, Stateful], experiment: di
 
 
 def load(folder: Path, model: torch.nn.Module, states: dict[str, Stateful], experiment: dict[str, Any]) -> None:
-    """Puts everything back as `snapshot` took it, if what is there fits.
-
-    Raises UserError for another experiment's, with the differences, and for states that this run cannot have written.
-    """
+    """Puts everything back as `snapshot` took it, if what is there fits. Raises UserError for another experiment's,
+    with the differences, and for states that this run cannot have written."""
     try:
         saved = json.loads((folder / "experiment.json").read_bytes())
         if changed := differences(saved, json.loads(json.dumps(experiment))):
@@ -141,9 +139,7 @@ def _unpack(packed: Any, stored: dict[str, torch.Tensor]) -> Any:
 
 def _check_form(saved: Any, own: Any, name: str) -> None:
     """Raises ValueError where a state has not the keys, shapes, dtypes and kinds of the one that it is to replace.
-
-    What is None or empty before the first step may become anything.
-    """
+    What is None or empty before the first step may become anything."""
     if isinstance(own, torch.Tensor):
         if not isinstance(saved, torch.Tensor) or (saved.shape, saved.dtype) != (own.shape, own.dtype):
             raise ValueError(f"{name} is no {own.dtype} {list(own.shape)}")

@@ -204,10 +204,8 @@ def _build(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _set_dropout(config: PreTrainedConfig, values: Iterator[float]) -> list[float]:
-    """Takes each dropout probability, nested configurations included, from `values`, and returns what they were.
-
-    A field that is None (BERT's classifier_dropout) follows another one. A boolean one (ESM's token_dropout) is none.
-    """
+    """Takes each dropout probability, nested configurations included, from `values`, and returns what they were. A
+    field that is None (BERT's classifier_dropout) follows another one. A boolean one (ESM's token_dropout) is none."""
     replaced = []
     for field, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):

@@ -121,10 +121,8 @@ class RunDirectory:
         return step if step is not None and self.resumes else -1
 
     def finished(self, experiment: dict[str, Any]) -> dict[str, Any] | None:
-        """The results of a run of this very experiment that has finished here; None: there is none.
-
-        Raises UserError where the run that has finished here was another experiment, and left no checkpoint.
-        """
+        """The results of a run of this very experiment that has finished here; None: there is none. Raises UserError
+        where the run that has finished here was another experiment, and left no checkpoint."""
         if self.overwrites:
             return None
         try:
