@@ -58,7 +58,7 @@ from benchmarks.made_up import RATE, SEED, Ready, dense_objective, labels_of, ra
 from benchmarks.stepper import defaults, forward_flops
 from mlm.config import Config
 from mlm.data.batches import Batch, Batches
-from mlm.data.masking import corrupt_torch, draw_torch, select_tokens_torch
+from mlm.data.masking import corrupt, draw_torch, select_tokens
 from mlm.engine.optimizer import OptimizerConfig, make_optimizer, make_scheduler
 from mlm.engine.update import Update, UpdateConfig
 from mlm.errors import one_line
@@ -243,8 +243,8 @@ class Masking:
             for each in (self.chunk_ids, chunks.take(self.chunk_ids).ids)
         )
         draws = draw_torch(SEED, 0, numbers, chunks.chunk_size)
-        selected = select_tokens_torch(self.maskable[ids], draws, RATE)
-        return Batch(*corrupt_torch(ids, selected, draws, self.batches.recipe), None)
+        selected = select_tokens(self.maskable[ids], draws, RATE)
+        return Batch(*corrupt(ids, selected, draws, self.batches.recipe), None)
 
 
 def time_masking(length: int, scale: Scale) -> dict[str, Any]:

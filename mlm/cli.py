@@ -60,10 +60,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.ArgumentParser) -> list[Any]:
-    """Reads `argv` into an instance of each dataclass, in their order; last, the namespace of all values.
-
-    Positional arguments may stand between flags. Raises UserError on an unknown flag or a value that does not convert.
-    """
+    """Reads `argv` into an instance of each dataclass, in their order; last, the namespace of all values. Positional
+    arguments may stand between flags. Raises UserError on an unknown flag or a value that does not convert."""
     words = [action.metavar or action.dest for action in parser._actions if not action.option_strings]
     parser.usage = " ".join(["%(prog)s", *words, "[--flag value …]"])
     parser.add_argument("-h", "--help", action="help", help="Show this help and exit.")
@@ -105,7 +103,10 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]], words: Callable[[dict[s
     becomes one line on standard error and exit status 2; `accelerate launch` adds a traceback and exits with 1.
     """
     is_main = os.environ.get("RANK", "0") == "0"
-    _mend_streams()
+    for name in ("stdout", "stderr"):  # take any character, and are there: `>&-` closes them
+        if getattr(sys, name) is None:
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stderr)
     logging.getLogger("mlm").setLevel(logging.INFO if is_main else logging.ERROR)
     transformers_logging.disable_progress_bar()
@@ -135,24 +136,11 @@ def run(body: Callable[[Sequence[str]], dict[str, Any]], words: Callable[[dict[s
             os._exit(1)  # at once: an orderly end would wait for the process that is gone
         sys.exit(2)
     finally:
-        _give_up_unwritten()
-
-
-def _mend_streams() -> None:
-    """Standard output and error take any character, and are there: `>&-` closes them."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
-        getattr(sys, name).reconfigure(errors="backslashreplace")
-
-
-def _give_up_unwritten() -> None:
-    """Drops what standard output and error cannot take: at exit it would be an error, with a status of its own."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # at exit it would be an error, with a status of its own
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _complain(line: str) -> None:
@@ -190,20 +178,16 @@ def _mistake(error: Exception) -> str | None:
 
 
 def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:
-    comments, hints = _comments(config), typing.get_type_hints(config)
+    """A flag for each field; its comment may stand on any line of its definition, as the formatter has put it."""
+    lines, hints = textwrap.dedent(inspect.getsource(config)).splitlines(), typing.get_type_hints(config)
+    nodes = {n.target.id: n for n in ast.parse("\n".join(lines)).body[0].body if isinstance(n, ast.AnnAssign)}
     for field in dataclasses.fields(config):
-        hint, default = hints[field.name], field.default
+        hint, default, node = hints[field.name], field.default, nodes[field.name]
+        definition = lines[node.lineno - 1 : node.end_lineno]
+        comment = " ".join(line.partition("  # ")[2] for line in definition).strip()
         shown = str(default).lower() if hint is bool else default
-        text = comments[field.name] + ("" if default is None else f" (default: {shown})")
+        text = comment + ("" if default is None else f" (default: {shown})")
         group.add_argument(f"--{field.name}", default=default, help=text.replace("%", "%%"), **_conversion(hint))
-
-
-def _comments(config: type) -> dict[str, str]:
-    """The comment of each field, wherever on the lines of its definition the formatter has put it."""
-    lines = textwrap.dedent(inspect.getsource(config)).splitlines()
-    fields = [node for node in ast.parse("\n".join(lines)).body[0].body if isinstance(node, ast.AnnAssign)]
-    own = {node.target.id: lines[node.lineno - 1 : node.end_lineno] for node in fields}
-    return {name: " ".join(line.partition("  # ")[2] for line in texts).strip() for name, texts in own.items()}
 
 
 def _conversion(hint: Any) -> dict[str, Any]:

@@ -21,8 +21,8 @@ def exp_or_inf(nats: float) -> float:
 
 
 def figure(value: float | None) -> str:
-    """A figure in a sentence, to four digits; "undefined" for None and NaN: nothing was masked, or it diverged."""
-    return "undefined" if value is None or math.isnan(value) else f"{value:.4g}"
+    """A figure in a sentence, to four digits; "undefined" where JSON has None: nothing was masked, or it diverged."""
+    return f"{value:.4g}" if value is not None and math.isfinite(value) else "undefined"
 
 
 def finite(values: Any) -> Any:

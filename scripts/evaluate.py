@@ -146,7 +146,7 @@ def print_scores(sentences: dict[int, str], scores: Scores, accelerator: Acceler
         accelerator.print(head + fit(printable(text.strip()), PAGE - len(head)).rstrip())
     summary = scores.summary()
     accelerator.print(
-        f"pseudo-perplexity {summary['pseudo_perplexity']:.4g} over {summary['tokens']:,} tokens in "
+        f"pseudo-perplexity {figure(summary['pseudo_perplexity'])} over {summary['tokens']:,} tokens in "
         f"{len(sentences):,} sentences; {summary['bits_per_character']:.4g} bits a character, "
         f"{summary['bits_per_word']:.4g} a word"
         + (f"; {summary['unknown_tokens']:,} unknown tokens are not predicted" if scores.unknown.any() else "")
@@ -265,7 +265,7 @@ def in_words_alone(figures: dict[str, Any], eval_set: EvalSet) -> str:
         if figures[f"bits_per_{unit}"] is not None
     )
     return (
-        f"perplexity {figures['perplexity']:.4g}, loss {figures['eval_loss']:.4f} nats, accuracy "
+        f"perplexity {figure(figures['perplexity'])}, loss {figures['eval_loss']:.4f} nats, accuracy "
         f"{figures['accuracy']:.2%}, {bits}, over {figures['eval_masked_tokens']:,} masked tokens in "
         f"{len(eval_set.chunk_ids):,} chunks of {eval_set.chunks.chunk_size} of {printable(eval_set.name)}"
     )

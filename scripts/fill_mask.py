@@ -18,9 +18,8 @@ with quick_imports():
 
     from mlm import cli
     from mlm.errors import UserError, at_least, printable
-    from mlm.inference.fill_mask import fill, load
+    from mlm.inference.fill_mask import MASK, fill, load
     from mlm.inference.joint import Filled, fill_jointly
-    from mlm.inference.sentences import MASK
     from mlm.inference.targets import score_targets
 
 

@@ -21,7 +21,7 @@ with quick_imports():
 class ReportConfig:
     """Where the report goes, and what is filled for it."""
 
-    output: str | None = None  # Write this file (default: report.html in or beside the first run).
+    output: str | None = None  # Write this file (default: report.html in the run; of several, beside the first).
     sentences_file: str | None = None  # Fill the masks of this text file's sentences, one a line.
     trust_remote_code: bool = False  # Run the Python code that a checkpoint brings along.
 
@@ -31,9 +31,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Name the --output_dir of a training run.")
     config, rest = cli.parse([ReportConfig], argv, parser)
     folders = [Path(run) for run in rest.runs]
-    output = Path(
-        config.output or (folders[0] / "report.html" if len(folders) == 1 else folders[0].parent / "report.html")
-    )
+    beside = folders[0] if len(folders) == 1 else folders[0].parent
+    output = Path(config.output or beside / "report.html")
     sentences = list(read_sentences(config.sentences_file).values()) if config.sentences_file else None
     runs = []
     for run in read_runs(folders):  # all of them: a mistake is found before models are loaded
@@ -41,7 +40,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         print(why_not, end="")
         runs.append(filled)
     write_report(runs, output)
-    print(printable(f"report: {output}"))
+    several = f" of {len(runs)} runs" if len(runs) > 1 else ""
+    print(printable(f"report{several}: {output}"))
     return {"report": str(output)}
 
 

@@ -38,20 +38,29 @@ def find_bomb(file: str) -> str | None:
     return None
 
 
-def find_bad_row(file: str, column: str) -> str | None:
+def find_bad_row(file: str, column: str | None, unread: bool = False) -> str | None:
     """What is wrong with a row of a JSON file, be the JSON sound: its text is no string, it is no Unicode, has a name
-    twice or is nested too deeply. Readers guess or convert there, or crash."""
-    if reader_of(file) != "json":
-        return None
+    twice or is nested too deeply. Readers guess or convert there, or crash.
+
+    unread: the datasets library could not read the file, so that it may also be that the JSON is broken, a row no
+        object, or a column's type another one than in the rows before
+    """
+    where, kinds = None, {}
     try:
-        for where, row in _rows(file):
+        for where, row in _rows(file) if reader_of(file) == "json" else ():
             if fault := isinstance(row, Row) and _row_fault(row, column):
                 return f"{where}{fault}"
+            if unread and not isinstance(row, Row):
+                return f"{where} is JSON, but no object"
+            for name, value in row.items() if unread else ():
+                first, there = kinds.setdefault(name, (_kind(value), where)) if value is not None else (None, "")
+                if first not in (None, _kind(value)) and {first, _kind(value)} != {"int64", "double"}:
+                    return f"{where}: column {name!r} holds {_kind(value)}, but {first} on {there}"
     except RecursionError as error:
         return str(error)
-    except (Broken, ValueError, EOFError, OSError, zlib.error):
-        pass  # for the datasets library to read, else for `find_fault` to name
-    return None
+    except (Broken, ValueError, EOFError, OSError, zlib.error) as error:  # for the datasets library to read
+        return str(error) if unread else None
+    return "holds no document" if unread and not where else None
 
 
 def find_fault(file: str) -> str | None:
@@ -68,10 +77,10 @@ def find_fault(file: str) -> str | None:
                     byte = f"byte 0x{line[error.start]:02x} at offset {offset + error.start}"
                     return f"line {number} is not UTF-8 ({byte}): convert the file to UTF-8"
                 offset += len(line)
-        if reader == "json" and (fault := _mixed(file)):
-            return fault
     except (EOFError, gzip.BadGzipFile, zlib.error):
         return "not a whole gzip file"
+    if reader == "json":
+        return find_bad_row(file, None, unread=True)
     return "holds no document" if filled <= (reader == "csv") else None  # a .csv file has a header
 
 
@@ -130,7 +139,7 @@ def _rows(file: str) -> Iterator[tuple[str, Any]]:
         raise broken
 
 
-def _row_fault(row: Row, column: str) -> str | None:
+def _row_fault(row: Row, column: str | None) -> str | None:
     if row.twice:
         return f" has the column {row.twice!r} twice"
     if not isinstance(row.get(column, ""), str | None):
@@ -142,23 +151,6 @@ def _row_fault(row: Row, column: str) -> str | None:
             half = f"\\u{ord(error.object[error.start]):x}"
             return f": column {name!r} holds half of a surrogate pair, {half}, which is no character"
     return None
-
-
-def _mixed(file: str) -> str | None:
-    """Where the JSON is broken, a row no object, or a column's type another one than in the rows before."""
-    kinds: dict[str, tuple[str, str]] = {}
-    where = None
-    try:
-        for where, row in _rows(file):
-            if not isinstance(row, Row):
-                return f"{where} is JSON, but no object"
-            for name, value in row.items():
-                first, there = kinds.setdefault(name, (_kind(value), where)) if value is not None else (None, "")
-                if first not in (None, _kind(value)) and {first, _kind(value)} != {"int64", "double"}:
-                    return f"{where}: column {name!r} holds {_kind(value)}, but {first} on {there}"
-    except (Broken, RecursionError) as error:
-        return str(error)
-    return None if where else "holds no document"
 
 
 def _kind(value: Any) -> str:

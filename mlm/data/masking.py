@@ -31,6 +31,7 @@ import torch
 from mlm.data.tokenizer import TokenizerInfo
 from mlm.errors import UserError
 
+Array = Any  # a NumPy array, or a torch tensor on any device: both have the operators; 64 bits are uint64 or int64
 GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 SHIFTS = (30, 27, 31)
@@ -77,11 +78,11 @@ class Recipe:
 
 
 class Corrupted(NamedTuple):
-    """A corrupted batch with M predicted tokens: NumPy arrays or torch tensors, as the input was."""
+    """A corrupted batch with M predicted tokens."""
 
-    ids: np.ndarray  # [B, T] int64, what the model sees
-    positions: np.ndarray  # [M] int64 into the flat B * T, ascending
-    targets: np.ndarray  # [M] int64, the tokens that stood there
+    ids: Array  # [B, T] int64, what the model sees
+    positions: Array  # [M] int64 into the flat B * T, ascending
+    targets: Array  # [M] int64, the tokens that stood there
 
 
 def make_recipe(info: TokenizerInfo, mask: float = 0.8, randomise: float = 0.1) -> Recipe:
@@ -100,43 +101,43 @@ def _stream_keys(seed: int, epochs: np.ndarray, purpose: int) -> np.ndarray:
     """`stream_key` of each epoch: [B] uint64."""
     key = np.zeros(1, np.uint64)
     for word in (np.uint64(seed & ALL_BITS), epochs, np.uint64(purpose)):
-        key = _mix(key + np.uint64(GOLDEN) + word)
+        key = mix_int64(key + np.uint64(GOLDEN) + word)
     return key
 
 
 def draw(seed: int, epochs: int | np.ndarray, chunk_ids: np.ndarray, length: int, purpose: int = MASKS) -> np.ndarray:
     """chunk_ids [B] -> draws [B, length] uint64, uniform over all 64 bits. epochs: one, or [B] one for each chunk"""
     keys = _stream_keys(seed, np.asarray(epochs).astype(np.uint64), purpose)
-    chunk_keys = _mix(np.asarray(chunk_ids).astype(np.uint64) * np.uint64(GOLDEN) + keys)  # [B]
+    chunk_keys = mix_int64(np.asarray(chunk_ids).astype(np.uint64) * np.uint64(GOLDEN) + keys)  # [B]
     steps = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(GOLDEN)  # [T]
-    return _mix(chunk_keys[:, None] + steps)
+    return mix_int64(chunk_keys[:, None] + steps)
 
 
 def draw_torch(seed: int, epoch: int, chunk_ids: torch.Tensor, length: int) -> torch.Tensor:
-    """chunk_ids [B] int64 -> [B, length] int64 on their device: the bits of `draw`."""
+    """chunk_ids [B] int64 -> [B, length] int64 on their device, the bits of `draw`: to mask there, not on the host."""
     golden = _signed(GOLDEN)
     chunk_keys = mix_int64(chunk_ids * golden + _signed(stream_key(seed, epoch, MASKS)))  # [B]
     steps = torch.arange(1, length + 1, device=chunk_ids.device) * golden  # [T]
     return mix_int64(chunk_keys[:, None] + steps)
 
 
-def select_tokens(maskable: np.ndarray, draws: np.ndarray, rate: float) -> np.ndarray:
+def select_tokens(maskable: Array, draws: Array, rate: float) -> Array:
     """Selects each maskable token with probability `rate`, independently: [B, T] bool, 1: predicted.
 
-    maskable [B, T] bool, draws [B, T] uint64, rate in [0, 1]. A lower rate selects a subset of what a higher one does.
+    maskable [B, T] bool, draws [B, T] uint64, or int64 tensors, rate in [0, 1]. A lower rate selects a subset of what
+    a higher one does.
     """
-    return (draws >> np.uint64(32) < round(rate * SCALE)) & maskable
+    return (shift(draws, 32) < round(rate * SCALE)) & maskable
 
 
-def select_words(maskable: np.ndarray, draws: np.ndarray, rate: float, word_starts: np.ndarray) -> np.ndarray:
-    """Selects each word with probability `rate`, its maskable tokens together: [B, T] bool, 1: predicted.
-
-    A word has the draw of its first token in the chunk. Arguments as in `select_tokens`, and word_starts [B, T] bool.
-    """
-    starts = word_starts.copy()
+def select_words(maskable: Array, draws: Array, rate: float, word_starts: Array) -> Array:
+    """Selects each word with probability `rate`, its maskable tokens together: [B, T] bool, 1: predicted. A word has
+    the draw of its first token in the chunk. Arguments as in `select_tokens`, and word_starts [B, T] bool."""
+    starts = (torch if isinstance(word_starts, torch.Tensor) else np).asarray(word_starts, copy=True)
     starts[:, :1] = True  # a chunk may begin inside a word
-    hit = select_tokens(starts, draws, rate)
-    return _through_words(hit.reshape(-1), starts.reshape(-1)).reshape(hit.shape) & maskable
+    word = starts.reshape(-1).cumsum(0) - 1  # [B * T], of each token
+    hit = select_tokens(starts, draws, rate)[starts]  # [W], of each word
+    return hit[word].reshape(maskable.shape) & maskable
 
 
 def select_fold(
@@ -160,85 +161,34 @@ def select_fold(
     return (np.take_along_axis(turn % folds, head, axis=1) == fold) & maskable
 
 
-def corrupt(ids: np.ndarray, selected: np.ndarray, draws: np.ndarray, recipe: Recipe) -> Corrupted:
-    """Replaces the selected tokens, [B, T] bool, of ids, [B, T] int64, by the recipe and the draws, [B, T] uint64."""
-    positions = np.flatnonzero(selected)  # [M]
+def corrupt(ids: Array, selected: Array, draws: Array, recipe: Recipe) -> Corrupted:
+    """Replaces the selected tokens, [B, T] bool, of ids, [B, T] int64, by the recipe and the draws, [B, T] uint64, or
+    int64 tensors."""
+    of = torch if isinstance(ids, torch.Tensor) else np
+    positions = of.argwhere(selected.reshape(-1))[:, 0]  # [M]; the host waits for the device here
     targets = ids.reshape(-1)[positions]
-    second = _mix(draws.reshape(-1)[positions])  # fresh bits: the first draw was used up on the selection
-    fate = second >> np.uint64(32)
-    drawn = (second & np.uint64(0xFFFFFFFF)) * np.uint64(len(recipe.maskable_ids)) >> np.uint64(32)
-    seen = np.where(fate < recipe.randomise, recipe.maskable_ids[drawn], targets)
-    seen = np.where(fate < recipe.replace, recipe.mask_id, seen)
-    corrupted = ids.copy()
+    second = mix_int64(draws.reshape(-1)[positions])  # fresh bits: the first draw was used up on the selection
+    fate, maskable_ids = shift(second, 32), of.asarray(recipe.maskable_ids, device=ids.device)
+    drawn = shift((second & 0xFFFFFFFF) * len(maskable_ids), 32)
+    seen = of.where(fate < recipe.randomise, maskable_ids[drawn], targets)
+    seen = of.where(fate < recipe.replace, recipe.mask_id, seen)
+    corrupted = of.asarray(ids, copy=True)
     corrupted.reshape(-1)[positions] = seen
     return Corrupted(corrupted, positions, targets)
 
 
-# The same to the bit on torch tensors of any device, for masking on the device instead of the host.
-
-
-def select_tokens_torch(maskable: torch.Tensor, draws: torch.Tensor, rate: float) -> torch.Tensor:
-    """`select_tokens` on tensors; draws [B, T] int64."""
-    return (shift(draws, 32) < round(rate * SCALE)) & maskable
-
-
-def select_words_torch(
-    maskable: torch.Tensor, draws: torch.Tensor, rate: float, word_starts: torch.Tensor
-) -> torch.Tensor:
-    """`select_words` on tensors; draws [B, T] int64."""
-    column = torch.arange(draws.shape[1], device=draws.device)
-    first = torch.where(word_starts, column, 0).cummax(dim=1).values  # [B, T]
-    return select_tokens_torch(maskable, draws.gather(1, first), rate)
-
-
-def corrupt_torch(ids: torch.Tensor, selected: torch.Tensor, draws: torch.Tensor, recipe: Recipe) -> Corrupted:
-    """`corrupt` on tensors; draws [B, T] int64. `nonzero` synchronises the device."""
-    positions = selected.reshape(-1).nonzero().squeeze(1)  # [M]
-    targets = ids.reshape(-1)[positions]
-    second = mix_int64(draws.reshape(-1)[positions])
-    fate = shift(second, 32)
-    maskable_ids = torch.from_numpy(recipe.maskable_ids).to(ids.device)
-    drawn = shift((second & 0xFFFFFFFF) * len(maskable_ids), 32)
-    seen = torch.where(fate < recipe.randomise, maskable_ids[drawn], targets)
-    seen = torch.where(fate < recipe.replace, recipe.mask_id, seen)
-    corrupted = ids.reshape(-1).index_copy(0, positions, seen).reshape(ids.shape)
-    return Corrupted(corrupted, positions, targets)
-
-
-def _through_words(hit: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Sets all tokens of a word whose first token is set in `hit`; [n] bool each, starts[0] is 1.
-
-    A segmented scan by doubling (Hillis & Steele, "Data parallel algorithms", CACM 1986): its number of steps
-    is the logarithm of the longest selected word, and a step over a bool array costs next to nothing.
-    """
-    inside, reach = ~starts, 1  # inside: the last `reach` tokens start no word
-    while (further := hit[:-reach] & inside[reach:]).any():
-        hit[reach:] |= further
-        inside[reach:] &= inside[:-reach]
-        reach *= 2
-    return hit
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer of each element of a uint64 array, in place: memory traffic is what it costs."""
-    x ^= x >> SHIFTS[0]
-    x *= MULTIPLIERS[0]
-    x ^= x >> SHIFTS[1]
-    x *= MULTIPLIERS[1]
-    x ^= x >> SHIFTS[2]
+def mix_int64(x: Array) -> Array:
+    """SplitMix64's finalizer of each element, in place: memory traffic is what it costs."""
+    for by, multiplier in zip(SHIFTS, MULTIPLIERS, strict=False):
+        x ^= shift(x, by)
+        x *= multiplier if x.dtype == np.uint64 else _signed(multiplier)
+    x ^= shift(x, SHIFTS[-1])
     return x
 
 
-def mix_int64(x: Any) -> Any:
-    """The same of an int64 tensor, or array, to the bit: both have these operators."""
-    x = (x ^ shift(x, SHIFTS[0])) * _signed(MULTIPLIERS[0])
-    x = (x ^ shift(x, SHIFTS[1])) * _signed(MULTIPLIERS[1])
-    return x ^ shift(x, SHIFTS[2])
-
-
-def shift(x: Any, by: int) -> Any:
-    """Logical right shift of int64, whose own copies the sign."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
+def shift(x: Array, by: int) -> Array:
+    """Logical right shift: that of int64 copies the sign."""
+    return x >> by if x.dtype == np.uint64 else (x >> by) & ((1 << (64 - by)) - 1)
 
 
 def _signed(x: int) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -102,21 +103,16 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
 def corpus_tokenizer(
     source: CorpusConfig, vocab_size: int, folder: Path, overwrite_cache: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer trained on the corpus's training documents, kept in `folder` for later runs.
-
-    Raises UserError where there are no training documents, or `folder` cannot be written.
-    """
+    """The tokenizer trained on the corpus's training documents, kept in `folder` for later runs. Raises UserError
+    where there are no training documents, or `folder` cannot be written."""
     corpus.keep_apart(source, "--token_store", folder)
     place = folder / f"tokenizer-{key([corpus.identify(source), vocab_size])}"
-    if not place.is_dir():
+    if not os.path.isdir(place):  # false where it cannot be looked for, which `build_once` explains
         read = corpus.load(source, overwrite_cache)
         if "train" not in read.splits:
             raise UserError("no text to learn a vocabulary from: give --train_file, or --tokenizer_name")
-
-        def build(path: Path) -> None:
-            train_tokenizer(read.documents("train"), vocab_size).save_pretrained(path)
-
-        build_once(place, place.is_dir, build)
+        text = read.documents("train")
+        build_once(place, place.is_dir, lambda path: train_tokenizer(text, vocab_size).save_pretrained(path))
     return load_tokenizer(str(place))
 
 

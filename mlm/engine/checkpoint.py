@@ -81,10 +81,8 @@ def snapshot(model: torch.nn.Module, states: dict[str, Stateful], experiment: di
 
 
 def load(folder: Path, model: torch.nn.Module, states: dict[str, Stateful], experiment: dict[str, Any]) -> None:
-    """Puts everything back as `snapshot` took it, if what is there fits.
-
-    Raises UserError for another experiment's, with the differences, and for states that this run cannot have written.
-    """
+    """Puts everything back as `snapshot` took it, if what is there fits. Raises UserError for another experiment's,
+    with the differences, and for states that this run cannot have written."""
     try:
         saved = json.loads((folder / "experiment.json").read_bytes())
         if changed := differences(saved, json.loads(json.dumps(experiment))):
@@ -141,9 +139,7 @@ def _unpack(packed: Any, stored: dict[str, torch.Tensor]) -> Any:
 
 def _check_form(saved: Any, own: Any, name: str) -> None:
     """Raises ValueError where a state has not the keys, shapes, dtypes and kinds of the one that it is to replace.
-
-    What is None or empty before the first step may become anything.
-    """
+    What is None or empty before the first step may become anything."""
     if isinstance(own, torch.Tensor):
         if not isinstance(saved, torch.Tensor) or (saved.shape, saved.dtype) != (own.shape, own.dtype):
             raise ValueError(f"{name} is no {own.dtype} {list(own.shape)}")
@@ -200,10 +196,10 @@ def _find(wanted: str, checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def steps(checkpoints: Path) -> dict[int, Path]:
-    """The checkpoints in a folder, by their step, whole or not."""
-    folders = [path for path in checkpoints.glob("step_*") if path.is_dir()]
-    return {int(path.name[5:]): path for path in folders if re.fullmatch(r"step_[0-9]+", path.name)}
+def steps(checkpoints: Path, kind: Literal["step", "best"] = "step") -> dict[int, Path]:
+    """The checkpoints in a folder, or the best weights, by their step, whole or not."""
+    folders = [path for path in checkpoints.glob(f"{kind}_*") if path.is_dir()]
+    return {int(path.name[5:]): path for path in folders if re.fullmatch(rf"{kind}_[0-9]+", path.name)}
 
 
 def damaged(folder: Path) -> str | None:
@@ -292,9 +288,9 @@ class Writer:
         try:
             write(place, files)
             if place.name.startswith("best_"):
-                _remove(*(best for best in bests(self.folder) if best != place))
+                remove(*(best for best in steps(self.folder, "best").values() if best != place))
             elif self.keep is not None:
-                _remove(*(path for _, path in sorted(steps(self.folder).items())[: -self.keep]))
+                remove(*(path for _, path in sorted(steps(self.folder).items())[: -self.keep]))
         except (OSError, SafetensorError) as error:
             self._failed = True
             self._failure = f"{place} could not be written: {one_line(getattr(error, 'strerror', None) or error)}"
@@ -331,7 +327,7 @@ def write(place: Path, files: Files) -> None:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # what it has taken of a full disk
         raise
-    _remove(place)
+    remove(place)
     partial.rename(place)
     sync(place.parent)
 
@@ -351,22 +347,12 @@ def outdated(checkpoints: Path, after: int = -1) -> list[Path]:
     partial = re.compile(rf"(step|best)_[0-9]+(\.(old|partial))*{re.escape(PARTIAL)}")
     left = [path for path in checkpoints.glob(f"*{PARTIAL}") if partial.fullmatch(path.name)]
     later = [path for step, path in steps(checkpoints).items() if step > after]
-    return [*later, *left, *(bests(checkpoints) if after < 0 else ())]
-
-
-def clear(checkpoints: Path, after: int = -1) -> None:
-    """Removes what is `outdated`."""
-    _remove(*outdated(checkpoints, after))
-
-
-def bests(checkpoints: Path) -> list[Path]:
-    """Where weights of the lowest evaluation loss are kept: one folder, or two where a kill came between."""
-    return [path for path in checkpoints.glob("best_*") if re.fullmatch(r"best_[0-9]+", path.name)]
+    return [*later, *left, *(steps(checkpoints, "best").values() if after < 0 else ())]
 
 
 def find_best(checkpoints: Path) -> tuple[Path, dict[str, float]] | None:
-    """The intact weights of the lowest evaluation loss, and that evaluation."""
-    intact = [path for path in bests(checkpoints) if not damaged(path)]
+    """The intact weights of the lowest evaluation loss, and that evaluation; of two, where a kill came between."""
+    intact = [path for path in steps(checkpoints, "best").values() if not damaged(path)]
     evaluated = [(path, json.loads((path / "evaluation.json").read_bytes())) for path in intact]
     return min(evaluated, key=lambda kept: kept[1]["eval_loss"], default=None)
 
@@ -382,7 +368,7 @@ def _on_host(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in named.items()}
 
 
-def _remove(*folders: Path) -> None:
+def remove(*folders: Path) -> None:
     """Removes folders so that none is ever half-removed under its name."""
     for folder in folders:
         doomed = folder if folder.suffix == PARTIAL else folder.with_name(f"{folder.name}.old{PARTIAL}")

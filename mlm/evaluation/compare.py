@@ -38,7 +38,7 @@ def conclude(
     counts: np.ndarray,
 ) -> Conclusion:
     """The final figures. before: empty where nothing was measured before the first step; counts: as in `compare`"""
-    results, lines, compared, tables = {}, [], {}, []
+    results, lines, compared, tables = {}, [], dict.fromkeys(EVAL_SETS), []
     for name, eval_set in eval_sets.items():
         prefix, title = EVAL_SETS[name]
         results |= _named(measure(after[name], eval_set), prefix)
@@ -53,8 +53,9 @@ def conclude(
             lines.append(f"{title} text: perplexity {figure(results['general_perplexity'])}")
     maskable = eval_sets["held_out"].info.maskable
     results["perplexity_unigram"] = unigram_perplexity(counts, maskable, after["held_out"].target)
-    comparison = {name: compared.get(name) for name in EVAL_SETS} if compared else None
-    return Conclusion(results, "\n".join(lines), comparison, pa.concat_tables(tables) if tables else None)
+    if not tables:
+        return Conclusion(results, "\n".join(lines), None, None)
+    return Conclusion(results, "\n".join(lines), compared, pa.concat_tables(tables))
 
 
 def compare(
@@ -82,7 +83,7 @@ def compare(
     config, document = eval_set.config, documents_of(eval_set, before)
     num_documents = len(np.unique(document))
     units, kind = (document, "documents") if num_documents > 1 else (before.chunk, "chunks")
-    gain, difference = _gain_over(before, after, units, np.ones(before.masked, bool))
+    gain, difference = _gain_over(before, after, units)
     sure = difference["interval"][1] < 0
     made = {"method": "jackknife", "confidence": CONFIDENCE, "unit": kind, "units": len(np.unique(units))}
     return finite({
@@ -114,7 +115,7 @@ def compare_documents(
     differs: whether the two intervals have nothing in common. A gain in chunks alone is one in predicting next to the
         cuts, and across the joints, of chunks.
     """
-    gain, _ = _gain_over(before, after, before.chunk, np.ones(before.masked, bool))
+    gain, _ = _gain_over(before, after, before.chunk)
     (low, high), (low_in_chunks, high_in_chunks) = gain["interval"], in_chunks["interval"]
     return {
         "perplexity_before": before.perplexity, "perplexity": after.perplexity, "gain": gain,
@@ -153,9 +154,9 @@ def concentration(
 
 
 def _gain_over(
-    before: Evaluation, after: Evaluation, units: np.ndarray, part: np.ndarray
+    before: Evaluation, after: Evaluation, units: np.ndarray, part: np.ndarray | slice = slice(None)
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The gain and the difference in loss, as in `compare`, over part [M] bool of the tokens."""
+    """The gain and the difference in loss, as in `compare`, over all tokens, or a part of them, [M] bool."""
     numbers, unit = np.unique(units[part], return_inverse=True)
     count, nats_before, nats_after = grouped(unit, len(numbers), before.nats[part], after.nats[part])
     low, high = interval(nats_after - nats_before, count)
@@ -176,57 +177,46 @@ def documents(
     """One row for each document with a masked token."""
     store = eval_set.store
     numbers, group = np.unique(documents_of(eval_set, before), return_inverse=True)
-    count, nats_before, nats_after = grouped(group, len(numbers), before.nats, after.nats)
+    sums = grouped(group, len(numbers), before.nats, after.nats)
     begins, ends = store.document_offsets[numbers], store.document_offsets[numbers + 1]
-    opening = [store.ids[b : min(e, b + OPENING)].tolist() for b, e in zip(begins, ends, strict=True)]
-    return pa.table({
-        "text": pa.array([name] * len(numbers), pa.string()),
-        "document": numbers,
-        "opening": pa.array([readable(tokenizer, ids) for ids in opening], pa.string()),
-        "masked_tokens": count,
-        "nats_before": nats_before,
-        "nats_after": nats_after,
-    })  # fmt: skip
+    opening = [readable(tokenizer, store.ids[b : min(e, b + OPENING)]) for b, e in zip(begins, ends, strict=True)]
+    text, opening = pa.array([name] * len(numbers), pa.string()), pa.array(opening, pa.string())
+    columns = {"text": text, "document": numbers, "opening": opening}
+    return pa.table({**columns, **dict(zip(("masked_tokens", "nats_before", "nats_after"), sums, strict=True))})
 
 
 def in_words(compared: dict[str, Any]) -> str:
-    """A comparison on one line."""
+    """A comparison on one line, and on another one that of documents one by one, if it tells another story."""
     gain, made, by_seed = compared["gain"], compared["interval"], compared["after"]["perplexity_by_seed"]
-    seeds, without = "", ""
+    seeds = ""
     if len(by_seed) > 1 and None not in by_seed:
         seeds = f", {figure(min(by_seed))} to {figure(max(by_seed))} over {len(by_seed)} mask seeds"
     unit = "chunks of one document" if made["unit"] == "chunks" else made["unit"]
-    sure = _sureness(gain["interval"], made["units"], unit)
+    before, after = (compared[when]["perplexity"] for when in ("before", "after"))
+    text = _gain_in_words(before, after, gain, made["units"], unit, seeds)
     if few := compared["concentration"]:
-        without = (
-            f"; {len(few['types'])} tokens carry {few['share']:.0%} of it ({printable(' '.join(few['types']))}), "
-            f"on all others it is {figure(few['gain_without'])}"
-        )
-    whole = f"\n{documents_in_words(compared)}" if compared["one_by_one"] else ""
-    before, after = (figure(compared[when]["perplexity"]) for when in ("before", "after"))
-    return f"perplexity {before} before, {after} after{seeds}, gain {figure(gain['value'])} ({sure}){without}{whole}"
+        text += f"; {len(few['types'])} tokens carry {few['share']:.0%} of it ({printable(' '.join(few['types']))}), "
+        text += f"on all others it is {figure(few['gain_without'])}"
+    if whole := compared["one_by_one"]:
+        unit = f"documents of at most {whole['longest']:,} tokens"
+        figures = whole["perplexity_before"], whole["perplexity"], whole["gain"]
+        text += f"\none by one: {_gain_in_words(*figures, whole['documents'], unit)}"
+        if whole["differs"]:
+            cut = "a part of the gain in chunks is of how they are cut and joined, not of the domain"
+            less = whole["gain"]["value"] < gain["value"]
+            text += f": another story, {cut if less else 'chunks hide a part of the gain'}"
+    return text
 
 
-def _sureness(interval: list[float | None], units: int, unit: str) -> str:
-    """The interval of a gain in words, from so many of a unit, or why there is none."""
-    if interval[0] is not None:
-        low, high = map(figure, interval)
-        return f"{CONFIDENCE:.0%} interval {low} to {high}, from {units:,} {unit}"
-    return f"no interval: {'a loss is infinite' if units >= FEWEST else f'{units} {unit}, fewer than {FEWEST}'}"
-
-
-def documents_in_words(compared: dict[str, Any]) -> str:
-    """The comparison on documents one by one on a line, and whether it tells another story than chunks do."""
-    whole, story = compared["one_by_one"], ""
-    before, after = figure(whole["perplexity_before"]), figure(whole["perplexity"])
-    unit = f"documents of at most {whole['longest']:,} tokens"
-    sure = _sureness(whole["gain"]["interval"], whole["documents"], unit)
-    if whole["differs"] and whole["gain"]["value"] < compared["gain"]["value"]:
-        story = ": another story, a part of the gain in chunks is of how they are cut and joined, not of the domain"
-    elif whole["differs"]:
-        story = ": another story, chunks hide a part of the gain"
-    gain = figure(whole["gain"]["value"])
-    return f"one by one: perplexity {before} before, {after} after, gain {gain} ({sure}){story}"
+def _gain_in_words(
+    before: float | None, after: float | None, gain: dict[str, Any], units: int, unit: str, seeds: str = ""
+) -> str:
+    """Two perplexities and their gain, from so many of a unit, with its interval, or why there is none."""
+    low, high = map(figure, gain["interval"])
+    sure = f"{CONFIDENCE:.0%} interval {low} to {high}, from {units:,} {unit}"
+    if gain["interval"][0] is None:
+        sure = "no interval: " + ("a loss is infinite" if units >= FEWEST else f"{units} {unit}, fewer than {FEWEST}")
+    return f"perplexity {figure(before)} before, {figure(after)} after{seeds}, gain {figure(gain['value'])} ({sure})"
 
 
 def gain_figures(compared: dict[str, Any], prefix: str = "") -> dict[str, Any]:

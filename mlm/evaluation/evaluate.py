@@ -50,7 +50,7 @@ class Evaluation(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """Nats a masked token; NaN where nothing was masked, as are the figures below."""
+        """Nats a masked token."""
         return mean(float(self.nats.sum()), self.masked)
 
     @property
@@ -58,30 +58,23 @@ class Evaluation(NamedTuple):
         return exp_or_inf(self.loss)
 
     @property
-    def accuracy(self) -> float:
-        return mean(int(self.hit.sum()), self.masked)
-
-    @property
     def first_round(self) -> "Evaluation":
         """The first mask round, which is all that the evaluations during training measure."""
-        return self._part(0, 1)
+        return Evaluation(*(values[self.mask_round == 0] for values in self))
 
     def seeds(self, config: EvaluateConfig) -> "list[Evaluation]":
         """One evaluation for each mask seed, with all of its folds."""
-        folds = config.eval_mask_folds or 1
-        return [self._part(s * folds, (s + 1) * folds) for s in range(config.eval_mask_seeds)]
-
-    def _part(self, first: int, end: int) -> "Evaluation":
-        begin, stop = np.searchsorted(self.mask_round, [first, end])
-        return Evaluation(*(values[begin:stop] for values in self))
+        seed = self.mask_round // (config.eval_mask_folds or 1)
+        return [Evaluation(*(values[seed == s] for values in self)) for s in range(config.eval_mask_seeds)]
 
     def same_masks(self, other: "Evaluation") -> bool:
         """Whether both are of the same tokens, masked in the same rounds."""
         return all(np.array_equal(mine, its) for mine, its in zip(self[:4], other[:4], strict=True))
 
     def summary(self) -> dict[str, float]:
-        """The totals, under the names that all_results.json gives them."""
-        figures = {"perplexity": self.perplexity, "eval_loss": self.loss, "accuracy": self.accuracy}
+        """The totals, under the names that all_results.json gives them; NaN where nothing was masked."""
+        accuracy = mean(int(self.hit.sum()), self.masked)
+        figures = {"perplexity": self.perplexity, "eval_loss": self.loss, "accuracy": accuracy}
         return {**figures, "eval_masked_tokens": self.masked}
 
 
@@ -90,11 +83,8 @@ class Evaluations(dict[str, Evaluation]):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """{"held_out.nats": [M], ...}: each column of each evaluation, on the CPU, sharing its memory."""
-        return {
-            f"{name}.{column}": torch.from_numpy(values)
-            for name, evaluation in self.items()
-            for column, values in evaluation._asdict().items()
-        }
+        columns = {f"{name}.{column}": v for name, own in self.items() for column, v in own._asdict().items()}
+        return {name: torch.from_numpy(values) for name, values in columns.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Replaces what is here by what `state_dict` gave, to the bit."""

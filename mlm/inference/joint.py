@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm.data.tokenizer import spell, template
 from mlm.figures import unspaced
-from mlm.inference.sentences import encode, predict
+from mlm.inference.fill_mask import encode, predict
 from mlm.model.sparse_head import SparseMaskedLM
 
 

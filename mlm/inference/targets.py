@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm.data.tokenizer import template
 from mlm.errors import UserError
-from mlm.inference.sentences import encode, own_mask, predict
+from mlm.inference.fill_mask import encode, own_mask, predict
 from mlm.model.predict import check_length
 from mlm.model.sparse_head import SparseMaskedLM
 

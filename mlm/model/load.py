@@ -23,8 +23,13 @@ from mlm.model.vocabulary import enlarge, max_positions, only_length, vocab_size
 
 log = logging.getLogger(__name__)
 
-DEMO_VOCABULARY = 8192  # tokens
-DEMO_POSITIONS = 128
+# A BERT that learns more than token frequencies within minutes on two CPU cores: sooner with fresh weights of standard
+# deviation 0.05 than with the usual 0.02, which suits wider models.
+DEMO = {
+    **{"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512},
+    **{"vocab_size": 8192, "max_position_embeddings": 128, "initializer_range": 0.05},
+    **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
 MOST_LAYERS = 10_000
 MOST_UNKNOWN = 0.01  # of the tokens: from there on it is said, and figures per character mean nothing
 
@@ -56,12 +61,19 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
 
     New weights (of a model from scratch, missing in the checkpoint, of tokens that it does not know) are drawn from
     `seed`; the global generators keep their state. The embeddings grow where the tokenizer is larger. The modules use
-    `config.dropout`, while `model.config`, which `save_pretrained` writes, keeps the model's own probabilities.
+    `config.dropout`, while `model.config`, which `save_pretrained` writes, keeps the model's own probabilities. From
+    scratch, the configuration has the tokenizer's size and special ids.
 
     Raises UserError where the checkpoint or configuration cannot be read, is not of a masked language model over
     tokens, needs `trust_remote_code`, or lacks the gradient checkpointing that `config` asks for.
     """
-    arch = _architecture(config, tokenizer)
+    arch = model_config(config)
+    if not config.model_name_or_path:
+        text = arch.get_text_config()
+        text.vocab_size = vocab_size(tokenizer)
+        for kind in ("pad", "bos", "eos", "cls", "sep", "mask"):
+            if hasattr(text, f"{kind}_token_id"):
+                setattr(text, f"{kind}_token_id", getattr(tokenizer, f"{kind}_token_id"))
     own_dropout = [] if config.dropout is None else _set_dropout(arch, itertools.repeat(float(config.dropout)))
     with seeded_cpu_generator(seed):
         model = _build(config, arch)
@@ -90,9 +102,17 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
 def load_trained(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device | str, length: int | None = None
 ) -> SparseMaskedLM:
-    """The checkpoint that `config` names, on `device`, for sequences of `length` tokens, or of any (None). Raises
-    UserError as `load_model` and `check_embeddings` do, and where the model takes no such sequences."""
-    check_embeddings(config, tokenizer)
+    """The checkpoint that `config` names, on `device`, for sequences of `length` tokens, or of any (None).
+
+    Raises UserError as `load_model` does, where the model takes no such sequences, and for ids beyond its embeddings:
+    rows added to them mean nothing before training.
+    """
+    rows, needed = getattr(model_config(config).get_text_config(), "vocab_size", None), vocab_size(tokenizer)
+    if rows is not None and needed > rows:
+        raise UserError(
+            f"{config.model_name_or_path}: the tokenizer's ids go up to {needed - 1}, the model's embedding "
+            f"table has {rows} rows; use the tokenizer that the model was trained with"
+        )
     model = load_model(config, tokenizer, seed=0)
     only = only_length(model.config)
     if only not in (None, length):
@@ -102,8 +122,10 @@ def load_trained(
 
 
 def model_config(config: ModelConfig) -> PreTrainedConfig:
-    """The unchanged configuration of the name or type in `config`. Raises UserError where that is none of a masked
-    language model."""
+    """The unchanged configuration of the name or type in `config`, or of the demo model. Raises UserError where that
+    is none of a masked language model."""
+    if config.is_demo:
+        return AutoConfig.for_model("bert", **DEMO)
     if source := config.config_name or config.model_name_or_path:
         code = {"trust_remote_code": config.trust_remote_code, "local_files_only": local_files_only(source)}
         try:
@@ -133,80 +155,36 @@ def fingerprint(model: PreTrainedModel) -> str:
     return f"{type(model).__name__} {digest}, {count:,} weights of mean size {size / count:.6g}"
 
 
-def check_embeddings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError for ids beyond the checkpoint's embeddings: rows added to them mean nothing before training."""
-    rows, needed = getattr(model_config(config).get_text_config(), "vocab_size", None), vocab_size(tokenizer)
-    if rows is not None and needed > rows:
-        raise UserError(
-            f"{config.model_name_or_path}: the tokenizer's ids go up to {needed - 1}, the model's embedding "
-            f"table has {rows} rows; use the tokenizer that the model was trained with"
-        )
-
-
 def position_limit(config: ModelConfig) -> int | None:
     """`max_positions` of the model that `config` names, not loaded; from scratch, at its default padding id."""
-    return DEMO_POSITIONS if config.is_demo else max_positions(model_config(config))
+    return max_positions(model_config(config))
 
 
 def open_corpus(config: Any) -> tuple[PreTrainedTokenizerBase, TokenizerInfo, dict[str, TokenStore]]:
     """The tokenizer, named or else trained on the corpus, its info, and the token store of each split. Call this
     before the process's first use of a tokenizer, as it sets the number of threads.
 
-    config: a mlm.config.Config. Raises UserError where no token of a split may be masked.
+    config: a mlm.config.Config. Warns where over MOST_UNKNOWN of a split's tokens are unknown. Raises UserError where
+    no token of a split may be masked.
     """
     limit_threads(config.token_store)
     if name := config.model.tokenizer_name or config.model.model_name_or_path:
         tokenizer = load_tokenizer(name, config.model.trust_remote_code)
     else:
-        size, kept = vocabulary_size(config.model), config.token_store
+        size, kept = model_config(config.model).get_text_config().vocab_size, config.token_store
         tokenizer = corpus_tokenizer(config.corpus, size, store_folder(kept), kept.overwrite_cache)
     info = tokenizer_info(tokenizer)
     stores = prepare(config.corpus, tokenizer, info, config.token_store, config.masking.whole_word_mask)
     for split, store in stores.items():
-        check_known(split, store, tokenizer)
+        known, unknown = store.header["maskable_tokens"], store.header["unknown_tokens"]
+        share = f"{unknown / max(known + unknown, 1):.1%} of the tokens of the {split} split are unknown"
+        if not known and store.header["tokens"]:
+            reason = f"to the tokenizer {tokenizer.name_or_path}, and none is left to learn"
+            raise UserError(f"{share} {reason}: choose another --tokenizer_name")
+        if unknown > MOST_UNKNOWN * (known + unknown):
+            never = "they are never predicted, and there are no bits per character or word"
+            log.warning("%s to the tokenizer: %s", share, never)
     return tokenizer, info, stores
-
-
-def check_known(split: str, store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warns where over MOST_UNKNOWN of a split's tokens are unknown. Raises UserError where none may be masked."""
-    known, unknown = store.header["maskable_tokens"], store.header["unknown_tokens"]
-    share = f"{unknown / max(known + unknown, 1):.1%} of the tokens of the {split} split are unknown to the tokenizer"
-    if not known and store.header["tokens"]:
-        raise UserError(
-            f"{share} {tokenizer.name_or_path}, and none is left to learn: choose another --tokenizer_name"
-        )
-    if unknown > MOST_UNKNOWN * (known + unknown):
-        log.warning("%s: they are never predicted, and there are no bits per character or word", share)
-
-
-def vocabulary_size(config: ModelConfig) -> int:
-    """The size of the vocabulary to train for a model from scratch."""
-    return DEMO_VOCABULARY if config.is_demo else model_config(config).get_text_config().vocab_size
-
-
-def demo_config(tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """A BERT that learns more than token frequencies within minutes on two CPU cores: sooner with fresh weights of
-    standard deviation 0.05 than with the usual 0.02, which suits wider models."""
-    return AutoConfig.for_model(
-        "bert",
-        **{"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512},
-        **{"vocab_size": vocab_size(tokenizer), "max_position_embeddings": DEMO_POSITIONS, "initializer_range": 0.05},
-        **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": tokenizer.pad_token_id},
-    )
-
-
-def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The configuration to build from; without a checkpoint, with the tokenizer's size and special ids."""
-    if config.is_demo:
-        return demo_config(tokenizer)
-    arch = model_config(config)
-    if not config.model_name_or_path:
-        text = arch.get_text_config()
-        text.vocab_size = vocab_size(tokenizer)
-        for kind in ("pad", "bos", "eos", "cls", "sep", "mask"):
-            if hasattr(text, f"{kind}_token_id"):
-                setattr(text, f"{kind}_token_id", getattr(tokenizer, f"{kind}_token_id"))
-    return arch
 
 
 def _build(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedModel:
@@ -226,10 +204,8 @@ def _build(config: ModelConfig, arch: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _set_dropout(config: PreTrainedConfig, values: Iterator[float]) -> list[float]:
-    """Takes each dropout probability, nested configurations included, from `values`, and returns what they were.
-
-    A field that is None (BERT's classifier_dropout) follows another one. A boolean one (ESM's token_dropout) is none.
-    """
+    """Takes each dropout probability, nested configurations included, from `values`, and returns what they were. A
+    field that is None (BERT's classifier_dropout) follows another one. A boolean one (ESM's token_dropout) is none."""
     replaced = []
     for field, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):

@@ -18,11 +18,12 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "nu
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
-    device = accelerator.device
+    device, cpus = accelerator.device, Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", cpus.read_text()) if cpus.exists() else None
     return {
         **versions(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": model[1] if model else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
@@ -49,12 +50,6 @@ def peak_memory_mib(device: torch.device) -> float:
             return int(peak[1]) / 2**10
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS gives bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", path.read_text()) if path.exists() else None
-    return found[1] if found else platform.processor()
 
 
 def _commit() -> str | None:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from mlm.errors import UserError, printable
 from mlm.figures import unspaced
 from mlm.files import write_json
-from mlm.inference.fill_mask import fill, load
-from mlm.inference.sentences import MASK, own_mask
+from mlm.inference.fill_mask import MASK, fill, load, own_mask
 from mlm.model.load import ModelConfig, load_model
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.run_record import Rows, RunRecord, files_of
@@ -44,28 +42,22 @@ def with_examples(
         return run, ""
     try:
         with files_of(run.folder):
-            *models, tokenizer = _load(run, trust_remote_code)
+            adapted, tokenizer = load(str(run.folder), trust_remote_code)
+            about = run.about["configuration"]
+            config = ModelConfig(**{**about["model"], "trust_remote_code": trust_remote_code})
+            # The seed draws the very weights from which the training of a model from scratch began.
+            base = SparseMaskedLM(load_model(config, tokenizer, about["train"]["seed"]).to(adapted.model.device))
             chosen = from_held_out(run, tokenizer) if sentences is None else []
         if sentences is None:
-            examples = _fill(models, tokenizer, chosen)
+            examples = _fill((base, adapted), tokenizer, chosen)
             with suppress(OSError):  # a run that may only be read
                 write_json(run.folder / "fill_mask.json", {"results": run.results, "sentences": examples})
     except UserError as error:  # the base may be gone, and a report is good without
         return run, f"{printable(str(run.folder))}: no examples of filled masks, as {error}\n"
     if sentences is not None:
         given = [(text.replace(tokenizer.mask_token or MASK, MASK), None) for text in sentences]
-        examples = _fill(models, tokenizer, given)
+        examples = _fill((base, adapted), tokenizer, given)
     return replace(run, examples=examples), ""
-
-
-def _load(run: RunRecord, trust_remote_code: bool) -> tuple[SparseMaskedLM, SparseMaskedLM, PreTrainedTokenizerBase]:
-    """The model that a run began from, the one that it ended with, and their tokenizer."""
-    adapted, tokenizer = load(str(run.folder), trust_remote_code)
-    about = run.about["configuration"]
-    config = ModelConfig(**{**about["model"], "trust_remote_code": trust_remote_code})
-    # The seed draws the very weights from which the training of a model from scratch began.
-    base = SparseMaskedLM(load_model(config, tokenizer, about["train"]["seed"]).to(adapted.model.device))
-    return base, adapted, tokenizer
 
 
 def _fill(
@@ -95,11 +87,9 @@ def from_held_out(run: RunRecord, tokenizer: PreTrainedTokenizerBase, seed: int 
     np.random.default_rng(seed).shuffle(openings)
     drawn: list[tuple[str, str]] = []
     gained = (compared["words"] or compared["tokens"])["gained"]
-
-    def mean_gain(row: dict[str, Any]) -> float:  # nats at an occurrence, a word of few being held back
-        return ((row["nats_before"] or 0) - (row["nats_after"] or 0)) / (row["count"] + FEW)
-
-    for word in (row["text"] for row in sorted(gained, key=mean_gain, reverse=True)):
+    # by nats at an occurrence, a word of few being held back
+    ordered = sorted(gained, key=lambda r: ((r["nats_after"] or 0) - (r["nats_before"] or 0)) / (r["count"] + FEW))
+    for word in (row["text"] for row in ordered):
         ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
         opening = next((words for words in openings if word in words[EDGE:-EDGE]), None)
         is_word = word.isalpha() and (len(word) >= LETTERS or word.upper() == word.lower())

@@ -107,17 +107,22 @@ class Log:
             with suppress(OSError, ValueError), tqdm.external_write_mode():
                 print(printable(text), flush=True)
 
-    def event(self, event: str, step: int, **values: Any) -> None:
+    def event(self, event: str, step: int, **numbers: Any) -> None:
         """Appends a line to metrics.jsonl, and sends its numbers to the trackers."""
         if not self.is_main:
             return
         seconds = time.perf_counter() - self.started
-        line = {"event": event, "step": step, "seconds": round(seconds, 3), **finite(values)}
+        values = {"event": event, "step": step, "seconds": round(seconds, 3), **finite(numbers)}
+        line = json.dumps(values).encode() + b"\n"
         try:
-            _append(self.folder / "metrics.jsonl", json.dumps(line) + "\n")
+            with (self.folder / "metrics.jsonl").open("ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(line) < len(line):  # the next one must not go on from half of one on a full disk
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self.print(f"metrics.jsonl lacks a line, {event} of step {step}: {error.strerror}")
-        numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        numbers = {f"{event}/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
         with self._trackers():
             self.accelerator.log(numbers, step=step)
 
@@ -172,12 +177,3 @@ class Log:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-def _append(path: Path, line: str) -> None:
-    """Adds a line, whole or not at all: the next one must not go on from half of one on a full disk."""
-    with path.open("ab", buffering=0) as file:
-        end, data = file.tell(), line.encode()
-        if file.write(data) < len(data):
-            file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

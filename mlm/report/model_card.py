@@ -1,11 +1,11 @@
-"""The model card: README.md of a run directory, as a page of the Hub shows it."""
+"""The model card: README.md of a run directory, as a page of the Hub shows it. Its words are in model_card.md."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mlm.data import corpus
 from mlm.data.corpus import CorpusConfig
@@ -42,40 +42,17 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
         model_name=name,
         eval_results=[*_eval_results(results, "", text), *_eval_results(results, "general_", out_of_domain)],
     )
-    domain = _letters(short(text.dataset_name or text.train_file))
-    model = _letters(short(base)) if base else f"a {config.model.model_type or 'small BERT'} from scratch"
-    rate, unigram = config.optimizer.learning_rate, figure(results["perplexity_unigram"])
-    forgotten = ""
-    if out_of_domain is not None:
-        source = _letters(short(corpus.origin(out_of_domain, "validation")))
-        forgotten = f"\nOn out-of-domain text, {source}:\n\n{_figures(results, 'general_')}"
-    if "task_accuracy" in results:
-        task = _letters(short(config.task.given))
-        documents = f"{results['task_documents']:,} documents of {task}"
-        forgotten += f"\nFrozen features and logistic regression, on {documents}:\n\n{task_in_words(results)}\n"
-    return f"""---
-{data.to_yaml()}
----
-
-# {_letters(name)}
-
-Adapted to {domain} by masked language modelling, from {model}.
-
-On {results["eval_masked_tokens"]:,} masked tokens of held-out documents, under fixed masks:
-
-{_figures(results, "")}A model that knows token frequencies alone has a perplexity of {unigram} on them.
-{forgotten}
-```python
-from transformers import pipeline
-
-fill = pipeline("fill-mask", {json.dumps(name, ensure_ascii=False)})
-```
-
-- {results["steps"]:,} optimizer steps ({results["epochs"]:.3g} epochs), learning rate {rate:g}
-- {results["mask_rate"]:.1%} of the tokens masked{", whole words together" if config.masking.whole_word_mask else ""}
-- training loss {figure(results["train_loss"])} (with dropout, under training masks)
-- {results["tokens_per_second"]:,.0f} tokens/s
-"""
+    card = ModelCard.from_template(
+        data,
+        str(Path(__file__).with_suffix(".md")),
+        **{"config": config, "results": results, "metrics": METRICS, "quoted": json.dumps(name, ensure_ascii=False)},
+        **{"figure": figure, "letters": _letters, "task_in_words": task_in_words, "model_name": name},
+        domain=_letters(short(text.dataset_name or text.train_file)),
+        model=_letters(short(base)) if base else f"a {config.model.model_type or 'small BERT'} from scratch",
+        out_of_domain=out_of_domain and _letters(short(corpus.origin(out_of_domain, "validation"))),
+        task=config.task.given and _letters(short(config.task.given)),
+    )
+    return card.content + "\n"
 
 
 def _eval_results(results: dict[str, Any], prefix: str, text: CorpusConfig | None) -> list[EvalResult]:
@@ -83,12 +60,12 @@ def _eval_results(results: dict[str, Any], prefix: str, text: CorpusConfig | Non
     if text is None:
         return []
     name, kind = printable(short(corpus.origin(text, "validation"))), "out-of-domain text" if prefix else None
-    task = {"task_type": "fill-mask", "task_name": "Masked language modelling", "dataset_split": "validation"}
-    task |= {"dataset_type": name, "dataset_name": f"{name} ({kind})" if kind else name}
-    task |= {"dataset_config": text.dataset_config_name or kind}
+    about = {"task_type": "fill-mask", "task_name": "Masked language modelling", "dataset_split": "validation"}
+    about |= {"dataset_type": name, "dataset_name": f"{name} ({kind})" if kind else name}
+    about |= {"dataset_config": text.dataset_config_name or kind}
     values = {metric: results.get(f"{prefix}{metric}") for metric in METRICS}
     return [
-        EvalResult(**task, metric_type=metric, metric_name=METRICS[metric], metric_value=value)
+        EvalResult(**about, metric_type=metric, metric_name=METRICS[metric], metric_value=value)
         for metric, value in values.items()
         if value is not None
     ]
@@ -105,18 +82,3 @@ def task_in_words(results: dict[str, Any]) -> str:
     if seen := results["task_in_training_text"]:
         lines.append(f"- {seen:,} of the task's documents stand in the training text; no label was trained on")
     return "\n".join(dict.fromkeys(lines))  # the fewest may be the most
-
-
-def _figures(results: dict[str, Any], prefix: str) -> str:
-    """The figures of a text as a table, and its gain where that has an interval."""
-    text = {name.removeprefix(prefix): figure(value) for name, value in results.items() if name.startswith(prefix)}
-    lines = ["| | before | after |", "| --- | --- | --- |"]
-    for name, title in METRICS.items():
-        if name in text:
-            lines.append(f"| {title.lower()} | {text.get(f'{name}_before', '')} | {text[name]} |")
-    gain = ""
-    if results.get(f"{prefix}gain_low") is not None:
-        units = "chunks of one document" if results.get(f"{prefix}gain_documents") == 1 else "documents"
-        interval = f"95% interval {text['gain_low']} to {text['gain_high']} over {units}"
-        gain = f"Perplexity before / after is {text['gain']} ({interval}).\n"
-    return "\n".join([*lines, "", gain])

@@ -21,7 +21,7 @@ from mlm.figures import flat, unspaced
 from mlm.files import write_text
 from mlm.report.charts import Compared, breakdown_chart, event_chart, loss_chart, mean, task_chart
 from mlm.report.model_card import short
-from mlm.report.run_record import ABOUT, COMPARED, RunRecord, files_of
+from mlm.report.run_record import ABOUT, RunRecord, files_of
 
 LOGGED = {"event", "step", "seconds", "tokens", "loss", "learning_rate", "mask_rate", "tokens_per_second"}
 
@@ -56,9 +56,8 @@ def render(runs: Sequence[RunRecord]) -> str:
     functions = {f.__name__: f for f in (*charts, *forms, same, mean, unlike, largest_change, zip)}
     page.filters |= functions | {"shlex_join": shlex.join}
     page.globals |= functions
-    compared = {
-        text: [(run, run.comparison[text]) for run in runs if run.comparison.get(text)] for text in (*COMPARED, "task")
-    }
+    texts = ("held_out", "general", "task")
+    compared = {text: [(run, run.comparison[text]) for run in runs if run.comparison.get(text)] for text in texts}
     logged = {key for run in runs for e in run.train for key in e if type(e[key]) in (int, float)}
     parts = {**compared, **_settings(runs), "scalars": sorted(logged - LOGGED), "examples": _examples(runs)}
     return page.get_template("report.html").render(runs=runs, plotly=get_plotlyjs(), **parts)

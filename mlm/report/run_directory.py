@@ -121,10 +121,8 @@ class RunDirectory:
         return step if step is not None and self.resumes else -1
 
     def finished(self, experiment: dict[str, Any]) -> dict[str, Any] | None:
-        """The results of a run of this very experiment that has finished here; None: there is none.
-
-        Raises UserError where the run that has finished here was another experiment, and left no checkpoint.
-        """
+        """The results of a run of this very experiment that has finished here; None: there is none. Raises UserError
+        where the run that has finished here was another experiment, and left no checkpoint."""
         if self.overwrites:
             return None
         try:
@@ -174,7 +172,7 @@ class RunDirectory:
             self.about = about | {"files": recorded_files(self.folder)}
             write_json(self.folder / "run.json", self.about)  # before all else: with it the folder is a run's
             kept = self._kept(step)
-            checkpoint.clear(self.checkpoints, after=kept)
+            checkpoint.remove(*checkpoint.outdated(self.checkpoints, kept))
             write_text(self.folder / "metrics.jsonl", self._events_until(kept))
             old += [self.folder / name for name in PARTIALS]
             shutil.rmtree(self.folder / "model.partial", ignore_errors=True)

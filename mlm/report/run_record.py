@@ -12,13 +12,7 @@ from mlm.errors import UserError, one_line
 
 Rows = list[dict[str, Any]]
 
-# The keys that a file needs for its run to be shown, nested (None: of any value), and those that a line of
-# metrics.jsonl needs to be a point of a curve.
-ABOUT = {"configuration": {"model": {}, "corpus": {}}, "experiment": {}, "environment": {}}
-COMPARED = ("held_out", "general")
-COMPARISON = {"text": None, "words": None, "gain": {}, "bootstrap": {}, "masks": {}, "breakdowns": {}, "tokens": {}}
-EVENTS = {"train": {"loss", "learning_rate"}, "eval": {"eval_loss"}}
-EXAMPLE = {"text", "truth", "before", "after"}
+ABOUT = ("configuration", "experiment", "environment")  # objects in a run.json
 
 
 @dataclass(frozen=True)
@@ -38,10 +32,8 @@ class RunRecord:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Reads run directories, and names them so that they can be told apart.
-
-    Raises UserError where one holds no run, a file of it is damaged, or it is named twice.
-    """
+    """Reads run directories, and names them so that they can be told apart. Raises UserError where one holds no run, a
+    file of it is damaged, or it is named twice."""
     runs = []
     for folder, name in zip(folders, _names(folders), strict=True):
         with files_of(folder):
@@ -64,29 +56,33 @@ def files_of(*folders: Path) -> Iterator[None]:
 def _read(folder: Path, name: str, number: int) -> RunRecord:
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} holds no run.json; name the --output_dir of a training run")
-    files = ("run", "all_results", "comparison", "fill_mask")
-    about, all_results, comparison, kept = (read_object(folder / f"{file}.json") for file in files)
-    _needs(folder / "run.json", about, ABOUT)
-    for compared in filter(None, map(comparison.get, COMPARED)):
-        _needs(folder / "comparison.json", compared, COMPARISON)
+    about = _read_about(folder / "run.json")
+    files = ("all_results", "comparison", "fill_mask")
+    all_results, comparison, kept = (read_object(folder / f"{file}.json") for file in files)
     results = {n: v for n, v in all_results.items() if v is None or isinstance(v, int | float)}
     events = read_events(folder / "metrics.jsonl")
-    train, evaluations = ([e for e in events if e["event"] == kind and e.keys() >= EVENTS[kind]] for kind in EVENTS)
-    clocks = [e["seconds"] for e in events if isinstance(e.get("seconds"), int | float)][-1:]
+    train, evaluations = ([e for e in events if e["event"] == kind] for kind in ("train", "eval"))
+    clocks = [e["seconds"] for e in events if "seconds" in e][-1:]
     seconds = max([*clocks, *filter(None, [results.get("train_seconds")])], default=None)
-    examples = None
-    if kept and kept.get("results") == results:
-        examples = [e for e in kept.get("sentences", []) if isinstance(e, dict) and e.keys() >= EXAMPLE]
+    examples = kept["sentences"] if kept.get("results") == results else None
     return RunRecord(folder, name, number, about, results, comparison, train, evaluations, seconds, examples)
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    """What run.json holds. Raises UserError where it is none that this program writes."""
+    about = read_object(path)
+    lacks = [part for part in ABOUT if not isinstance(about.get(part), dict)]
+    lacks = lacks or [part for part in ("model", "corpus") if part not in about["configuration"]]
+    if lacks:
+        raise UserError(f"{path} is damaged, or of another version or program: it lacks {', '.join(lacks)}")
+    return about
 
 
 def holds_run(folder: Path) -> bool:
     """Whether a folder has a run.json, and it is one that this program writes."""
-    try:
-        _needs(folder / "run.json", read_object(folder / "run.json"), ABOUT)
-    except UserError:
-        return False
-    return True
+    with suppress(UserError):
+        return bool(_read_about(folder / "run.json"))
+    return False
 
 
 def recorded_files(folder: Path) -> list[str]:
@@ -103,17 +99,6 @@ def read_events(path: Path) -> Rows:
         with suppress(ValueError, RecursionError):  # the line that a running, or killed, run was writing
             events.append(json.loads(line))
     return [e for e in events if isinstance(e, dict) and "event" in e and isinstance(e.get("step"), int)]
-
-
-def _needs(path: Path, value: Any, keys: dict[str, Any]) -> None:
-    """Raises UserError where what was read from `path` is no object, or lacks some of `keys`, nested."""
-    lacks = [key for key in keys if not isinstance(value, dict) or key not in value]
-    if lacks or not isinstance(value, dict):
-        reason = f": it lacks {', '.join(lacks)}" if lacks else ""
-        raise UserError(f"{path} is damaged, or of another version or program{reason}")
-    for key, inner in keys.items():
-        if inner is not None:
-            _needs(path, value[key], inner)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

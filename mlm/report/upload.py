@@ -9,10 +9,8 @@ from mlm.errors import UserError, one_line
 
 
 def create_repository(name: str, private: bool) -> tuple[str, bool]:
-    """Returns the repository's full name, and whether it is private.
-
-    Raises UserError where it cannot be made, or is public and must not be.
-    """
+    """Returns the repository's full name, and whether it is private. Raises UserError where it cannot be made, or is
+    public and must not be."""
     api = HfApi()
     try:
         full_name = api.create_repo(name, private=private, exist_ok=True).repo_id
@@ -34,10 +32,8 @@ def announcement(files: Sequence[Path], name: str, private: bool) -> str:
 
 
 def upload(files: Sequence[Path], name: str) -> None:
-    """Uploads files in one commit, all or none of them. The library retries what the network cuts off.
-
-    Raises UserError where that fails.
-    """
+    """Uploads files in one commit, all or none of them. The library retries what the network cuts off. Raises
+    UserError where that fails."""
     operations = [CommitOperationAdd(path.name, path) for path in files]
     try:
         HfApi().create_commit(name, operations, commit_message="Upload of a training run")

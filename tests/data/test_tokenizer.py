@@ -279,6 +279,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(source, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--token_store .*file/store"):
         corpus_tokenizer(source, 90, tmp_path / "file" / "store")
+    with pytest.raises(UserError, match=r"^--token_store .*: cannot write there \(File name too long"):
+        corpus_tokenizer(source, 90, tmp_path / ("x" * 300))
 
 
 def test_the_same_documents_give_the_same_vocabulary():

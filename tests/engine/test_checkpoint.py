@@ -27,11 +27,11 @@ from mlm.engine import checkpoint
 from mlm.engine.checkpoint import (
     CheckpointConfig,
     Writer,
-    bests,
-    clear,
     damaged,
     find,
     load,
+    outdated,
+    remove,
     snapshot,
     steps,
     tensors,
@@ -533,9 +533,9 @@ def test_a_removal_that_was_killed_is_finished_by_the_next(tmp_path, monkeypatch
         (tmp_path / name).mkdir()
     with monkeypatch.context() as killed:
         killed.setattr(shutil, "rmtree", lambda *_, **__: None)
-        clear(tmp_path)
+        remove(*outdated(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_5.partial", "step_6.partial.old.partial"]
-    clear(tmp_path)
+    remove(*outdated(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -569,7 +569,7 @@ def test_what_a_killed_writer_left_is_no_checkpoint_and_goes_away(toy, tmp_path)
 def test_the_best_weights_are_those_of_one_evaluation_and_a_damaged_copy_is_not_used(toy, tmp_path):
     loop = {"eval_steps": 3, "load_best_model_at_end": True}
     config = interrupted(toy, tmp_path / "run", at=6, **loop)
-    [best] = bests(tmp_path / "run" / "checkpoints")
+    [best] = steps(tmp_path / "run" / "checkpoints", "best").values()
     assert best.name == "best_12"
     (best / "model.safetensors").write_bytes(b"")
     last = train(config)  # the last weights are there all the same

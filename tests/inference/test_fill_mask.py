@@ -29,7 +29,7 @@ from mlm.errors import UserError
 from mlm.inference.fill_mask import Filler, fill, load
 from mlm.inference.joint import Filled, fill_jointly
 from mlm.inference.targets import Target, score_targets
-from mlm.model.load import ModelConfig, check_embeddings
+from mlm.model.load import ModelConfig, load_trained
 from tests.scripts import load_script
 from tests.tokenizers_for_tests import wordpiece
 
@@ -224,11 +224,11 @@ def test_a_tokenizer_without_a_mask_token_is_refused(bert):
 def test_a_tokenizer_larger_than_the_model_is_refused(bert, tmp_path):
     tokenizer = load_tokenizer(str(bert))
     config = ModelConfig(model_name_or_path=str(bert))
-    check_embeddings(config, tokenizer)
+    load_trained(config, tokenizer, "cpu")
     rows = len(tokenizer)
     tokenizer.add_tokens(["cinematography"])
     with pytest.raises(UserError, match=rf"ids go up to {rows}, the model's embedding table has {rows} rows"):
-        check_embeddings(config, tokenizer)
+        load_trained(config, tokenizer, "cpu")
 
     AutoModelForMaskedLM.from_pretrained(bert).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

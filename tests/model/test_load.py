@@ -23,16 +23,7 @@ from transformers import (
 
 from mlm.config import Config
 from mlm.errors import UserError
-from mlm.model.load import (
-    DEMO_VOCABULARY,
-    ModelConfig,
-    demo_config,
-    load_model,
-    load_trained,
-    open_corpus,
-    position_limit,
-    vocabulary_size,
-)
+from mlm.model.load import DEMO, ModelConfig, load_model, load_trained, model_config, open_corpus, position_limit
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import max_positions
 from mlm.report.run_directory import RunConfig
@@ -143,17 +134,15 @@ def test_without_a_name_it_is_the_demo_model():
     tokenizer = tokenizer_of(60)
     model = load_model(ModelConfig(), tokenizer, seed=0)
     assert isinstance(model, BertForMaskedLM)
-    assert model.config.to_diff_dict() == demo_config(tokenizer).to_diff_dict() | {
-        key: model.config.to_diff_dict()[key]
-        for key in ("architectures", "dtype")
-        if key in model.config.to_diff_dict()
-    }
+    own, size = model.config.to_diff_dict(), {"vocab_size": 60, "pad_token_id": tokenizer.pad_token_id}
+    made = {key: own[key] for key in ("architectures", "dtype") if key in own}
+    assert own == model_config(ModelConfig()).to_diff_dict() | size | made
 
 
 def test_vocabulary_to_train_is_as_large_as_the_model_means_it(checkpoint: Path):
-    assert vocabulary_size(ModelConfig(model_type="roberta")) == CONFIG_MAPPING["roberta"]().vocab_size
-    assert vocabulary_size(ModelConfig(config_name=str(checkpoint))) == VOCAB
-    assert vocabulary_size(ModelConfig()) == DEMO_VOCABULARY
+    assert model_config(ModelConfig(model_type="roberta")).vocab_size == CONFIG_MAPPING["roberta"]().vocab_size
+    assert model_config(ModelConfig(config_name=str(checkpoint))).vocab_size == VOCAB
+    assert model_config(ModelConfig()).vocab_size == DEMO["vocab_size"]
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -192,8 +181,7 @@ def test_token_dropout_of_esm_is_no_probability(tmp_path: Path):
     ids=["demo", "roberta", "modernbert"],
 )
 def test_the_position_limit_is_known_before_the_model_is_loaded(config: ModelConfig, monkeypatch):
-    tokenizer = tokenizer_of(60)
-    default = CONFIG_MAPPING[config.model_type]() if config.model_type else demo_config(tokenizer)
+    default = CONFIG_MAPPING[config.model_type]() if config.model_type else model_config(config)
     with monkeypatch.context() as patch:
         patch.delattr("mlm.model.load.AutoModelForMaskedLM")
         assert position_limit(config) == max_positions(default)

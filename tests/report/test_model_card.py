@@ -50,6 +50,13 @@ def test_the_card_tells_people_the_gain_and_what_was_forgotten(run):
             assert f"| {name.replace('_', ' ')} | {before} | {after} |" in text
 
 
+def test_an_interval_over_chunks_is_said_to_be_of_one_document(toy, run):
+    results = json.loads((run / "all_results.json").read_text())
+    measured = {"gain": 2.0, "gain_low": 1.9, "gain_high": 2.1, "gain_documents": 1}
+    card = model_card("toy", toy.config(), results | measured)
+    assert "2 (95% interval 1.9 to 2.1 over chunks of one document)" in card
+
+
 def test_figures_that_do_not_exist_are_left_out_of_the_metadata(toy, tmp_path):
     """The Hub's model-index takes no null: of too many unknown tokens the card gives no bits per character."""
     unknown = tmp_path / "unknown.txt"

@@ -583,7 +583,7 @@ def test_a_figure_that_one_run_lacks_is_a_dash_before_and_after(run, other):
         ("run.json", "[1]", r"run\.json cannot be read: it holds no JSON object"),
         ("run.json", '{"configuration": {}, "experiment": {}, "environment": {}}', r"run\.json is damaged"),
         ("run.json", '{"configuration": {}, "experiment": [], "environment": {}}', r"run\.json is damaged"),
-        ("comparison.json", '{"held_out": {"gain": 1}}', r"comparison\.json is damaged.*it lacks text"),
+        ("comparison.json", '{"held_out": {"gain": 1}}', r"files of a run that are altered, or of another version"),
         ("all_results.json", "3", "it holds no JSON object"),
     ],
 )
@@ -730,6 +730,14 @@ def test_a_base_that_is_gone_costs_the_fillers_of_given_sentences_and_no_more(ru
     assert "no examples of filled masks, as no such folder" in printed[0]
     assert printed[1:] == [f"report: {page}"]
     assert "zebra" not in page.read_text()
+
+
+def test_the_page_of_several_runs_is_written_beside_the_first_and_it_is_said_where(run, tmp_path, capsys):
+    for name in ("one", "two"):
+        shutil.copytree(run, tmp_path / name)
+    script.main([str(tmp_path / "one"), str(tmp_path / "two")])
+    assert f"report of 2 runs: {tmp_path / 'report.html'}" in capsys.readouterr().out.splitlines()
+    assert (tmp_path / "report.html").exists()
 
 
 def test_a_given_sentence_without_a_mask_is_still_a_mistake(run, tmp_path):
