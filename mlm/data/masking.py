@@ -130,14 +130,24 @@ def select_tokens(maskable: Array, draws: Array, rate: float) -> Array:
     return (shift(draws, 32) < round(rate * SCALE)) & maskable
 
 
-def select_words(maskable: Array, draws: Array, rate: float, word_starts: Array) -> Array:
-    """Selects each word with probability `rate`, its maskable tokens together: [B, T] bool, 1: predicted. A word has
-    the draw of its first token in the chunk. Arguments as in `select_tokens`, and word_starts [B, T] bool."""
-    starts = (torch if isinstance(word_starts, torch.Tensor) else np).asarray(word_starts, copy=True)
+def select_words(maskable: np.ndarray, draws: np.ndarray, rate: float, word_starts: np.ndarray) -> np.ndarray:
+    """Selects each word with probability `rate`, its maskable tokens together: [B, T] bool, 1: predicted.
+
+    A word has the draw of its first token in the chunk. Arguments as in `select_tokens`, and word_starts [B, T] bool.
+    """
+    starts = word_starts.copy()
     starts[:, :1] = True  # a chunk may begin inside a word
-    word = starts.reshape(-1).cumsum(0) - 1  # [B * T], of each token
-    hit = select_tokens(starts, draws, rate)[starts]  # [W], of each word
-    return hit[word].reshape(maskable.shape) & maskable
+    hit = select_tokens(starts, draws, rate)
+    return _through_words(hit.reshape(-1), starts.reshape(-1)).reshape(hit.shape) & maskable
+
+
+def select_words_torch(
+    maskable: torch.Tensor, draws: torch.Tensor, rate: float, word_starts: torch.Tensor
+) -> torch.Tensor:
+    """`select_words` on tensors; draws [B, T] int64."""
+    column = torch.arange(draws.shape[1], device=draws.device)
+    first = torch.where(word_starts, column, 0).cummax(dim=1).values  # [B, T]
+    return select_tokens(maskable, draws.gather(1, first), rate)
 
 
 def select_fold(
@@ -175,6 +185,20 @@ def corrupt(ids: Array, selected: Array, draws: Array, recipe: Recipe) -> Corrup
     corrupted = of.asarray(ids, copy=True)
     corrupted.reshape(-1)[positions] = seen
     return Corrupted(corrupted, positions, targets)
+
+
+def _through_words(hit: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Sets all tokens of a word whose first token is set in `hit`; [n] bool each, starts[0] is 1.
+
+    A segmented scan by doubling (Hillis & Steele, "Data parallel algorithms", CACM 1986): its number of steps
+    is the logarithm of the longest selected word, and a step over a bool array costs next to nothing.
+    """
+    inside, reach = ~starts, 1  # inside: the last `reach` tokens start no word
+    while (further := hit[:-reach] & inside[reach:]).any():
+        hit[reach:] |= further
+        inside[reach:] &= inside[:-reach]
+        reach *= 2
+    return hit
 
 
 def mix_int64(x: Array) -> Array:

@@ -15,7 +15,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, get_
 
 from benchmarks.made_up import FIRST_WORD, dense_objective, random_words
 from mlm.data.chunks import ChunkConfig
-from mlm.data.masking import Recipe, corrupt, draw, draw_torch, select_tokens, select_words
+from mlm.data.masking import Recipe, corrupt, draw, draw_torch, select_tokens, select_words, select_words_torch
 from mlm.data.token_store import prepare
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
 from mlm.engine.update import Update, UpdateConfig
@@ -114,7 +114,10 @@ def test_masks_and_targets_are_the_hosts_to_the_bit(seed):
     on_device = [torch.from_numpy(each).to(GPU) for each in (maskable[ids], word_starts, ids)]
     for here, other in (
         (select_tokens(maskable[ids], draws, 0.3), select_tokens(on_device[0], there, 0.3)),
-        (select_words(maskable[ids], draws, 0.3, word_starts), select_words(on_device[0], there, 0.3, on_device[1])),
+        (
+            select_words(maskable[ids], draws, 0.3, word_starts),
+            select_words_torch(on_device[0], there, 0.3, on_device[1]),
+        ),
     ):
         assert np.array_equal(other.cpu().numpy(), here)
         for mine, its in zip(
