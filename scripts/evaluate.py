@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mlm.startup import quick_imports
+from startup import quick_imports
 
 with quick_imports():
     from accelerate import Accelerator

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mlm.startup import quick_imports
+from startup import quick_imports
 
 with quick_imports():
     from sentences import read_sentences

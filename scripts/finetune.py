@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mlm.startup import quick_imports
+from startup import quick_imports
 
 with quick_imports():
     import numpy as np

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlm.startup import quick_imports
+from startup import quick_imports
 
 with quick_imports():
     from sentences import read_sentences

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlm.startup import quick_imports
+from startup import quick_imports
 
 with quick_imports():
     from demo_corpus import with_demo_corpus

@@ -14,7 +14,7 @@ import socket
 import sys
 import traceback
 
-from mlm.startup import quick_imports
+from scripts.startup import quick_imports
 
 with quick_imports():
     from mlm import cli

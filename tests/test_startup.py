@@ -33,9 +33,10 @@ print(len(collections), gc.isenabled(), gc.get_freeze_count() > 100_000)
     assert enabled == frozen == "True"
 
 
-OPENMP = """
+QUICK = f"import sys; sys.path.insert(0, {str(REPOSITORY / 'scripts')!r}); from startup import quick_imports\n"
+OPENMP = f"""
 import os
-from mlm.startup import quick_imports
+{QUICK}
 with quick_imports():
     pass
 print(os.environ.get("OMP_NUM_THREADS"), os.environ["OMP_WAIT_POLICY"])
@@ -68,7 +69,7 @@ def test_one_process_has_all_cores_unless_its_user_says_otherwise(command, user,
 
 
 def test_an_interrupt_while_libraries_are_imported_ends_without_a_traceback():
-    program = "from mlm.startup import quick_imports\nwith quick_imports():\n    raise KeyboardInterrupt"
+    program = QUICK + "with quick_imports():\n    raise KeyboardInterrupt"
     run = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (130, "")
 
@@ -106,7 +107,7 @@ def test_libraries_that_looked_for_a_home_before_the_package_are_told_of_the_one
 
 
 def test_help_as_a_sentence_after_two_dashes_needs_the_libraries():
-    program = "from mlm.startup import quick_imports\nwith quick_imports():\n import torch\nprint(torch.ones(2))"
+    program = QUICK + "with quick_imports():\n import torch\nprint(torch.ones(2))"
     command = [sys.executable, "-c", program, "--", "--help"]
     printed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout
     assert printed == "tensor([1., 1.])\n"
