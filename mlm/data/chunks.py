@@ -21,6 +21,7 @@ from mlm.errors import UserError, at_least, at_most
 log = logging.getLogger(__name__)
 
 MUCH = 0.01  # of a split's tokens
+SHORTEST = 8  # tokens of a chunk that can be asked for
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,11 @@ class ChunkConfig:
 
 
 def chunk_length(config: ChunkConfig, max_positions: int | None) -> int:
-    """Tokens in a chunk. Raises UserError where the model's position table is shorter than asked for."""
+    """Tokens in a chunk. Raises UserError where fewer than SHORTEST, or more than the model takes, are asked for."""
     asked = config.max_seq_length
+    if asked and asked < SHORTEST:
+        reason = f"beside special tokens there is hardly a word in a chunk; at least {SHORTEST}"
+        raise UserError(f"--max_seq_length {asked}: {reason}")
     if asked and max_positions is not None and asked > max_positions:
         raise UserError(f"--max_seq_length {asked}: the model's position table takes {max_positions} tokens")
     return asked or min(128, max_positions or 128)

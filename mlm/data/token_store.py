@@ -133,7 +133,7 @@ def prepare(
         return {}
 
     stores = {}
-    if folder.is_dir() and not config.overwrite_cache:
+    if os.path.isdir(folder) and not config.overwrite_cache:  # false where it cannot be looked for: see `build_once`
         try:
             stores = _open_splits(folder, identity, info, config.verify_store)
         except Unusable as reason:

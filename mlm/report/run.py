@@ -251,7 +251,7 @@ class Run:
         self.log.event("eval", progress.step, tokens=progress.tokens, **figures)
         rounds = len(self.config.evaluate.rounds)
         part = "" if rounds == 1 else f" (mask round 1 of {rounds})"
-        shown = f"held-out loss {figures['eval_loss']:.4f}, perplexity {figures['perplexity']:.4g}"
+        shown = f"held-out loss {figures['eval_loss']:.4f}, perplexity {figure(figures['perplexity'])}"
         self.log.print(f"step {progress.step}: {shown}{part}")
         if self.config.train.load_best_model_at_end and self.is_main:
             self.writer.save_best(progress.step, self.model, figures)

@@ -195,6 +195,11 @@ def test_a_chunk_longer_than_the_models_positions_is_refused_with_both_figures()
         chunk_length(ChunkConfig(max_seq_length=513), 512)
 
 
+def test_a_chunk_too_short_for_text_is_refused_with_the_reason():
+    with pytest.raises(UserError, match="--max_seq_length 2: beside special tokens there is hardly a word"):
+        chunk_length(ChunkConfig(max_seq_length=2), 512)
+
+
 @pytest.mark.parametrize("length", [0, -1])
 def test_a_chunk_has_a_token(length):
     with pytest.raises(UserError, match=f"--max_seq_length {length}"):

@@ -741,6 +741,12 @@ def test_a_place_that_cannot_be_written_is_one_line(world, tmp_path):
         world.prepare()
 
 
+def test_a_place_that_cannot_be_looked_into_is_one_line_with_its_flag(world, tmp_path):
+    world.folder = tmp_path / ("x" * 300)
+    with pytest.raises(UserError, match=r"^--token_store .*: cannot write there \(File name too long\)"):
+        world.prepare()
+
+
 def test_stores_lie_in_the_users_cache_unless_told_otherwise(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert store_folder(TokenStoreConfig()) == tmp_path / "mlm"
