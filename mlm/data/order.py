@@ -13,6 +13,8 @@ Ten places, the keys 1 and 2; a … f are the cells 10 … 15:
 """
 
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -70,7 +72,23 @@ def chunks_seen(seed: int, first: int, count: int, n: int, samples: int) -> tupl
     return seen, np.arange(first, first + count) // samples
 
 
-@lru_cache(maxsize=2)  # a step can reach from one block into the next
+def seen_before(places: np.ndarray, shares: Sequence[Fraction]) -> np.ndarray:
+    """How many chunks of each source come before these places [P] of the stream that they share: [1 + K, P] int64.
+
+    shares: of sources 1 … K, multiples of 10**-9, so that no product overflows; source 0 has the rest
+
+    Source K has the places p with ⌊(p + 1) · share⌋ > ⌊p · share⌋, K - 1 likewise those that are left, and so on. Of
+    places in a row, source K has its share to less than one chunk, each further one to less than one more.
+    """
+    counts, rest = [places], Fraction(1)
+    for share in reversed(shares):
+        by, of = (share / rest).as_integer_ratio()
+        counts[1:1] = [counts[0] // of * by + counts[0] % of * by // of]
+        counts[0], rest = counts[0] - counts[1], rest - share
+    return np.stack(counts)
+
+
+@lru_cache(maxsize=8)  # a step can reach from one block into the next, of each source
 def _block(seed: int, block: int, n: int, samples: int) -> np.ndarray:
     epochs, places = np.divmod(np.arange(block * BLOCK, (block + 1) * BLOCK), samples)
     seen = permute(places, samples, order_keys(seed, epochs))

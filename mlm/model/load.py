@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as KNOWN
 
+from mlm.data.replay import open_replay
 from mlm.data.token_store import TokenStore, limit_threads, prepare, store_folder
 from mlm.data.tokenizer import TokenizerInfo, corpus_tokenizer, load_tokenizer, tokenizer_info
 from mlm.errors import UserError, explain_load_failure, listed, one_line
@@ -175,6 +176,7 @@ def open_corpus(config: Any) -> tuple[PreTrainedTokenizerBase, TokenizerInfo, di
         tokenizer = corpus_tokenizer(config.corpus, size, store_folder(kept), kept.overwrite_cache)
     info = tokenizer_info(tokenizer)
     stores = prepare(config.corpus, tokenizer, info, config.token_store, config.masking.whole_word_mask)
+    stores |= open_replay(config, tokenizer, info)
     for split, store in stores.items():
         known, unknown = store.header["maskable_tokens"], store.header["unknown_tokens"]
         share = f"{unknown / max(known + unknown, 1):.1%} of the tokens of the {split} split are unknown"
