@@ -83,9 +83,9 @@ def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.Argumen
             raise UserError(_unknown(word.partition("=")[0], parser))
     if unknown:
         raise UserError(f"{unknown[0]!r} belongs to no flag; --help lists the flags")
-    words = ((name, word) for name, v in vars(values).items() for word in (v if isinstance(v, tuple) else [v]))
-    for name, value in words:
-        if "\0" in str(value) or str(value) != str(value).encode(errors="replace").decode():
+    for name, value in vars(values).items():
+        text = "".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        if "\0" in text or text != text.encode(errors="replace").decode():
             raise UserError(f"--{name} {value!a}: a NUL, or no UTF-8, which libraries need (try PYTHONUTF8=1)")
     instances = [config(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config)}) for config in configs]
     return [*instances, values]

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from mlm.data.chunks import ChunkConfig
 from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
 from mlm.data.masking import MaskingConfig
-from mlm.data.replay import ReplayConfig
+from mlm.data.order import ReplayConfig
 from mlm.data.task import TaskConfig
 from mlm.data.token_store import TokenStoreConfig
 from mlm.engine.checkpoint import CheckpointConfig
@@ -41,8 +41,7 @@ class TrainConfig:
         at_most(self, MOST_STEPS, "max_train_steps", "num_train_epochs")
 
     def steps(self, chunks: int, global_batch: int | Fraction) -> int:
-        """Optimizer steps of the run over so many chunks, of which one sees `global_batch` (on average, where replay
-        has a share): the last one reaches into the next epoch."""
+        """Optimizer steps of the run, over so many chunks: the last one reaches into the next epoch."""
         chunks = min(self.max_train_samples or chunks, chunks)
         steps = self.max_train_steps or math.ceil(round(self.num_train_epochs * chunks / global_batch, 6))
         if steps > MOST_STEPS:

@@ -22,7 +22,7 @@ with quick_imports():
     from mlm.data.chunks import ChunkConfig, Chunks, chunk_length, cut_into_chunks
     from mlm.data.corpus import CorpusConfig
     from mlm.data.masking import MaskingConfig, make_recipe
-    from mlm.data.replay import ReplayConfig
+    from mlm.data.order import ReplayConfig
     from mlm.data.token_store import TokenStore, TokenStoreConfig
     from mlm.data.tokenizer import TokenizerInfo, readable
     from mlm.engine.update import UpdateConfig

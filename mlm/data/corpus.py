@@ -115,9 +115,7 @@ def identify(config: CorpusConfig) -> dict[str, Any]:
         identity["dataset_config_name"] = config.dataset_config_name
         local = os.path.isdir(name)
         identity["dataset"] = [*map(_named, _files_of(name))] if local else [name, _hub_revision(name)]
-    for flag, files in config.files.items():
-        named = [*map(_named, files)]
-        identity[flag] = named if len(named) > 1 else named[0]  # by which earlier versions find it, too
+    identity |= {flag: _named(*files) for flag, files in config.files.items()}
     if not config.validation_file:
         identity["validation_split_percentage"] = config.validation_split_percentage
     if config.dataset_name or any(reader_of(file) == "text" for file in chain(*config.files.values())):
@@ -390,8 +388,9 @@ def _strings(value: Any) -> list[str]:
     return [pattern for item in value for pattern in _strings(item)]
 
 
-def _named(file: str) -> list[str | int]:
-    return [os.path.abspath(file), *stamp(file)]
+def _named(*files: str) -> list[Any]:
+    named = [[os.path.abspath(file), *stamp(file)] for file in files]
+    return named if len(named) > 1 else named[0]
 
 
 @contextmanager

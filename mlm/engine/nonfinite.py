@@ -33,9 +33,7 @@ class NonFinite(NamedTuple):
 
 def find_nonfinite(update: Update, step: int, stores: dict[str, TokenStore]) -> NonFinite:
     """The chunks of a step's global batch whose loss or gradient, alone and without dropout, is not finite; or all.
-
-    Of several sources, those of the first one that has any.
-    """
+    Of several sources, those of the first one that has any."""
     model, batches = update.model, update.batches
     model.eval()
     chunk_ids, epochs = batches.places(step)
@@ -48,7 +46,7 @@ def find_nonfinite(update: Update, step: int, stores: dict[str, TokenStore]) -> 
         broken.append(not (loss + torch.nn.utils.get_total_norm(gradients)).isfinite())
     chunk_ids = chunk_ids[broken] if any(broken) else chunk_ids
     mixture, origin = batches.mixture, batches.mixture.origin(chunk_ids)
-    first, split = origin.min(), ("train", *batches.shares)[origin.min()]
+    split = ("train", *batches.shares)[first := origin.min()]
     own = chunk_ids[origin == first] - mixture.begins[first]
     documents = mixture.sources[first].documents(own, stores[split].document_offsets)
     return NonFinite(split, own.tolist(), documents.tolist(), any(broken))

@@ -182,9 +182,7 @@ class Update:
             returned = self.objective(self.model, batch)
         loss, scalars = returned if isinstance(returned, tuple) else (returned, {})
         if not (isinstance(loss, torch.Tensor) and loss.ndim < 2 and loss.requires_grad):
-            raise TypeError(
-                "the objective has to return its losses [M], or their sum [], as a tensor that has a gradient"
-            )
+            raise TypeError("the objective has to return its losses [M] or their sum [], a tensor that has a gradient")
         if batch.sources is not None and loss.shape == batch.sources.shape:
             for number, name in enumerate(("domain", *self.batches.shares)):
                 own = batch.sources == number  # [M]

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from mlm.figures import figure
 METRICS = {"perplexity": "Perplexity", "accuracy": "Accuracy", "bits_per_character": "Bits per character"}
 
 
-def short(source: str | Sequence[str], parts: int = 1) -> str:
+def short(source: str | list[str] | tuple[str, ...], parts: int = 1) -> str:
     """A Hub name as it is; the last parts of local paths, whose beginnings mean nothing elsewhere."""
     if not isinstance(source, str):
         return ", ".join(short(each, parts) for each in source)

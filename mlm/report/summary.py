@@ -67,19 +67,15 @@ def plan(config: Any, update: Update, eval_sets: dict[str, EvalSet], steps: int)
     share = -(-G // world)
     often = ", more than there are: each step sees some several times" if n < G else ""
     sizes = "".join(f"{len(s.chunk_ids):,} {name.replace('_', ' ')}, " for name, s in eval_sets.items())
-    seen = {key: f"{epochs:.3g} epochs" for key, epochs in batches.epochs(steps).items()}
-    pairs = zip(batches.replay, batches.shares.items(), strict=True)
-    replay = {
-        name: f"{len(own):,} chunks, {float(p):.3g} of all that are seen, {seen[name]}" for own, (name, p) in pairs
-    }
+    mixed = "".join(f"{len(own):,} {name}, " for own, name in zip(batches.replay, batches.shares, strict=True))
+    seen = ", ".join(f"{e:.3g} epochs{f' of {name}' if mixed else ''}" for name, e in batches.epochs(steps).items())
     lines = {
         "model": f"{name} ({type(model.model).__name__}), {every:,} parameters, {trained:,} of them trained",
         "head": "on the masked positions" if model.sparse else "on all positions",
-        "chunks": f"{n:,} to train on, {sizes}of {batches.chunks.chunk_size} tokens",
-        **replay,
+        "chunks": f"{n:,} to train on, {mixed}{sizes}of {batches.chunks.chunk_size} tokens",
         "batch": f"{G} chunks a step{often}: {world} process(es) of {share}, "
         f"in {-(-share // update.micro_batch)} micro-batch(es) of at most {min(update.micro_batch, share)}",
-        "steps": f"{steps:,} ({seen['domain']}), {config.optimizer.lr_scheduler_type} "
+        "steps": f"{steps:,} ({seen}), {config.optimizer.lr_scheduler_type} "
         f"learning rate, peak {config.optimizer.learning_rate:g}",
         "precision": f"{update.accelerator.mixed_precision} on {update.accelerator.device}",
     }

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from mlm.config import TrainConfig
 from mlm.data.chunks import Chunks, Mixture, concatenate, line_by_line
 from mlm.data.masking import draw
-from mlm.data.order import chunks_seen, seen_before
-from mlm.data.replay import ReplayConfig
+from mlm.data.order import ReplayConfig, chunks_seen, seen_before
 from mlm.errors import UserError
 from tests.data.test_batches import batches, chunks
 from tests.data.test_chunks import INFO
