@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", type=Path, required=True)
     parser.add_argument("--reviews", type=int, default=2000, help="to train on")
     parser.add_argument("--held_out", type=int, default=300, help="reviews")
+    parser.add_argument("--articles", type=int, default=30, help="of WikiText-2, held out")
     parser.add_argument("--shares", type=float, nargs="+", default=[0, 0.1, 0.25])
     parser.add_argument("--seeds", type=int, default=3, help="of order, masks and dropout")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "replay.json")
@@ -59,12 +60,15 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The figures of each run, and the two perplexities of the model before."""
+    texts = {
+        "train_file": (args.imdb / "train.parquet", args.reviews),
+        "validation_file": (args.imdb / "test.parquet", args.held_out),
+        "out_of_domain_file": (args.wikitext / "validation.parquet", args.articles),
+    }
     settings = {
         **TRAINING,
+        **{flag: str(sample(*text, folder / f"{flag}.parquet")) for flag, text in texts.items()},
         "model_name_or_path": str(args.model_name_or_path),
-        "train_file": str(sample(args.imdb / "train.parquet", args.reviews, folder / "train.parquet")),
-        "validation_file": str(sample(args.imdb / "test.parquet", args.held_out, folder / "held_out.parquet")),
-        "out_of_domain_file": str(args.wikitext / "validation.parquet"),
         "token_store": str(folder / "stores"),
         "eval_steps": 10**6,
         "overwrite_output_dir": True,

@@ -7,6 +7,8 @@ from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -119,21 +121,24 @@ def test_another_replay_is_another_experiment(toy, general, tmp_path, change):
         train(toy.config(tmp_path / "run", resume_from_checkpoint="latest", **changed))
 
 
-def test_several_files_are_one_text(toy, tmp_path):
-    """Of several kinds too; and held out is what is held out of one file of all."""
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_several_files_are_one_text(toy, tmp_path, split):
+    """Of several kinds too; and what is held out is what would be of one file with all of it."""
     lines = toy.train_file.read_text().splitlines()
-    (tmp_path / "a.txt").write_text("\n".join(lines[:150]))
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines[150:]))
+    files = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.parquet")]
+    Path(files[0]).write_text("\n".join(lines[:150]))
+    Path(files[1]).write_text("".join(json.dumps({"text": line}) + "\n" for line in lines[150:300]))
+    pq.write_table(pa.table({"text": pa.array(lines[300:], pa.large_string())}), files[2])
     tokenizer = load_tokenizer(str(toy.checkpoint))
-    own = toy.config().token_store
-    for held_out in ({}, {"validation_file": (str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"))}):
-        files = {"train_file": (str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")), **held_out}
-        one = {"train_file": str(toy.train_file), **({"validation_file": str(toy.train_file)} if held_out else {})}
-        stores = [prepare(CorpusConfig(**f), tokenizer, tokenizer_info(tokenizer), own) for f in (files, one)]
-        for split in ("train", "validation"):
-            assert stores[0][split].header["corpus"] == stores[1][split].header["corpus"]
-            assert stores[0][split].ids.tolist() == stores[1][split].ids.tolist()
-        assert prepare(CorpusConfig(**files), tokenizer, tokenizer_info(tokenizer), own).keys() == stores[0].keys()
+    given = (tokenizer, tokenizer_info(tokenizer), toy.config().token_store)
+    several, one = ({f"{split}_file": f} for f in (tuple(files), str(toy.train_file)))
+    found, expected = prepare(CorpusConfig(**several), *given), prepare(CorpusConfig(**one), *given)
+    assert found.keys() == expected.keys()
+    for name, store in found.items():
+        assert store.header["corpus"] == expected[name].header["corpus"]
+        assert store.ids.tolist() == expected[name].ids.tolist()
+    other = prepare(CorpusConfig(**{f"{split}_file": tuple(files[:2])}), *given)
+    assert other[split].header["documents"] < found[split].header["documents"]
 
 
 @pytest.mark.parametrize(

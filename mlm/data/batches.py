@@ -126,12 +126,12 @@ class Batches:
         and the epoch [n] int64 of each."""
         first, count = step * self.global_batch + begin, (self.global_batch if end is None else end) - begin
         before = seen_before(np.arange(first, first + count + 1), [*self.shares.values()])  # [1 + K, n + 1]
-        chunk_ids, epochs = np.empty((2, count), np.int64)
-        for k, (chunks, begins) in enumerate(zip(self.mixture.sources, self.mixture.begins, strict=True)):
+        (chunk_ids, epochs), begins = np.empty((2, count), np.int64), 0
+        for k, chunks in enumerate(self.mixture.sources):
             own, n = np.diff(before[k]) > 0, len(chunks)  # [n] bool, 1: a place of this source
             seed, samples = (stream_key(self.seed, k, SOURCE), n) if k else (self.seed, self.num_chunks)
             seen, epochs[own] = chunks_seen(seed, before[k, 0], own.sum(), n, samples)
-            chunk_ids[own] = begins + seen
+            chunk_ids[own], begins = begins + seen, begins + n
         return chunk_ids, epochs
 
     def load(self, step: int, micro_batch: int) -> tuple[list[Batch], int]:
@@ -150,6 +150,6 @@ class Batches:
         rate, given = self.rate(step), (chunk_ids, epochs, self.seed, self.maskable, self.recipe)
         take_from = self.mixture
         batch = mask_chunks(take_from, *given, lambda allowed, draws, words: self.select(allowed, draws, rate, words))
-        origin = torch.from_numpy(take_from.origin(chunk_ids))
-        sources = origin[batch.positions // batch.input_ids.shape[1]] if self.replay else None
+        source = torch.from_numpy(take_from.locate(chunk_ids)[0])  # [B]
+        sources = source[batch.positions // batch.input_ids.shape[1]] if self.replay else None
         return batch._replace(sources=sources)

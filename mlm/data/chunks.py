@@ -125,20 +125,19 @@ class Mixture(NamedTuple):
 
     sources: tuple[Chunks, ...]
 
-    @property
-    def begins(self) -> list[int]:  # the first chunk id of each
-        return [0, *accumulate(map(len, self.sources[:-1]))]
-
-    def origin(self, chunk_ids: np.ndarray) -> np.ndarray:
-        """The sources [B] int64, by number, of these chunks [B]."""
-        return np.searchsorted(self.begins, chunk_ids, side="right") - 1
+    def locate(self, chunk_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The sources [B] int64, by number, of these chunks [B], and their ids [B] there."""
+        begins = [0, *accumulate(map(len, self.sources[:-1]))]
+        source = np.searchsorted(begins, chunk_ids, side="right") - 1
+        return source, chunk_ids - np.take(begins, source)
 
     def take(self, chunk_ids: np.ndarray) -> Rows:
         """As `Chunks.take`; T is the longest of all rows."""
         if len(self.sources) == 1:
             return self.sources[0].take(chunk_ids)
-        own = [self.origin(chunk_ids) == k for k, _ in enumerate(self.sources)]  # [B] bool each
-        parts = [chunks.take(chunk_ids[o] - b) for chunks, o, b in zip(self.sources, own, self.begins, strict=True)]
+        source, ids_there = self.locate(chunk_ids)
+        own = [source == k for k, _ in enumerate(self.sources)]  # [B] bool each
+        parts = [chunks.take(ids_there[o]) for chunks, o in zip(self.sources, own, strict=True)]
         shape = len(chunk_ids), max(part.ids.shape[1] for part in parts)
         rows = Rows(np.full(shape, self.sources[0].pad_id), np.ones(shape, bool), np.empty(shape[0], np.int64))
         for o, (ids, word_starts, lengths) in zip(own, parts, strict=True):

@@ -32,8 +32,7 @@ class NonFinite(NamedTuple):
 
 
 def find_nonfinite(update: Update, step: int, stores: dict[str, TokenStore]) -> NonFinite:
-    """The chunks of a step's global batch whose loss or gradient, alone and without dropout, is not finite; or all.
-    Of several sources, those of the first one that has any."""
+    """The chunks of a step, of one source, whose loss or gradient, alone, without dropout, is not finite; or all."""
     model, batches = update.model, update.batches
     model.eval()
     chunk_ids, epochs = batches.places(step)
@@ -45,8 +44,7 @@ def find_nonfinite(update: Update, step: int, stores: dict[str, TokenStore]) -> 
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         broken.append(not (loss + torch.nn.utils.get_total_norm(gradients)).isfinite())
     chunk_ids = chunk_ids[broken] if any(broken) else chunk_ids
-    mixture, origin = batches.mixture, batches.mixture.origin(chunk_ids)
-    split = ("train", *batches.shares)[first := origin.min()]
-    own = chunk_ids[origin == first] - mixture.begins[first]
-    documents = mixture.sources[first].documents(own, stores[split].document_offsets)
+    source, ids_there = batches.mixture.locate(chunk_ids)
+    split, own = ("train", *batches.shares)[source.min()], ids_there[source == source.min()]
+    documents = batches.mixture.sources[source.min()].documents(own, stores[split].document_offsets)
     return NonFinite(split, own.tolist(), documents.tolist(), any(broken))

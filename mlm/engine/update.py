@@ -175,8 +175,7 @@ class Update:
         return sums, divisor, [masked, sum(batch.tokens for batch in share)]
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss [] of a micro-batch and what the objective returns beside it; of several sources, the loss and the
-        number of masked tokens of each as well."""
+        """The loss [] of a micro-batch, and sums to log: the objective's, and each source's loss and masked tokens."""
         batch = batch.to(self.accelerator.device)
         with self.accelerator.autocast():
             returned = self.objective(self.model, batch)

@@ -65,7 +65,7 @@ def test_over_any_window_each_source_has_its_share_to_within_one_chunk(shares, f
 def test_each_source_is_read_epoch_by_epoch_in_an_order_of_its_own(sizes, G, seed, steps):
     own = mixed(sizes, [Fraction(1, 4), Fraction(1, 10)][: len(sizes) - 1], seed=seed, global_batch=G)
     seen, epochs = (np.concatenate(both) for both in zip(*map(own.places, range(steps)), strict=True))
-    source = own.mixture.origin(seen)
+    source = own.mixture.locate(seen)[0]
     for k, n in enumerate(sizes):
         mine = seen[source == k] - sum(sizes[:k])
         assert epochs[source == k].tolist() == [place // n for place in range(len(mine))]
@@ -84,7 +84,7 @@ def test_another_seed_and_another_source_have_another_order():
     def orders(seed):
         own = mixed([40, 40, 40], [Fraction(1, 3), Fraction(1, 3)], seed=seed, global_batch=120)
         seen, _ = own.places(0)
-        return [(seen[own.mixture.origin(seen) == k] % 40).tolist() for k in range(3)]
+        return [(seen[own.mixture.locate(seen)[0] == k] % 40).tolist() for k in range(3)]
 
     first, other = orders(1), orders(2)
     assert len({tuple(order) for order in (*first, *other)}) == 6
@@ -105,7 +105,7 @@ def test_processes_and_micro_batches_cut_a_mixture_without_changing_it(G, world,
 def test_each_target_is_told_its_source():
     own = mixed([7, 5, 3], [Fraction(1, 4), Fraction(1, 4)], global_batch=16)
     [batch], _ = own.load(3, 16)
-    expected = own.mixture.origin(own.places(3)[0])[batch.positions.numpy() // 6]
+    expected = own.mixture.locate(own.places(3)[0])[0][batch.positions.numpy() // 6]
     assert batch.sources.tolist() == expected.tolist()
     assert set(expected) == {0, 1, 2}
     assert batches().load(0, 4)[0][0].sources is None
@@ -135,8 +135,8 @@ def test_rows_of_several_sources_are_those_of_each(lengths, chosen):
     chunk_ids = np.array([number % (5 + len(padded) + len(documents)) for number in chosen], int)
     rows = mixture.take(chunk_ids)
     for row, chunk in enumerate(chunk_ids):
-        k = int(mixture.origin(chunk))
-        alone = mixture.sources[k].take(np.array([chunk]) - mixture.begins[k])
+        [k], there = mixture.locate(np.array([chunk]))
+        alone = mixture.sources[k].take(there)
         n = alone.ids.shape[1]
         assert rows.ids[row].tolist() == alone.ids[0].tolist() + [0] * (rows.ids.shape[1] - n)
         assert rows.word_starts[row, :n].tolist() == alone.word_starts[0].tolist()
