@@ -36,11 +36,11 @@ def main() -> None:
     parser.add_argument("--imdb", type=Path, required=True, help="folder of train.parquet and test.parquet")
     parser.add_argument("--wikitext", type=Path, required=True, help="folder of train.parquet and validation.parquet")
     parser.add_argument("--model_name_or_path", type=Path, required=True)
-    parser.add_argument("--reviews", type=int, default=2000, help="to train on")
-    parser.add_argument("--held_out", type=int, default=300, help="reviews")
-    parser.add_argument("--articles", type=int, default=30, help="of WikiText-2, held out")
+    parser.add_argument("--reviews", type=int, default=1000, help="to train on")
+    parser.add_argument("--held_out", type=int, default=150, help="reviews")
+    parser.add_argument("--articles", type=int, default=20, help="of WikiText-2, held out")
     parser.add_argument("--shares", type=float, nargs="+", default=[0, 0.1, 0.25])
-    parser.add_argument("--seeds", type=int, default=3, help="of order, masks and dropout")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of order, masks and dropout")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "replay.json")
     args = parser.parse_args()
     where = environment(Accelerator(cpu=True))
@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]
     }
     runs: list[dict[str, Any]] = []
     before: dict[str, float] = {}
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         for share in args.shares:
             replay = {"replay_file": str(args.wikitext / "train.parquet"), "replay_share": share} if share else {}
             found = train(Config.of(**settings, **replay, seed=seed, eval_on_start=not runs)).results

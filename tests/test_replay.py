@@ -98,7 +98,9 @@ def test_a_line_of_the_log_without_a_source_has_no_loss_of_it(toy, general, tmp_
 
 
 def test_the_report_and_the_record_of_a_run_tell_the_sources_apart(toy, general, tmp_path):
-    train(toy.config(tmp_path / "run", replay_file=general[0], replay_share=0.25))
+    config = toy.config(tmp_path / "run", replay_file=general[0], replay_share=0.25, max_train_steps=None)
+    results = train(dataclasses.replace(config, train=dataclasses.replace(config.train, num_train_epochs=1))).results
+    assert 1 <= results["epochs"] < 1 + 6 / 250, "of the domain: the replay takes steps of its own"
     write_report(read_runs([tmp_path / "run"]), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     for key in ("train_loss_domain", "train_loss_replay", "replay_epochs"):

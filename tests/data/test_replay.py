@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from mlm.config import TrainConfig
@@ -38,6 +38,8 @@ def mixed(sizes, shares, **settings):
 
 
 @given(shares=few_shares, first=st.integers(0, 10**15), count=st.integers(0, 60))
+@example(shares=[Fraction(29, 100)], first=0, count=200)  # in floating point, 0.29 of 100 is less than 29
+@example(shares=[Fraction(1, 3 * 10**8)], first=10**18, count=2)  # and 10**18 + 1 is no number
 def test_which_source_a_place_has_is_what_the_fractions_say(shares, first, count):
     assume(sum(shares) < 1)
     before = seen_before(np.arange(first, first + count + 1), shares)
