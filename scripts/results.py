@@ -380,38 +380,34 @@ def probe() -> str:
 def replay() -> str:
     """What replay keeps outside of the domain, and costs in it, against training without it seed by seed."""
     stored = _stored("replay")
-    runs, before = stored["runs"], stored["before"]
-    kinds = {"in the domain": "perplexity", "out of it": "general_perplexity"}
-    shares = sorted({run["share"] for run in runs})
-    figures = {  # share -> kind -> the perplexity of each seed, in their order
-        share: {kind: [run[key] for run in runs if run["share"] == share] for kind, key in kinds.items()}
-        for share in shares
-    }
-    lines, told = [], []
-    for share, own in figures.items():
-        steps = next(run["steps"] for run in runs if run["share"] == share)
-        cells = []
-        for kind, values in own.items():
-            ratios = [value / without for value, without in zip(values, figures[0][kind], strict=True)]
-            paired = f", {_times(ratios)} of that without" if share else ""
-            cells.append(f"{statistics.median(values):.1f}{paired}")
-            told += [f"{_times(ratios)} of the perplexity {kind}"] if share == shares[1] else []
-        lines.append(f"| {share:g} | {steps:,} | {' | '.join(cells)} |")
-    head = section(
-        "What replay keeps",
-        "replay.py",
-        f"a share of {shares[1]:g} comes to {' and '.join(told)} without replay, n = {len(figures[0]['out of it'])}",
-        stored["environment"],
-        "python benchmarks/replay.py --imdb FOLDER --wikitext FOLDER --model_name_or_path CHECKPOINT",
-    )
-    table = ["| share | steps | perplexity in the domain | out of it |", "| --- | --- | --- | --- |"]
-    table.append(f"| before | 0 | {before['perplexity']:.1f} | {before['general_perplexity']:.1f} |")
-    about = f"\n{_sentence(stored['what'])}, {stored['model']}; medians over seeds, with the range of paired ratios.\n"
-    return "\n".join([head, *table, *lines, about])
+    before, shares = stored["before"], sorted({run["share"] for run in stored["runs"]})
+    kinds = {"general_perplexity": "out of the domain", "perplexity": "in it"}
 
+    def of(share: float, figure: str) -> list[float]:
+        return [run[figure] for run in stored["runs"] if run["share"] == share]  # of each seed, in their order
 
-def _times(ratios: list[float]) -> str:
-    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+    def ratios(share: float, figure: str) -> str:
+        paired = [value / without for value, without in zip(of(share, figure), of(0, figure), strict=True)]
+        return f"{statistics.median(paired):.3f} ({min(paired):.3f} to {max(paired):.3f})"
+
+    told = " and ".join(f"{ratios(shares[1], figure)} {where}" for figure, where in kinds.items())
+    lines = [
+        section(
+            "What replay keeps",
+            "replay.py",
+            f"a share of {shares[1]:g} multiplies the perplexity by {told}, n = {len(of(0, 'steps'))}",
+            stored["environment"],
+            "python benchmarks/replay.py --imdb FOLDER --wikitext FOLDER --model_name_or_path CHECKPOINT",
+        ),
+        "| share | steps | perplexity out of the domain | to that of share 0 | in the domain | to that of share 0 |",
+        "| --- | --- | --- | --- | --- | --- |",
+        f"| before | 0 | {before['general_perplexity']:.1f} | | {before['perplexity']:.1f} | |",
+    ]
+    for share in shares:
+        cells = [f"{statistics.median(of(share, figure)):.1f} | {ratios(share, figure)}" for figure in kinds]
+        lines.append(f"| {share:g} | {of(share, 'steps')[0]:,} | {' | '.join(cells)} |")
+    about = f"{_sentence(stored['what'])}, {stored['model']}; medians over seeds, with the range of the paired ratios."
+    return "\n".join([*lines, f"\n{about}\n"])
 
 
 def _points(figures: dict[str, Any]) -> str:
