@@ -54,6 +54,11 @@ RENAMED = {f"general_{rest}": f"out_of_domain_{rest}" for rest in GENERAL}
 RENAMED |= {name: f"eval_{name}" for name in ("mlm_probability", "whole_word_mask")}
 
 
+class _OneOrSeveral(argparse.Action):
+    def __call__(self, _: Any, values: argparse.Namespace, words: list[Any], flag: str | None = None) -> None:
+        setattr(values, self.dest, words[0] if len(words) == 1 else tuple(words))
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
@@ -79,7 +84,8 @@ def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.Argumen
     if unknown:
         raise UserError(f"{unknown[0]!r} belongs to no flag; --help lists the flags")
     for name, value in vars(values).items():
-        if "\0" in str(value) or str(value) != str(value).encode(errors="replace").decode():
+        text = "".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        if "\0" in text or text != text.encode(errors="replace").decode():
             raise UserError(f"--{name} {value!a}: a NUL, or no UTF-8, which libraries need (try PYTHONUTF8=1)")
     instances = [config(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config)}) for config in configs]
     return [*instances, values]
@@ -194,6 +200,7 @@ def _conversion(hint: Any) -> dict[str, Any]:
     """How argparse reads and shows a field's type: int | Literal["auto"] | None reads 3, auto, none; as INT|auto."""
     readers: list[Callable[[str], Any]] = []
     shown: list[str] = []
+    more: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
     for kind in typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else [hint]:
         if typing.get_origin(kind) is Literal:
             readers.append({word: word for word in typing.get_args(kind)}.__getitem__)
@@ -201,6 +208,8 @@ def _conversion(hint: Any) -> dict[str, Any]:
         elif kind is bool:
             readers.append(lambda text: BOOLEANS[text.lower()])
             shown.append("true|false")
+        elif typing.get_origin(kind) is tuple:  # of what the other kinds are
+            more = {"nargs": "+", "action": _OneOrSeveral}
         elif kind is types.NoneType:
             readers.insert(0, lambda text: NONES[text.lower()])
         else:
@@ -213,8 +222,7 @@ def _conversion(hint: Any) -> dict[str, Any]:
                 return reader(text)
         raise argparse.ArgumentTypeError(f"{text!r} is not {'|'.join(shown)}")
 
-    alone = {"nargs": "?", "const": True} if hint is bool else {}
-    return {"type": read, "metavar": "|".join(shown), **alone}
+    return {"type": read, "metavar": "|".join(shown), **more}
 
 
 def _flags_of(path: str, parser: argparse.ArgumentParser) -> list[str]:
@@ -224,12 +232,14 @@ def _flags_of(path: str, parser: argparse.ArgumentParser) -> list[str]:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
         if not isinstance(values, dict):
             raise UserError("expected lines of the form `flag_name: value`")
+        flags: list[str] = []
         for name, value in values.items():
             if f"--{name}" not in parser._option_string_actions or name in ("config", "help", "json"):
                 raise UserError(_unknown(name, parser))
-            if not isinstance(value, str):
+            several = isinstance(value, list) and parser._option_string_actions[f"--{name}"].nargs == "+"
+            if not (isinstance(value, str) or (several and all(isinstance(word, str) for word in value))):
                 raise UserError(f"{name} takes one value, not a list or a mapping")
-        flags = [f"--{name}={value}" for name, value in values.items()]
+            flags += [f"--{name}", *value] if several else [f"--{name}={value}"]
         parser.parse_known_intermixed_args(flags)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"--config {path}: not a YAML file ({one_line(error)})") from None

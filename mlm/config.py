@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
 from typing import Any, Literal, Self
 
 from mlm.data.chunks import ChunkConfig
 from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
 from mlm.data.masking import MaskingConfig
+from mlm.data.order import ReplayConfig
 from mlm.data.task import TaskConfig
 from mlm.data.token_store import TokenStoreConfig
 from mlm.engine.checkpoint import CheckpointConfig
@@ -26,9 +28,9 @@ class TrainConfig:
     """How long to train, and when to evaluate."""
 
     seed: int = 42  # The seed sets the order of chunks, training masks, dropout and fresh weights.
-    num_train_epochs: float = 3.0  # Each training chunk is seen this many times.
+    num_train_epochs: float = 3.0  # Each training chunk of the domain is seen this many times.
     max_train_steps: int | None = None  # Take this many optimizer steps, instead of epochs.
-    max_train_samples: int | None = None  # Train on this many chunks only, drawn by --seed.
+    max_train_samples: int | None = None  # Train on this many of the domain's chunks only, drawn by --seed.
     eval_on_start: bool = True  # Evaluate the model before the first step.
     eval_steps: int | Literal["epoch"] = "epoch"  # Evaluate at this interval, and always at the end.
     load_best_model_at_end: bool = False  # Keep the weights of the lowest evaluation loss, not the last ones.
@@ -38,7 +40,7 @@ class TrainConfig:
         at_least(self, 0, "num_train_epochs")
         at_most(self, MOST_STEPS, "max_train_steps", "num_train_epochs")
 
-    def steps(self, chunks: int, global_batch: int) -> int:
+    def steps(self, chunks: int, global_batch: int | Fraction) -> int:
         """Optimizer steps of the run, over so many chunks: the last one reaches into the next epoch."""
         chunks = min(self.max_train_samples or chunks, chunks)
         steps = self.max_train_steps or math.ceil(round(self.num_train_epochs * chunks / global_batch, 6))
@@ -54,6 +56,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     out_of_domain: OutOfDomainConfig = field(default_factory=OutOfDomainConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     token_store: TokenStoreConfig = field(default_factory=TokenStoreConfig)
     chunks: ChunkConfig = field(default_factory=ChunkConfig)

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,16 @@ def one_line(error: object, width: int = 300) -> str:
     # textwrap.shorten cuts at a blank: of a long path, or of a script without blanks, that leaves nothing.
     text = " ".join(str(error).split())
     return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+@contextmanager
+def in_words_of(text: str) -> Iterator[None]:
+    """A context in which mistakes in a text of its own flags, `--<text>_file`, are not said of --train_file's."""
+    try:
+        yield
+    except UserError as error:
+        flag = re.compile(r"--(?:train_|validation_)?(file|dataset_|text_column)")
+        raise UserError(flag.sub(rf"--{text}_\1", str(error))) from None
 
 
 def listed(names: list[str]) -> str:

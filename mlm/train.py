@@ -40,12 +40,12 @@ from mlm.report.summary import conclude_run, describe, outcome, plan, sizes
 
 
 def objective(model: SparseMaskedLM, batch: Batch) -> torch.Tensor | tuple[torch.Tensor, dict]:
-    """The loss of a micro-batch: a sum over its masked tokens, [] float32.
+    """The losses of a micro-batch's masked tokens, [M] float32, or their sum.
 
-    With a dict of further sums behind it, `return loss, {"agreement": …}`, these are logged beside the loss.
+    With a dict of sums behind them, `return losses, {"agreement": …}`, these are logged beside the loss.
     """
     logits = model(batch.input_ids, batch.positions, batch.attention_mask)  # [M, V]: the masked tokens alone
-    return F.cross_entropy(logits.float(), batch.targets, reduction="none").sum()
+    return F.cross_entropy(logits.float(), batch.targets, reduction="none")
 
 
 def mask_rate(step: int, last_step: int, masking: MaskingConfig) -> float:
@@ -99,13 +99,13 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
 
     # Resume. A fork names here what it adds: anything with a state_dict and a load_state_dict.
     progress, before, extra_state = Progress(), Evaluations(), {}
-    experiment = describe(config, net, update, eval_sets, stores["train"], last_step)
+    experiment = describe(config, update, eval_sets, stores, last_step)
     run.keeps(net, update, progress, before, extra_state, experiment)
     if results := run.finished():
         trained = load_model(ModelConfig(str(run.folder)), tokenizer, seed=0)
         return Result(trained, tokenizer, results, run.folder)
     with run:
-        run.resume(sizes(stores["train"], eval_sets))
+        run.resume(sizes(stores, eval_sets))
         run.log.print(plan(config, update, eval_sets, last_step))
         if progress.step == 0 and config.train.eval_on_start:
             before.update(run.measure(model, eval_sets, complete=True))
@@ -120,7 +120,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
             evaluates, saves, logs = run.due(progress.step, last_step)
             if not (evaluates or saves or logs or any(applied.requests)):
                 continue
-            run.report(stores["train"], tokenizer)  # the host waits for the device here, not in each step
+            run.report(stores, tokenizer)  # the host waits for the device here, not in each step
             run.obey(applied.requests)
             if evaluates:
                 run.measure(model, eval_sets, complete=False)
@@ -143,9 +143,10 @@ def make_batches(
     """The training batches of this process, a pure function of (seed, step), and the number of steps."""
     if "train" not in stores:
         raise UserError("--validation_file alone leaves nothing to train on; give --train_file too")
-    chunks = cut_into_chunks(stores["train"], config.chunks, length, info)
+    names = ("train", *config.replay.shares)
+    chunks, *replay = (cut_into_chunks(stores[name], config.chunks, length, info) for name in names)
     global_batch = config.update.global_batch(accelerator.num_processes)
-    last_step = config.train.steps(len(chunks), global_batch)
+    last_step = config.train.steps(len(chunks), global_batch * (1 - sum(config.replay.shares.values())))
     return Batches(
         chunks=chunks,
         recipe=make_recipe(info, config.masking.mask_replace_prob, config.masking.random_replace_prob),
@@ -157,6 +158,8 @@ def make_batches(
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         samples=config.train.max_train_samples,
+        replay=replay,
+        shares=config.replay.shares,
     ), last_step
 
 

@@ -1,4 +1,7 @@
-"""Builds the token store of a corpus, prints what is in it, and shows some of it."""
+"""Builds the token stores of a corpus and its replay, prints what is in them, and shows some of it.
+
+With the flags of a run, it says how many epochs of each source that run sees.
+"""
 
 import re
 from collections.abc import Sequence
@@ -10,19 +13,22 @@ from startup import quick_imports
 
 with quick_imports():
     import numpy as np
+    from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
     from mlm import cli
-    from mlm.config import Config
+    from mlm.config import Config, TrainConfig
     from mlm.data.batches import mask_chunks
     from mlm.data.chunks import ChunkConfig, Chunks, chunk_length, cut_into_chunks
     from mlm.data.corpus import CorpusConfig
     from mlm.data.masking import MaskingConfig, make_recipe
+    from mlm.data.order import ReplayConfig
     from mlm.data.token_store import TokenStore, TokenStoreConfig
     from mlm.data.tokenizer import TokenizerInfo, readable
+    from mlm.engine.update import UpdateConfig
     from mlm.errors import at_least, printable
     from mlm.model.load import ModelConfig, open_corpus, position_limit
-    from mlm.train import select
+    from mlm.train import make_batches, select
 
 
 # A tag without attributes, also as a tokenizer spells it after decoding: < br / >
@@ -35,26 +41,37 @@ MUCH = 0.005  # share of the tokens that makes tags worth a line: on film review
 class ShowConfig:
     """How much of the text is shown."""
 
-    show: int = 0  # Print this many random documents and chunks of each split, with their masks.
-    seed: int = 42  # This seed draws them, and their masks.
+    show: int = 0  # Print this many random documents and chunks of each split, drawn by --seed, with their masks.
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "show", "seed")
+        at_least(self, 0, "show")
 
 
-MODULES = (ModelConfig, CorpusConfig, TokenStoreConfig, ChunkConfig, MaskingConfig, ShowConfig)
+PARTS = {
+    **{"model": ModelConfig, "corpus": CorpusConfig, "replay": ReplayConfig, "token_store": TokenStoreConfig},
+    **{"chunks": ChunkConfig, "masking": MaskingConfig, "train": TrainConfig, "update": UpdateConfig},
+}
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    model, corpus, store_config, chunking, masking, show, _ = cli.parse(MODULES, argv, cli.command(__doc__))
-    config = Config(model=model, corpus=corpus, token_store=store_config, masking=masking)
+    *parts, show, _ = cli.parse([*PARTS.values(), ShowConfig], argv, cli.command(__doc__))
+    config = Config(**dict(zip(PARTS, parts, strict=True)))
+    chunking, masking, seed = config.chunks, config.masking, config.train.seed % 2**64
     tokenizer, info, stores = open_corpus(config)
-    length = chunk_length(chunking, position_limit(model))
+    length = chunk_length(chunking, position_limit(config.model))
+    epochs = {}
+    if "train" in stores:
+        batches, steps = make_batches(config, info, stores, length, Accelerator(cpu=True))
+        epochs = batches.epochs(steps)
+        epochs["train"] = epochs.pop("domain")
+        print(f"A run of one process with these flags takes {steps:,} steps of {batches.global_batch:,} chunks.")
     summary = {}
     for split, store in stores.items():
         chunks = cut_into_chunks(store, chunking, length, info)
-        documents, tokens = html_shares(store, tokenizer, show.seed)
+        documents, tokens = html_shares(store, tokenizer, seed)
         summary[split] = {**describe(store, chunks), "html_token_share": round(tokens, 6)}
+        if split in epochs:
+            summary[split]["epochs"] = round(float(epochs[split]), 3)
         print(split)
         for name, value in summary[split].items():
             print(f"  {name.replace('_', ' '):<22} {'unknown' if value is None else format(value, ',')}")
@@ -63,13 +80,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
                 f"  HTML tags are {tokens:.1%} of the tokens, in {documents:.0%} of the documents: much of a "
                 "gain may come from them alone; --strip_html leaves them out"
             )
-        draw = np.random.default_rng(show.seed)
+        draw = np.random.default_rng(seed)
         number_of = store.header["documents"]
         for number in draw.choice(number_of, min(show.show, number_of), replace=False):
             start, end = store.document_offsets[number : number + 2]
             print(f"\n{split} document {number}: {printable(readable(tokenizer, store.ids[start:end]))}")
         for number in draw.choice(len(chunks), min(show.show, len(chunks)), replace=False):
-            masked = show_chunk(number, chunks, tokenizer, info, masking, show.seed)
+            masked = show_chunk(number, chunks, tokenizer, info, masking, seed)
             print(f"\n{split} chunk {number}: {masked}")
     if show.show:
         print("\nto be predicted: ‹word› became the mask token, ‹word→other› another token, ‹word=› stays")

@@ -64,6 +64,7 @@ def page() -> str:
         noise(),
         intervals(),
         *([probe()] if (BENCHMARKS / "results" / "probe.json").exists() else []),
+        *([replay()] if (BENCHMARKS / "results" / "replay.json").exists() else []),
         checkpoints(),
         *([corpus_size()] if (BENCHMARKS / "results" / "corpus_size.json").exists() else []),
         faults(),
@@ -374,6 +375,39 @@ def probe() -> str:
         + "\n".join(lines)
         + f"\n\nThe interval holds the truth in {held}; {stored['samples']:,} samples each.\n"
     )
+
+
+def replay() -> str:
+    """What replay keeps outside of the domain, and costs in it, against training without it seed by seed."""
+    stored = _stored("replay")
+    before, shares = stored["before"], sorted({run["share"] for run in stored["runs"]})
+    kinds = {"general_perplexity": "out of the domain", "perplexity": "in it"}
+
+    def of(share: float, figure: str) -> list[float]:
+        return [run[figure] for run in stored["runs"] if run["share"] == share]  # of each seed, in their order
+
+    def ratios(share: float, figure: str) -> str:
+        paired = [value / without for value, without in zip(of(share, figure), of(0, figure), strict=True)]
+        return f"{statistics.median(paired):.3f} ({min(paired):.3f} to {max(paired):.3f})"
+
+    told = " and ".join(f"{ratios(shares[1], figure)} {where}" for figure, where in kinds.items())
+    lines = [
+        section(
+            "What replay keeps",
+            "replay.py",
+            f"a share of {shares[1]:g} multiplies the perplexity by {told}, n = {len(of(0, 'steps'))}",
+            stored["environment"],
+            "python benchmarks/replay.py --imdb FOLDER --wikitext FOLDER --model_name_or_path CHECKPOINT",
+        ),
+        "| share | steps | perplexity out of the domain | to that of share 0 | in the domain | to that of share 0 |",
+        "| --- | --- | --- | --- | --- | --- |",
+        f"| before | 0 | {before['general_perplexity']:.1f} | | {before['perplexity']:.1f} | |",
+    ]
+    for share in shares:
+        cells = [f"{statistics.median(of(share, figure)):.1f} | {ratios(share, figure)}" for figure in kinds]
+        lines.append(f"| {share:g} | {of(share, 'steps')[0]:,} | {' | '.join(cells)} |")
+    about = f"{_sentence(stored['what'])}, {stored['model']}; medians over seeds, with the range of the paired ratios."
+    return "\n".join([*lines, f"\n{about}\n"])
 
 
 def _points(figures: dict[str, Any]) -> str:

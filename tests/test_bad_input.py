@@ -323,7 +323,6 @@ OTHERS = [
     ),
     ("a corpus that is not there", "prepare.py", ["--train_file=none.txt"], ["none.txt: no such file"]),
     ("a negative number to show", "prepare.py", ["--show=-1"], ["--show -1"]),
-    ("a negative seed to show", "prepare.py", ["--seed=-1"], ["--seed -1"]),
     (
         "preparing words where the tokenizer sees none",
         "prepare.py",

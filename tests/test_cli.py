@@ -41,6 +41,8 @@ class Bread:
     water: float = 0.7  # share of the flour's weight
     rests: int | Literal["overnight"] | None = None  # minutes, or until tomorrow
     crust: Literal["soft", "hard"] = "hard"  # how it sounds
+    toppings: str | tuple[str, ...] | None = None  # on it, one or several
+    slices: float | tuple[float, ...] = 0.5  # their thickness
     salted: bool = True  # with salt
     very_long_name_that_makes_the_formatter_put_the_value_into_parentheses: float = 5.0  # a comment inside of them
     seeds: Literal[
@@ -94,6 +96,22 @@ def test_a_number_a_word_and_none_can_share_a_flag(word, value):
     assert (found, type(found)) == (value, type(value))
 
 
+@pytest.mark.parametrize(
+    ("argv", "in_a_file", "toppings"),
+    [
+        (["--toppings", "jam"], "toppings: jam", "jam"),
+        (["--toppings=jam"], "toppings: [jam]", "jam"),
+        (["--toppings", "jam", "butter"], "toppings: [jam, butter]", ("jam", "butter")),
+        (["--toppings", "none"], "toppings: null", None),
+    ],
+)
+def test_a_flag_can_take_one_value_or_several(argv, in_a_file, toppings, tmp_path):
+    found = read(*argv, "--slices", "0.1", "2", "--loaves", "3")
+    assert found == Bread(loaves=3, toppings=toppings, slices=(0.1, 2.0))
+    assert read_file(in_a_file, tmp_path) == Bread(toppings=toppings)
+    assert read_file(in_a_file, tmp_path, "--toppings", "cheese").toppings == "cheese"
+
+
 def test_none_unsets_a_text_and_is_a_word_where_it_is_one_of_the_choice():
     assert read("--flour=rye", "--flour", "none").flour is None
     assert read("--seeds", "none").seeds == "none"
@@ -108,6 +126,8 @@ def test_none_unsets_a_text_and_is_a_word_where_it_is_one_of_the_choice():
         (["--crust", "burnt"], "--crust: 'burnt' is not soft|hard"),
         (["--salted", "maybe"], "--salted: 'maybe' is not true|false"),
         (["--loaves"], "--loaves: expected one argument"),
+        (["--slices"], "--slices: expected at least one argument"),
+        (["--slices", "1", "thick"], "--slices: 'thick' is not FLOAT"),
         (["--loafs", "2"], "unknown flag --loafs; did you mean --loaves?"),
         (["--loafs=2"], "unknown flag --loafs; did you mean --loaves?"),
         (["--loav", "2"], "unknown flag --loav; did you mean --loaves?"),
@@ -202,6 +222,8 @@ def test_flags_win_over_the_file_wherever_they_stand(before, tmp_path):
         ("loaves: two", "--loaves: 'two' is not INT"),
         ("loaves: [1, 2]", "loaves takes one value"),
         ("loaves: {a: 1}", "loaves takes one value"),
+        ("toppings: [[jam]]", "toppings takes one value"),
+        ("slices: []", "--slices: expected at least one argument"),
         ("- loaves", "flag_name: value"),
         ("", "flag_name: value"),
         ("loaves: 1\n  water: : 2", "line 2"),

@@ -8,19 +8,23 @@ rank 0, rank 1    | 2 4, 0 3 | 1 3, 4 1 | …                        contiguous 
 
 A chunk's masks are keyed by the epoch in which it is seen, so that it has new ones in each. A process takes and masks
 its own share alone: what it costs a process does not grow with their number.
+Replay, three more chunks in a share of a quarter, takes every fourth place, and has epochs and orders of its own:
+
+domain, replay    | 2 4 0 7 | 3 1 3 5 | 4 1 0 6 | …           numbers 5 … 7, so that no draws are those of the domain
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from mlm.data.chunks import Chunks
-from mlm.data.masking import Recipe, corrupt, draw
-from mlm.data.order import chunks_seen
+from mlm.data.chunks import Chunks, Mixture
+from mlm.data.masking import SOURCE, Recipe, corrupt, draw, stream_key
+from mlm.data.order import chunks_seen, seen_before
 
 
 class Batch(NamedTuple):
@@ -30,6 +34,7 @@ class Batch(NamedTuple):
     positions: torch.Tensor  # [M] int64 into the flat B * T, ascending
     targets: torch.Tensor  # [M] int64, the tokens that stood there
     attention_mask: torch.Tensor | None  # [B, T] int64, 0: padding; None: every row is full
+    sources: torch.Tensor | None = None  # [M] int64, the targets' sources by number; None: there is one
 
     @property
     def tokens(self) -> int:
@@ -48,7 +53,7 @@ SelectAtRate = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # the
 
 
 def mask_chunks(
-    chunks: Chunks,
+    chunks: Chunks | Mixture,
     chunk_ids: np.ndarray,
     epochs: np.ndarray,
     seed: int,
@@ -85,12 +90,24 @@ class Batches:
     global_batch: int  # chunks a step, over all processes
     rank: int = 0
     world: int = 1
-    samples: int | None = None  # train on this many chunks only, drawn by the seed
+    samples: int | None = None  # train on this many of the domain's chunks only, drawn by the seed
+    replay: Sequence[Chunks] = ()  # of further sources
+    shares: dict[str, Fraction] = field(default_factory=dict)  # of all chunks, that each of these has, by its name
+
+    @property
+    def mixture(self) -> Mixture:
+        return Mixture((self.chunks, *self.replay))
 
     @property
     def num_chunks(self) -> int:
-        """Chunks in an epoch."""
+        """Chunks of the domain in an epoch."""
         return min(self.samples or len(self.chunks), len(self.chunks))
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How many epochs of each source, the domain and the replay, the first `step` steps see."""
+        [seen] = seen_before(np.array([step * self.global_batch]), [*self.shares.values()]).T  # [1 + K]
+        sizes = [self.num_chunks, *map(len, self.replay)]
+        return dict(zip(("domain", *self.shares), (seen / sizes).tolist(), strict=True))
 
     def expected(self, step: int) -> int:
         """A power of two near the masked tokens of the global batch, which each process knows by itself."""
@@ -100,15 +117,22 @@ class Batches:
     def due(self, every: int | Literal["epoch"] | None, step: int) -> bool:
         """Whether something done every so many steps (or after every epoch) is due after `step` steps."""
         if every == "epoch":
-            done, before = (s * self.global_batch // self.num_chunks for s in (step, step - 1))  # epochs
+            done, before = (int(self.epochs(s)["domain"]) for s in (step, step - 1))
             return done > before
         return every is not None and step % every == 0
 
     def places(self, step: int, begin: int = 0, end: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The chunk ids [n] int64 at places begin … end - 1 (default: all) of a step's global batch, and the epoch
-        [n] int64 of each."""
+        """The chunk ids [n] int64, of `mixture`, at places begin … end - 1 (default: all) of a step's global batch,
+        and the epoch [n] int64 of each."""
         first, count = step * self.global_batch + begin, (self.global_batch if end is None else end) - begin
-        return chunks_seen(self.seed, first, count, len(self.chunks), self.num_chunks)
+        before = seen_before(np.arange(first, first + count + 1), [*self.shares.values()])  # [1 + K, n + 1]
+        (chunk_ids, epochs), begins = np.empty((2, count), np.int64), 0
+        for k, chunks in enumerate(self.mixture.sources):
+            own, n = np.diff(before[k]) > 0, len(chunks)  # [n] bool, 1: a place of this source
+            seed, samples = (stream_key(self.seed, k, SOURCE), n) if k else (self.seed, self.num_chunks)
+            seen, epochs[own] = chunks_seen(seed, before[k, 0], own.sum(), n, samples)
+            chunk_ids[own], begins = begins + seen, begins + n
+        return chunk_ids, epochs
 
     def load(self, step: int, micro_batch: int) -> tuple[list[Batch], int]:
         """This process's share of a step, and the number of masked tokens in it.
@@ -124,4 +148,8 @@ class Batches:
     def mask(self, step: int, chunk_ids: np.ndarray, epochs: np.ndarray) -> Batch:
         """Masks chunks at the rate of a step. chunk_ids, epochs: [B] int64, as in `mask_chunks`"""
         rate, given = self.rate(step), (chunk_ids, epochs, self.seed, self.maskable, self.recipe)
-        return mask_chunks(self.chunks, *given, lambda allowed, draws, words: self.select(allowed, draws, rate, words))
+        take_from = self.mixture
+        batch = mask_chunks(take_from, *given, lambda allowed, draws, words: self.select(allowed, draws, rate, words))
+        source = torch.from_numpy(take_from.locate(chunk_ids)[0])  # [B]
+        sources = source[batch.positions // batch.input_ids.shape[1]] if self.replay else None
+        return batch._replace(sources=sources)

@@ -9,6 +9,7 @@ line_by_line       abc_, defg, j___                 one document per row, cut an
 import dataclasses
 import logging
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -121,6 +122,32 @@ class Chunks:
         last = first + self.lengths(chunk_ids) - 1
         begins, ends = np.searchsorted(document_offsets, [first, last], side="right") - 1  # [B]
         return np.unique(np.concatenate([np.arange(b, e + 1) for b, e in zip(begins, ends, strict=True)]))
+
+
+class Mixture(NamedTuple):
+    """The chunks of several sources, numbered on from one to the next."""
+
+    sources: tuple[Chunks, ...]
+
+    def locate(self, chunk_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The sources [B] int64, by number, of these chunks [B], and their ids [B] there."""
+        begins = [0, *accumulate(map(len, self.sources[:-1]))]
+        source = np.searchsorted(begins, chunk_ids, side="right") - 1
+        return source, chunk_ids - np.take(begins, source)
+
+    def take(self, chunk_ids: np.ndarray) -> Rows:
+        """As `Chunks.take`; T is the longest of all rows."""
+        if len(self.sources) == 1:
+            return self.sources[0].take(chunk_ids)
+        source, ids_there = self.locate(chunk_ids)
+        own = [source == k for k, _ in enumerate(self.sources)]  # [B] bool each
+        parts = [chunks.take(ids_there[o]) for chunks, o in zip(self.sources, own, strict=True)]
+        shape = len(chunk_ids), max(part.ids.shape[1] for part in parts)
+        rows = Rows(np.full(shape, self.sources[0].pad_id), np.ones(shape, bool), np.empty(shape[0], np.int64))
+        for o, (ids, word_starts, lengths) in zip(own, parts, strict=True):
+            rows.ids[o, : ids.shape[1]], rows.word_starts[o, : ids.shape[1]] = ids, word_starts
+            rows.lengths[o] = ids.shape[1] if lengths is None else lengths
+        return rows
 
 
 def cut_into_chunks(store: TokenStore, config: ChunkConfig, chunk_size: int, info: TokenizerInfo) -> Chunks:

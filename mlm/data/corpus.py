@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +32,8 @@ ZEROS = "\0" * 64  # of a damaged disk, or of one that lost its power: a block, 
 READ = 1 << 24  # bytes of text that are read at a time, unless a document has more
 KNOWN = f"{', '.join(READERS)}, each also with .gz"
 
+Files = str | tuple[str, ...] | None  # one or several: the documents of the first, then those of the next
+
 # Tags, comments and declarations in a row, with the blanks between them. The name of a tag follows "<" and
 # ends at white space, "/" or ">": `a < b`, <me@example.org> and <stdio.h> are text.
 TAGS = re.compile(r"(?:</?[a-z][\w:-]*(?=[\s/>])[^<>]*>[ \t]*|<![a-z-][^<>]*>[ \t]*)+", re.IGNORECASE)
@@ -42,17 +45,17 @@ class CorpusConfig:
 
     dataset_name: str | None = None  # Read this Hub dataset, save_to_disk folder or folder of data files.
     dataset_config_name: str | None = None  # Choose this configuration of a dataset that has several.
-    train_file: str | None = None  # Train on this .txt, .jsonl, .json, .csv or .parquet file, also with .gz.
-    validation_file: str | None = None  # Hold out the text of this file, in the formats of --train_file.
+    train_file: Files = None  # Train on these .txt, .jsonl, .json, .csv or .parquet files, also with .gz.
+    validation_file: Files = None  # Hold out the text of these files, in the formats of --train_file.
     validation_split_percentage: float = 5.0  # Hold out this share of documents if there is no held-out text.
     text_column: str = "text"  # This column holds the documents (.txt files have none).
     sample_by: Literal["line", "paragraph", "document"] = "line"  # This is one document of a .txt file.
     strip_html: bool = False  # Remove HTML tags from the documents, and turn entities into characters.
 
     @property
-    def files(self) -> dict[str, str]:
+    def files(self) -> dict[str, list[str]]:
         """The files that are given, by their flags."""
-        return {flag: file for flag in ("train_file", "validation_file") if (file := getattr(self, flag))}
+        return {flag: files for flag in ("train_file", "validation_file") if (files := several(getattr(self, flag)))}
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,11 @@ class Documents:
         return map(strip_html, texts(self.dataset)) if self.strip_html else texts(self.dataset)
 
 
+def several(value: Any) -> list[Any]:
+    """The values of a flag that takes one or several, or none."""
+    return list(value) if isinstance(value, list | tuple) else [] if value in (None, "") else [value]
+
+
 def identify(config: CorpusConfig) -> dict[str, Any]:
     """Name the corpus without reading it: equal names mean equal documents in equal splits.
 
@@ -107,10 +115,10 @@ def identify(config: CorpusConfig) -> dict[str, Any]:
         identity["dataset_config_name"] = config.dataset_config_name
         local = os.path.isdir(name)
         identity["dataset"] = [*map(_named, _files_of(name))] if local else [name, _hub_revision(name)]
-    identity |= {flag: _named(file) for flag, file in config.files.items()}
+    identity |= {flag: _named(*files) for flag, files in config.files.items()}
     if not config.validation_file:
         identity["validation_split_percentage"] = config.validation_split_percentage
-    if config.dataset_name or any(reader_of(file) == "text" for file in config.files.values()):
+    if config.dataset_name or any(reader_of(file) == "text" for file in chain(*config.files.values())):
         identity["sample_by"] = config.sample_by
     if config.strip_html:
         identity["strip_html"] = True
@@ -153,13 +161,16 @@ def read(
     """The splits, "train" and/or "validation", as they stand in the files: a column "text", and those of `also` that
     are there. Raises UserError as `load` does, though not for text that is empty."""
     _check(config)
-    for file in [*config.files.values(), *_files_of(config.dataset_name or "")]:
+    for file in [*chain(*config.files.values()), *_files_of(config.dataset_name or "")]:
         if reader_of(file) and (fault := find_bomb(file)):
             raise UserError(f"{file}: {fault}")
-    with _quiet_datasets():
+    with _quiet_datasets() as datasets:
         sources = _read_dataset(config, also, overwrite_cache) if config.dataset_name else {}
-        for flag, file in config.files.items():
-            sources[flag.removesuffix("_file")] = _read_file(file, config, also, overwrite_cache)
+        for flag, files in config.files.items():
+            parts = [_read_file(file, config, also, overwrite_cache) for file in files]
+            if len({str(part.features) for part in parts}) > 1:  # Parquet may hold large strings
+                parts = [part.cast_column("text", datasets.Value("large_string")) for part in parts]
+            sources[flag.removesuffix("_file")] = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     return sources
 
 
@@ -227,12 +238,12 @@ def _check(config: CorpusConfig) -> None:
     if not (name or config.files):
         raise UserError("no text: give --dataset_name, --train_file or --validation_file")
     if name and config.train_file:
-        raise UserError(f"--dataset_name {name} and --train_file {config.train_file}: give one of the two")
+        raise UserError(f"--dataset_name {name} and --train_file {one_line(config.train_file)}: give one of the two")
     if name and os.path.isfile(name):
         raise UserError(f"--dataset_name {name} is a file: give it as --train_file")
     if name and os.path.isdir(name) and not _is_saved(name) and not any(map(reader_of, _files_of(name))):
         raise UserError(f"{name} holds no data files: expected a save_to_disk folder, or {KNOWN}")
-    for flag, file in config.files.items():
+    for flag, file in ((flag, file) for flag, files in config.files.items() for file in files):
         if not os.path.exists(file):
             raise UserError(f"--{flag} {file}: no such file")
         if not os.path.isfile(file):
@@ -252,8 +263,8 @@ def _check_percentage(percentage: float) -> None:
 
 def origin(config: CorpusConfig, split: str) -> str:
     """Where a split comes from, for messages."""
-    file = config.validation_file if split == "validation" else None
-    return file or config.dataset_name or config.train_file
+    files = config.files.get("validation_file", []) if split == "validation" else []
+    return ", ".join(files) or config.dataset_name or ", ".join(config.files["train_file"])
 
 
 def _read_dataset(config: CorpusConfig, also: tuple[str, ...], overwrite: bool) -> dict[str, "datasets.Dataset"]:
@@ -377,8 +388,9 @@ def _strings(value: Any) -> list[str]:
     return [pattern for item in value for pattern in _strings(item)]
 
 
-def _named(file: str) -> list[str | int]:
-    return [os.path.abspath(file), *stamp(file)]
+def _named(*files: str) -> list[Any]:
+    named = [[os.path.abspath(file), *stamp(file)] for file in files]
+    return named if len(named) > 1 else named[0]
 
 
 @contextmanager
@@ -410,7 +422,7 @@ def _explained(origin: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # pyarrow's, pandas', the library's own, StopIteration for an empty file
-        for file in _files_of(origin) if os.path.isdir(origin) else [origin]:
+        for file in _files_of(origin) if os.path.isdir(origin) else origin.split(", "):
             if os.path.isfile(file) and (fault := find_fault(file)):
                 raise UserError(f"{file}: {fault}") from error
         import datasets

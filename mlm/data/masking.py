@@ -36,7 +36,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 SHIFTS = (30, 27, 31)
 # What draws are for: the order of chunks must be independent of their masks. DROPOUT + rank comes last.
-MASKS, ORDER, SUBSET, DROPOUT = 1, 2, 3, 4
+SOURCE, MASKS, ORDER, SUBSET, DROPOUT = 0, 1, 2, 3, 4
 ALL_BITS = 2**64 - 1
 SCALE = 1 << 32  # thresholds are shares of it, compared with 32 bits of a draw; 1 takes all
 

@@ -13,17 +13,53 @@ Ten places, the keys 1 and 2; a … f are the cells 10 … 15:
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from mlm.data.corpus import CorpusConfig, Files, several
 from mlm.data.masking import ORDER, SUBSET, draw, mix_int64, shift
+from mlm.errors import UserError
 
 VERSION = 2  # a checkpoint of another order is not resumed; the first one sorted the chunks by their draws
 ROUNDS = 5  # two Feistel rounds each
 SIDE = 4  # rows and columns at least: on a smaller grid not all permutations are equally likely
 BLOCK = 4096  # places that are computed at a time
+FINEST = 10**9  # shares of sources are multiples of one over it: no product overflows
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Text that is mixed into training, such as general text, so that less of it is forgotten."""
+
+    replay_file: Files = None  # Train on this text too, in the formats of --train_file; none of it is held out.
+    replay_share: float | tuple[float, ...] = 0.1  # Take this share of all chunks from it (or one from each file).
+    replay_text_column: str | None = None  # This column holds its documents (default: --text_column).
+
+    def __post_init__(self) -> None:
+        files, shares = several(self.replay_file), several(self.replay_share)
+        if not (min(shares) >= 1 / FINEST and sum(shares) <= 1 - 1 / FINEST):
+            raise UserError(f"--replay_share {self.replay_share}: more than 0 each, and less than 1 together")
+        if files and len(shares) not in (1, len(files)):
+            raise UserError(f"--replay_share: {len(shares)} shares of {len(files)} files; give one, or one for each")
+
+    @property
+    def shares(self) -> dict[str, Fraction]:
+        """The share of all chunks that each source has, by its name."""
+        shares = [Fraction(round(share * FINEST), FINEST) for share in several(self.replay_share)]
+        names = [f"replay_{number}" for number, _ in enumerate(shares, 1)] if len(shares) > 1 else ["replay"]
+        return dict(zip(names, shares, strict=True)) if self.replay_file else {}
+
+    def texts(self, domain: CorpusConfig) -> dict[str, CorpusConfig]:
+        """The text of each source, its documents cut and cleaned as the domain's are."""
+        column = self.replay_text_column or domain.text_column
+        text = replace(domain, dataset_name=None, train_file=None, text_column=column)
+        parts = several(self.replay_file) if len(self.shares) > 1 else [self.replay_file]
+        return {name: replace(text, validation_file=part) for name, part in zip(self.shares, parts, strict=False)}
 
 
 def permute(places: Any, n: int, keys: Any) -> Any:
@@ -70,7 +106,22 @@ def chunks_seen(seed: int, first: int, count: int, n: int, samples: int) -> tupl
     return seen, np.arange(first, first + count) // samples
 
 
-@lru_cache(maxsize=2)  # a step can reach from one block into the next
+def seen_before(places: np.ndarray, shares: Sequence[Fraction]) -> np.ndarray:
+    """How many chunks of each source come before these places [P] of the stream that they share: [1 + K, P] int64.
+
+    shares: of sources 1 … K, the rest is of source 0. Source K has the places p with ⌊(p + 1) · share⌋ > ⌊p · share⌋,
+    and so on with what is left: over places in a row, two sources have their shares to less than one chunk each, and a
+    further one adds one at most.
+    """
+    counts, rest = [places], Fraction(1)
+    for share in reversed(shares):
+        by, of = (share / rest).as_integer_ratio()
+        counts[1:1] = [counts[0] // of * by + counts[0] % of * by // of]
+        counts[0], rest = counts[0] - counts[1], rest - share
+    return np.stack(counts)
+
+
+@lru_cache(maxsize=8)  # a step can reach from one block into the next, of each source
 def _block(seed: int, block: int, n: int, samples: int) -> np.ndarray:
     epochs, places = np.divmod(np.arange(block * BLOCK, (block + 1) * BLOCK), samples)
     seen = permute(places, samples, order_keys(seed, epochs))

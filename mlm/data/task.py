@@ -7,7 +7,7 @@ import numpy as np
 
 from mlm.data import corpus
 from mlm.data.corpus import CorpusConfig
-from mlm.errors import UserError, one_line
+from mlm.errors import UserError, in_words_of, one_line
 
 FEWEST, MOST = 10, 5000  # documents of a class, two a fold of probe.py; in all, drawn by a fixed seed, for minutes
 
@@ -49,12 +49,9 @@ def read_task(config: TaskConfig, domain: CorpusConfig) -> Task | None:
     pair = (config.task_pair_column,) if config.task_pair_column else ()
     if "text" in (label, *pair) and column != "text":
         raise UserError(f"{name}: only the column of --task_text_column may be called text; rename the other")
-    try:
+    with in_words_of("task"):
         source = CorpusConfig(config.task_dataset_name, train_file=config.task_file, text_column=column)
         splits = corpus.read(source, (label, *pair))
-    except UserError as error:  # in the words of the flags that were given
-        words = str(error).replace("--train_file", "--task_file").replace("--dataset_", "--task_dataset_")
-        raise UserError(words.replace("--text_column", "--task_text_column")) from None
     rows = splits.get("train", splits.get("validation"))
     if lacks := [c for c in (label, *pair) if c not in rows.column_names]:
         raise UserError(f"{name} has no column {lacks[0]!r}: name it with --task_label_column or --task_pair_column")

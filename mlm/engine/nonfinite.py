@@ -14,7 +14,8 @@ OPENING = 30  # tokens of the first document that a message quotes
 
 
 class NonFinite(NamedTuple):
-    chunks: list[int]
+    split: str  # or the name of the replay
+    chunks: list[int]  # of it
     documents: list[int]  # those that the chunks came from, by their number in the token store
     alone: bool  # whether each of them shows it alone, or only the whole batch together, with dropout's draws
 
@@ -24,14 +25,14 @@ class NonFinite(NamedTuple):
         which = "chunk" if self.alone else "no chunk shows it alone: all of"
         return (
             f"step {step + 1}: the loss or its gradient is not finite, so that no update was made; {which} "
-            f"{one_line(str(self.chunks)[1:-1], 60)} of the training split, from document "
+            f"{one_line(str(self.chunks)[1:-1], 60)} of the {self.split} split, from document "
             f"{one_line(str(self.documents)[1:-1], 60)} (the first begins {one_line(opening, 60)!r}); "
             "earlier checkpoints are good; lower --learning_rate, or leave out the cause"
         )
 
 
-def find_nonfinite(update: Update, step: int, store: TokenStore) -> NonFinite:
-    """The chunks of a step's global batch whose loss or gradient, alone and without dropout, is not finite; or all."""
+def find_nonfinite(update: Update, step: int, stores: dict[str, TokenStore]) -> NonFinite:
+    """The chunks of a step, of one source, whose loss or gradient, alone, without dropout, is not finite; or all."""
     model, batches = update.model, update.batches
     model.eval()
     chunk_ids, epochs = batches.places(step)
@@ -43,5 +44,7 @@ def find_nonfinite(update: Update, step: int, store: TokenStore) -> NonFinite:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         broken.append(not (loss + torch.nn.utils.get_total_norm(gradients)).isfinite())
     chunk_ids = chunk_ids[broken] if any(broken) else chunk_ids
-    documents = batches.chunks.documents(chunk_ids, store.document_offsets)
-    return NonFinite(chunk_ids.tolist(), documents.tolist(), any(broken))
+    source, ids_there = batches.mixture.locate(chunk_ids)
+    split, own = ("train", *batches.shares)[source.min()], ids_there[source == source.min()]
+    documents = batches.mixture.sources[source.min()].documents(own, stores[split].document_offsets)
+    return NonFinite(split, own.tolist(), documents.tolist(), any(broken))

@@ -36,11 +36,11 @@ from mlm.model.sparse_head import SparseMaskedLM
 log = logging.getLogger(__name__)
 
 RESERVED = {"event", "step", "seconds", "tokens", "loss", "learning_rate", "mask_rate", "tokens_per_second"}
-
+MASKED = "masked tokens of "  # begins the name of the number that goes with a source's loss
 MOST = 2**20  # chunks in a step
 
 Objective = Callable[[SparseMaskedLM, Batch], torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""A micro-batch's loss [], a sum over its masked tokens; or that and {name: such a sum []} to be logged."""
+"""The losses [M] of a micro-batch's masked tokens, or their sum []; or these and {name: a sum []} to be logged."""
 
 
 @dataclass(frozen=True)
@@ -175,13 +175,18 @@ class Update:
         return sums, divisor, [masked, sum(batch.tokens for batch in share)]
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What the objective returns for a micro-batch."""
+        """The loss [] of a micro-batch, and sums to log: the objective's, and each source's loss and masked tokens."""
+        batch = batch.to(self.accelerator.device)
         with self.accelerator.autocast():
-            returned = self.objective(self.model, batch.to(self.accelerator.device))
+            returned = self.objective(self.model, batch)
         loss, scalars = returned if isinstance(returned, tuple) else (returned, {})
-        if not (isinstance(loss, torch.Tensor) and loss.ndim == 0 and loss.requires_grad):
-            raise TypeError("the objective has to return its loss as a tensor [] that has a gradient")
-        return loss, scalars
+        if not (isinstance(loss, torch.Tensor) and loss.ndim < 2 and loss.requires_grad):
+            raise TypeError("the objective has to return its losses [M] or their sum [], a tensor that has a gradient")
+        if batch.sources is not None and loss.shape == batch.sources.shape:
+            for number, name in enumerate(("domain", *self.batches.shares)):
+                own = batch.sources == number  # [M]
+                scalars = scalars | {f"loss_{name}": loss.where(own, 0).sum(), f"{MASKED}loss_{name}": own.sum()}
+        return loss.sum(), scalars
 
     def _zero_grad(self) -> None:
         for p in (*self.model.parameters(), *self.parameters):  # these may lie beside the model

@@ -13,7 +13,7 @@ from mlm.data.masking import Recipe, make_recipe, select_fold, select_words
 from mlm.data.order import subset
 from mlm.data.token_store import TokenStore, check_words, prepare
 from mlm.data.tokenizer import TokenizerInfo
-from mlm.errors import UserError, at_least, at_most
+from mlm.errors import UserError, at_least, at_most, in_words_of
 from mlm.evaluation.interval import FEWEST
 from mlm.model.load import ModelConfig, model_config, position_limit
 from mlm.model.vocabulary import OF_ONE_LENGTH
@@ -156,11 +156,8 @@ def open_eval_sets(
         check_words(held_out, "--eval_whole_word_mask")
     sources, stores = {"held_out": config.corpus}, {"held_out": held_out}
     if out_of_domain := corpus.out_of_domain(config.out_of_domain, config.corpus):
-        try:
+        with in_words_of("out_of_domain"):
             prepared = prepare(out_of_domain, tokenizer, info, config.token_store, whole_words, only="validation")
-        except UserError as error:  # in the words of the flags that were given
-            words = str(error).replace("--validation_file", "--out_of_domain_file")
-            raise UserError(words.replace("--dataset_", "--out_of_domain_dataset_")) from None
         sources["general"], stores["general"] = out_of_domain, prepared["validation"]
     cut = (config.chunks, length, info, config.evaluate)
     eval_sets = {key: make_eval_set(corpus.origin(sources[key], "validation"), stores[key], *cut) for key in stores}

@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from mlm.data.token_store import TokenStore, limit_threads, prepare, store_folder
 from mlm.data.tokenizer import TokenizerInfo, corpus_tokenizer, load_tokenizer, tokenizer_info
-from mlm.errors import UserError, explain_load_failure, listed, one_line
+from mlm.errors import UserError, explain_load_failure, in_words_of, listed, one_line
 from mlm.hub import local_files_only, no_bars
 from mlm.model.sparse_head import SparseMaskedLM, seeded_cpu_generator
 from mlm.model.vocabulary import enlarge, max_positions, only_length, vocab_size
@@ -174,7 +174,12 @@ def open_corpus(config: Any) -> tuple[PreTrainedTokenizerBase, TokenizerInfo, di
         size, kept = model_config(config.model).get_text_config().vocab_size, config.token_store
         tokenizer = corpus_tokenizer(config.corpus, size, store_folder(kept), kept.overwrite_cache)
     info = tokenizer_info(tokenizer)
-    stores = prepare(config.corpus, tokenizer, info, config.token_store, config.masking.whole_word_mask)
+    settings = config.token_store, config.masking.whole_word_mask
+    stores = prepare(config.corpus, tokenizer, info, *settings)
+    for name, text in config.replay.texts(config.corpus).items():
+        with in_words_of("replay"):
+            store = prepare(text, tokenizer, info, *settings, only="validation")["validation"]
+        stores[name] = replace(store, header=store.header | {"split": name})
     for split, store in stores.items():
         known, unknown = store.header["maskable_tokens"], store.header["unknown_tokens"]
         share = f"{unknown / max(known + unknown, 1):.1%} of the tokens of the {split} split are unknown"

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from mlm.engine.update import Step
+from mlm.engine.update import MASKED, Step
 from mlm.errors import one_line, printable
 from mlm.figures import finite
 
@@ -65,13 +65,13 @@ class Progress:
         self.masked += self._masked
         self.tokens += self._tokens
         self.seconds += seconds
-        means = {name: value / max(self._masked, 1) for name, value in window.items()}
+        means = _means(window, self._masked)
         rates = (self._masked / self._tokens, self._tokens / seconds)
         return means | dict(zip(RATES, rates, strict=True)), int(nonfinite)
 
     def results(self) -> dict[str, Any]:
         """The figures of training, under the names that all_results.json gives them."""
-        means = {f"train_{name}": value / max(self.masked, 1) for name, value in self.sums.items()}
+        means = {f"train_{name}": value for name, value in _means(self.sums, self.masked).items()}
         return {
             **{"train_loss": 0.0, **means},
             "mask_rate": self.masked / max(self.tokens, 1),
@@ -87,6 +87,12 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+
+def _means(sums: dict[str, float], masked: int) -> dict[str, float]:
+    """Means a masked token; of a source's loss over its own ones, and none where it has none."""
+    counts = {name: sums.get(MASKED + name, masked) for name in sums if not name.startswith(MASKED)}
+    return {name: sums[name] / max(count, 1) for name, count in counts.items() if count or MASKED + name not in sums}
 
 
 class Log:

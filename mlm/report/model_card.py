@@ -15,8 +15,10 @@ from mlm.figures import figure
 METRICS = {"perplexity": "Perplexity", "accuracy": "Accuracy", "bits_per_character": "Bits per character"}
 
 
-def short(source: str, parts: int = 1) -> str:
-    """A Hub name as it is; the last parts of a local path, whose beginning means nothing elsewhere."""
+def short(source: str | list[str] | tuple[str, ...], parts: int = 1) -> str:
+    """A Hub name as it is; the last parts of local paths, whose beginnings mean nothing elsewhere."""
+    if not isinstance(source, str):
+        return ", ".join(short(each, parts) for each in source)
     local = source.startswith(("/", ".", "~")) or source.count("/") > 1 or Path(source).exists()
     return "/".join(Path(source).parts[-parts:]) if local else source
 

@@ -221,7 +221,7 @@ class Run:
         if asked:
             self.save_and_stop()
 
-    def report(self, store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> None:
+    def report(self, stores: dict[str, TokenStore], tokenizer: PreTrainedTokenizerBase) -> None:
         """A line of the log. The host waits for the device here.
 
         Raises UserError where a loss or gradient since the last line was not finite, and names its documents.
@@ -230,9 +230,9 @@ class Run:
         window, nonfinite = progress.read(update.scalars or ())
         if nonfinite:
             step = progress.step - nonfinite
-            found = find_nonfinite(update, step, store)
+            found = find_nonfinite(update, step, stores)
             self.log.event("end", step, **found._asdict())
-            raise UserError(found.message(step, store, tokenizer))
+            raise UserError(found.message(step, stores[found.split], tokenizer))
         self.log.training(progress, window, [scheduler.get_last_lr()[0] for scheduler in update.schedulers])
 
     def measure(self, model: SparseMaskedLM, eval_sets: dict[str, EvalSet], complete: bool) -> Evaluations:

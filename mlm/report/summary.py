@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mlm.data import order
 from mlm.data.token_store import TokenStore
@@ -22,12 +22,13 @@ from mlm.report.run import PROBES, Run
 
 
 def describe(
-    config: Any, net: PreTrainedModel, update: Update, eval_sets: dict[str, EvalSet], train: TokenStore, last_step: int
+    config: Any, update: Update, eval_sets: dict[str, EvalSet], stores: dict[str, TokenStore], last_step: int
 ) -> dict[str, Any]:
     """All that the result depends on, as JSON: a checkpoint of another experiment is not resumed."""
     batches = update.batches
     return {
-        "train corpus": train.header["corpus"],
+        "train corpus": stores["train"].header["corpus"],
+        "replay": [f"{share} of {stores[name].header['corpus']}" for name, share in batches.shares.items()] or None,
         **{f"{name} corpus": eval_set.store.header["corpus"] for name, eval_set in eval_sets.items()},
         **config.evaluate.identity,
         **asdict(config.optimizer),
@@ -35,7 +36,7 @@ def describe(
         "order of chunks": order.VERSION,
         "max_grad_norm": config.update.max_grad_norm,
         "reduce_dtype": config.update.reduce_dtype if batches.world > 1 else "fp32",
-        "model": fingerprint(net),
+        "model": fingerprint(update.model.model),
         "tokenizer": eval_sets["held_out"].info.fingerprint,
         "masks": batches.recipe.digest,
         **asdict(config.masking),
@@ -66,23 +67,26 @@ def plan(config: Any, update: Update, eval_sets: dict[str, EvalSet], steps: int)
     share = -(-G // world)
     often = ", more than there are: each step sees some several times" if n < G else ""
     sizes = "".join(f"{len(s.chunk_ids):,} {name.replace('_', ' ')}, " for name, s in eval_sets.items())
+    mixed = "".join(f"{len(own):,} {name}, " for own, name in zip(batches.replay, batches.shares, strict=True))
+    seen = ", ".join(f"{e:.3g} epochs{f' of {name}' if mixed else ''}" for name, e in batches.epochs(steps).items())
     lines = {
         "model": f"{name} ({type(model.model).__name__}), {every:,} parameters, {trained:,} of them trained",
         "head": "on the masked positions" if model.sparse else "on all positions",
-        "chunks": f"{n:,} to train on, {sizes}of {batches.chunks.chunk_size} tokens",
+        "chunks": f"{n:,} to train on, {mixed}{sizes}of {batches.chunks.chunk_size} tokens",
         "batch": f"{G} chunks a step{often}: {world} process(es) of {share}, "
         f"in {-(-share // update.micro_batch)} micro-batch(es) of at most {min(update.micro_batch, share)}",
-        "steps": f"{steps:,} ({steps * G / n:.3g} epochs), {config.optimizer.lr_scheduler_type} "
+        "steps": f"{steps:,} ({seen}), {config.optimizer.lr_scheduler_type} "
         f"learning rate, peak {config.optimizer.learning_rate:g}",
         "precision": f"{update.accelerator.mixed_precision} on {update.accelerator.device}",
     }
     return "\n".join(f"{what:<10} {text}" for what, text in lines.items())
 
 
-def sizes(train: TokenStore, eval_sets: dict[str, EvalSet]) -> dict[str, dict[str, int]]:
+def sizes(stores: dict[str, TokenStore], eval_sets: dict[str, EvalSet]) -> dict[str, dict[str, int]]:
     """Documents and tokens of each text."""
-    stores = {"train": train, **{name: eval_set.store for name, eval_set in eval_sets.items()}}
-    return {name: {key: s.header[key] for key in ("documents", "tokens")} for name, s in stores.items()}
+    texts = {**stores, **{name: eval_set.store for name, eval_set in eval_sets.items()}}
+    del texts["validation"]  # the held-out text
+    return {name: {key: s.header[key] for key in ("documents", "tokens")} for name, s in texts.items()}
 
 
 def conclude_run(
@@ -118,7 +122,8 @@ def save_results(run: Run, conclusion: Conclusion) -> dict[str, Any]:
     """The figures of the run, as they are written to all_results.json, beside the comparison and the model card."""
     batches = run.update.batches
     results = finite(conclusion.results | run.progress.results())
-    results["epochs"] = run.progress.step * batches.global_batch / batches.num_chunks
+    epochs = batches.epochs(run.progress.step)
+    results |= {"epochs": epochs.pop("domain"), **{f"{name}_epochs": seen for name, seen in epochs.items()}}
     results["peak_memory_mib"] = peak_memory_mib(run.accelerator.device)
     card = model_card(run.hub_id or run.folder.resolve().name, run.config, results)
     run.directory.save_results(results, conclusion, card)

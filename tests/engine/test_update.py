@@ -82,7 +82,7 @@ def test_a_step_is_that_of_a_plain_loop_whatever_the_optimizers(toy, data, optim
     for step in range(STEPS):
         applied = update(step)
         [batch], masked = data[1].load(step, 8)
-        loss = objective(other.model, batch)
+        loss = objective(other.model, batch).sum()
         (loss / masked).backward()
         torch.nn.utils.clip_grad_norm_(other.model.parameters(), 1.0)
         for optimizer, scheduler in zip(other.optimizers, other.schedulers, strict=True):
@@ -245,7 +245,7 @@ def test_what_no_optimizer_holds_neither_moves_nor_counts_in_the_gradients_norm(
     assert all("cls" in name for name in moved)
     [batch], masked = data[1].load(0, 8)
     other = make_update(toy, data, head)
-    (objective(other.model, batch) / masked).backward()
+    (objective(other.model, batch).sum() / masked).backward()
     torch.nn.utils.clip_grad_norm_(other.parameters, 1.0)
     other.optimizers[0].step()
     assert_same_weights(weights(update), weights(other))
@@ -255,7 +255,7 @@ def test_a_parameter_beside_the_model_is_clipped_stepped_and_cleared_too(toy, da
     beside = torch.nn.Parameter(torch.ones(()))
 
     def more(model, batch):
-        return objective(model, batch) + beside
+        return objective(model, batch).sum() + beside
 
     update = make_update(toy, data, lambda named: [torch.optim.SGD([*named.values(), beside], lr=0.1)], loss=more)
     update(0)
