@@ -116,7 +116,7 @@ def describe(store: TokenStore, chunks: Chunks) -> dict[str, Any]:
         "tokens": header["tokens"],
         "words": header["words"],
         "tokens_per_word": round(store.mean_word, 3) if header["words"] else None,
-        "unknown_token_share": round(store.unknown_share, 6),
+        "unknown_token_share": round(header["unknown_tokens"] / max(header["tokens"], 1), 6),
         "chunk_size": chunks.chunk_size,
         "chunks": len(chunks),
         "seconds": round(header["seconds"], 2),
