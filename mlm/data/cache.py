@@ -39,12 +39,8 @@ def build_once(
     place: Path, find: Callable[[], Any], build: Callable[[Path], None], overwrite: bool = False, wait: bool = True
 ) -> Any:
     """Has `build(path)` put a file or folder at `place`, unless another run did meanwhile. Returns what `find()` does,
-    which is false where nothing valid is there. With `overwrite` it is built even so.
-
-    wait: for another run that is building it; else None is returned at once
-
-    Raises UserError where the folder cannot be written.
-    """
+    which is false where nothing valid is there. With `overwrite` it is built even so. Without `wait` None is returned
+    where another run is building it. Raises UserError where the folder cannot be written."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with _one_builder(place, wait) as alone:
@@ -59,14 +55,10 @@ def build_once(
                     if overwrite or not find():
                         with suppress(FileNotFoundError):
                             place.rename(Path(workspace, "replaced"))
-                        try:
-                            built.rename(place)
-                        except OSError:
-                            if not find():  # else a run without the lock was quicker
-                                raise
+                        built.rename(place)
             found = find()  # before the next run may replace it
     except OSError as error:
-        if overwrite or not (found := find()):  # else another run has put it there meanwhile, and tidied up
+        if overwrite or not (found := find()):  # else a run without the lock was quicker, and tidied up
             raise UserError(f"--token_store {place.parent}: cannot write there ({error.strerror})") from None
     if not found:
         raise UserError(f"--token_store {place}: removed by another program during the build; run again")

@@ -80,9 +80,8 @@ class Corpus:
     shards: dict[str, list[tuple[range, str]]]  # of each split: which documents, and a fingerprint of their texts
     strip_html: bool
 
-    def documents(self, split: str, chosen: range | None = None) -> "Documents":
-        dataset = self.splits[split]
-        return Documents(dataset if chosen is None else dataset.select(chosen), self.strip_html)
+    def documents(self, split: str) -> "Documents":
+        return Documents(self.splits[split], self.strip_html)
 
 
 @dataclass(frozen=True)

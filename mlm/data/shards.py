@@ -2,9 +2,9 @@
 
     <token_store>/<key>.shards/<fingerprint>.npz    the arrays of its Parts, with their CRC-32s
 
-They may be workers of one run, other runs, and other machines that share the folder. A shard is named by what it is
-made of (its texts, the tokenizer, the format) and is there as a whole or not at all, so that a build that was killed
-goes on where it was. Once all are there, they are joined in order to the store that is read (token_store.py).
+They may be workers of one run, other runs, and other machines that share the folder. A shard, named by what it is made
+of (texts, tokenizer, format), is there as a whole or not at all: a build that was killed goes on with those that are.
+Once all are there, they are joined in order to the store that is read (token_store.py), and removed.
 """
 
 import hashlib
@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlm.data.cache import build_once, key
-from mlm.data.corpus import Corpus
+from mlm.data.corpus import Corpus, Documents
 from mlm.data.encode import Encoder, Piece
 from mlm.data.pieces import PIECE, cut
 
@@ -90,28 +89,23 @@ def tokenise(texts: Iterable[str], encoder: Encoder) -> Iterator[Part]:
 def build_shards(
     corpus: Corpus, splits: list[str], encoder: Encoder, processes: int, folder: Path
 ) -> dict[str, list[Job]]:
-    """Builds the shards that `folder` lacks, in so many processes, beside other runs, which may be at some still when
-    it returns the shards of each split, in order.
-
-    Raises UserError where a text cannot be tokenised, or the folder cannot be written.
-    """
+    """Builds the shards that `folder` lacks, in so many processes, beside other runs, which may still be at some when
+    it returns the shards of each split, in order. Raises UserError as tokenising and writing do."""
     made_of = [FORMAT_VERSION, encoder.info.fingerprint, corpus.strip_html]
-    shards = {
-        split: [
-            (folder / f"{key([*made_of, texts])}.npz", partial(_write_shard, corpus, split, documents, encoder))
-            for documents, texts in corpus.shards[split]
-        ]
-        for split in splits
-    }
-    jobs, workers = [*chain.from_iterable(shards.values())], []
+    shards: dict[str, list[Job]] = {split: [] for split in splits}
+    for split, made in shards.items():
+        for documents, texts in corpus.shards[split]:
+            place = folder / f"{key([*made_of, texts])}.npz"
+            made.append((place, partial(_write_shard, corpus, split, documents, encoder)))
+    jobs, workers = [job for made in shards.values() for job in made], []
     with suppress(OSError):  # which is said where the store itself cannot be written
         folder.mkdir(parents=True, exist_ok=True)
     try:
         fork = multiprocessing.get_context("fork").Process  # at once, with the corpus and the tokenizer
         for _ in range(min(processes, sum(not place.exists() for place, _ in jobs)) - 1):
-            workers.append(fork(target=_work, args=(jobs, os.getpid()), daemon=True))
-            workers[-1].start()
-        for _ in tqdm(_take(jobs), "tokenising", len(jobs), unit=" shards", disable=None):
+            (worker := fork(target=_work, args=(jobs, os.getpid()), daemon=True)).start()
+            workers.append(worker)
+        for _ in tqdm(_take(jobs), "tokenising", len(jobs), leave=False, unit=" shards", disable=None):
             pass
         for worker in workers:
             worker.join()
@@ -151,7 +145,8 @@ def _work(jobs: list[Job], parent: int) -> None:
 
 def _write_shard(corpus: Corpus, split: str, documents: range, encoder: Encoder, path: Path) -> None:
     with path.open("wb") as file:
-        np.savez(file, *chain.from_iterable(tokenise(corpus.documents(split, documents), encoder)))
+        texts = Documents(corpus.splits[split].select(documents), corpus.strip_html)
+        np.savez(file, *(array for part in tokenise(texts, encoder) for array in part))
 
 
 def _read_shard(path: Path) -> list[Part]:
@@ -163,4 +158,5 @@ def _read_shard(path: Path) -> list[Part]:
     except Exception:  # of many kinds, by where the damage is
         if path.exists():
             log.warning("%s is damaged; building it anew", path)
+            path.unlink()
         return []

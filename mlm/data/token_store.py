@@ -52,7 +52,7 @@ class TokenStoreConfig:
     token_store: str | None = None  # Keep token stores between runs in this folder (default: ~/.cache/mlm).
     overwrite_cache: bool = False  # Build the token store anew even if a valid one exists.
     verify_store: bool = False  # Read the token store to verify it, even if this machine has since it started.
-    preprocessing_num_workers: int | None = None  # Tokenise in so many processes of a thread (default: one of all).
+    preprocessing_num_workers: int | None = None  # Tokenise in this many processes of one core (default: one, of all).
 
     def __post_init__(self) -> None:
         at_least(self, 1, "preprocessing_num_workers")
@@ -187,10 +187,8 @@ def _open_splits(
 
 
 def open_store(folder: Path, tokenizer_fingerprint: str, verify: bool = False) -> TokenStore:
-    """The store in `folder`, verified once a machine and boot, or now (`verify`).
-
-    Raises Unusable where it is damaged, of another format version or of another tokenizer.
-    """
+    """The store in `folder`, verified once a machine and boot, or now (`verify`). Raises Unusable where it is damaged,
+    of another format version or of another tokenizer."""
     try:
         header = json.loads((folder / "header.json").read_text())
         if header["version"] != FORMAT_VERSION:
@@ -215,14 +213,13 @@ def open_store(folder: Path, tokenizer_fingerprint: str, verify: bool = False) -
 def build(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo, folder: Path, origin: dict[str, Any]
 ) -> TokenStore:
-    """Tokenises `texts` into `folder`. A text without a token (of control characters, say) is left out, and the header
-    repeats `origin`."""
+    """Tokenises `texts` into `folder`; those without a token (of control characters, say) are left out."""
     write(tokenise(texts, Encoder(tokenizer, info)), info, folder, origin)
     return open_store(folder, info.fingerprint)
 
 
 def write(parts: Iterable[Part], info: TokenizerInfo, folder: Path, origin: dict[str, Any]) -> None:
-    """Joins the parts of a split to its store in `folder`."""
+    """Joins the parts of a split to its store in `folder`, whose header repeats `origin`."""
     folder.mkdir(parents=True, exist_ok=True)
     digest, totals = hashlib.sha256(), np.zeros(len(COUNTS), np.int64)
     token_counts, document_lengths = np.zeros(info.size, np.int64), np.zeros(LONGEST + 1, np.int64)
