@@ -1,5 +1,6 @@
 """Claims about runs that want the same token store, or the same trained tokenizer, at the same time."""
 
+import errno
 import os
 import random
 import signal
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from mlm.data.cache import build_once
+from mlm.errors import UserError
 from tests.data.runs import World, until, without_privileges
 
 kinds = pytest.mark.parametrize(
@@ -159,3 +162,15 @@ def test_what_is_kept_in_a_folder_that_cannot_be_written_is_found(world):
         assert world.log("third") == ""
     finally:
         world.kept.chmod(0o755)
+
+
+def test_a_build_that_loses_its_folder_as_another_run_is_quicker_takes_what_that_one_made(tmp_path):
+    made = []
+
+    def build(path):
+        made.append(path)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    assert build_once(tmp_path / "kept" / "place", lambda: made, build) is made
+    with pytest.raises(UserError, match=r"--token_store .*kept: cannot write there \(No such file or directory\)"):
+        build_once(tmp_path / "kept" / "place", lambda: made, build, overwrite=True)
