@@ -5,6 +5,7 @@ of run_mlm and of the course, transformers' collators and the course's (peers.py
 Ceilings: the tokenizer's own call with its result thrown away, and a memory copy of the ids.
 """
 
+import shutil
 import tracemalloc
 from collections import deque
 from functools import cache
@@ -18,7 +19,9 @@ from benchmarks import course_recipe, peers
 from benchmarks.compare import Case, cases, row
 from benchmarks.masked_batches import MODEL_INPUTS, SEED, MaskedBatches
 from mlm.data.chunks import concatenate
-from mlm.data.token_store import build
+from mlm.data.encode import Encoder
+from mlm.data.shards import build_shards, read_shards
+from mlm.data.token_store import ARRAYS, build, open_store, write
 from mlm.data.tokenizer import text_encoder
 from tests.oracles import chunks_of
 
@@ -28,19 +31,38 @@ T, B, MAP_BATCH = 128, 64, 1000  # tokens a chunk, chunks a batch, documents a b
 # From text to the token store
 
 
+@pytest.fixture
+def make_store(corpus, tmp_path):
+    """make_store(processes, bytes a shard): the store of the texts, as `prepare` makes it once it has read them."""
+    texts = {"train": corpus.dataset}
+
+    def make(processes, size):
+        shutil.rmtree(tmp_path / "made", ignore_errors=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mlm.data.corpus, "SHARD", size)
+            shards = {"train": mlm.data.corpus._cut(*mlm.data.corpus._scan(corpus.dataset)[1:])}
+        read = mlm.data.corpus.Corpus(texts, {}, shards, strip_html=False)
+        encoder = Encoder(corpus.tokenizer, corpus.info)
+        made = build_shards(read, ["train"], encoder, processes, tmp_path / "made" / "shards")
+        write(read_shards(made["train"]), corpus.info, tmp_path / "made" / "train", {"split": "train"})
+        return open_store(tmp_path / "made" / "train", corpus.info.fingerprint)
+
+    return make
+
+
 @cases(
     Case("ours", "again", rounds=5),
     Case("encode_batch", "peer", rounds=9, at_least=0.85),
     Case("encode_batch_fast", "ceiling", rounds=9),
 )
 @pytest.mark.benchmark(group="token store from text")
-def test_token_store(case, corpus, versus, tmp_path):
+def test_token_store(case, corpus, make_store, versus):
     """The tokenizer's own calls, their result thrown away; encode_batch_fast's knows no words."""
     backend = text_encoder(corpus.tokenizer)
     batches = [corpus.texts[i : i + MAP_BATCH] for i in range(0, len(corpus.texts), MAP_BATCH)]
 
     def ours():
-        return build(corpus.texts, corpus.tokenizer, corpus.info, tmp_path, {"split": "train"})
+        return make_store(1, mlm.data.corpus.SHARD)
 
     def encode_batch():
         for batch in batches:
@@ -60,6 +82,19 @@ def test_token_store(case, corpus, versus, tmp_path):
         begin = end
     theirs = {"ours": ours, "encode_batch": encode_batch, "encode_batch_fast": encode_batch_fast}
     versus(case, ours, theirs[case.against], tokens=len(store.ids), size=corpus.size)
+
+
+@cases(Case("ours, one process", "peer", rounds=7, at_least=1.8))
+@pytest.mark.benchmark(group="token store from text, two processes, a thread each")
+def test_token_store_of_two_processes(case, corpus, make_store, versus, monkeypatch):
+    """Twenty shards of the texts: in a large corpus, too, there are many for each process."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    one, two = (lambda processes=processes: make_store(processes, corpus.size // 20) for processes in (1, 2))
+    expected = {name: np.array(getattr(corpus.store, name)) for name in ARRAYS}
+    for make in (one, two):
+        store = make()
+        assert all(np.array_equal(getattr(store, name), array) for name, array in expected.items())
+    versus(case, two, one, tokens=len(corpus.store.ids), size=corpus.size)
 
 
 # From text to chunks

@@ -1,6 +1,7 @@
 """Builds the token stores of a corpus and its replay, prints what is in them, and shows some of it.
 
 With the flags of a run, it says how many epochs of each source that run sees.
+Several that run at once, on machines that share --token_store, share the work.
 """
 
 import re
@@ -116,11 +117,11 @@ def describe(store: TokenStore, chunks: Chunks) -> dict[str, Any]:
         "tokens": header["tokens"],
         "words": header["words"],
         "tokens_per_word": round(store.mean_word, 3) if header["words"] else None,
-        "unknown_token_share": round(store.unknown_share, 6),
+        "unknown_token_share": round(header["unknown_tokens"] / max(header["tokens"], 1), 6),
         "chunk_size": chunks.chunk_size,
         "chunks": len(chunks),
-        "seconds": round(header["seconds"], 2),
-        "tokens_per_second": round(header["tokens"] / max(header["seconds"], 1e-9)),
+        "process_seconds": round(header["seconds"], 2),
+        "tokens_per_process_second": round(header["tokens"] / max(header["seconds"], 1e-9)),
     }
 
 

@@ -35,15 +35,17 @@ def key(identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def build_once(place: Path, find: Callable[[], Any], build: Callable[[Path], None], overwrite: bool = False) -> Any:
+def build_once(
+    place: Path, find: Callable[[], Any], build: Callable[[Path], None], overwrite: bool = False, wait: bool = True
+) -> Any:
     """Has `build(path)` put a file or folder at `place`, unless another run did meanwhile. Returns what `find()` does,
-    which is false where nothing valid is there. With `overwrite` it is built even so.
-
-    Raises UserError where the folder cannot be written.
-    """
+    which is false where nothing valid is there. With `overwrite` it is built even so. Without `wait` None is returned
+    where another run is building it. Raises UserError where the folder cannot be written."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with _one_builder(place) as alone:
+        with _one_builder(place, wait) as alone:
+            if alone is None:
+                return None
             if overwrite or not find():
                 name = f"{place.name}.building.{socket.gethostname()}" if alone else f"{place.name}.building"
                 _remove_abandoned(place, name if alone else None)
@@ -53,24 +55,21 @@ def build_once(place: Path, find: Callable[[], Any], build: Callable[[Path], Non
                     if overwrite or not find():
                         with suppress(FileNotFoundError):
                             place.rename(Path(workspace, "replaced"))
-                        try:
-                            built.rename(place)
-                        except OSError:
-                            if not find():  # else a run without the lock was quicker
-                                raise
+                        built.rename(place)
             found = find()  # before the next run may replace it
     except OSError as error:
-        raise UserError(f"--token_store {place.parent}: cannot write there ({error.strerror})") from None
+        if overwrite or not (found := find()):  # else a run without the lock was quicker, and tidied up
+            raise UserError(f"--token_store {place.parent}: cannot write there ({error.strerror})") from None
     if not found:
         raise UserError(f"--token_store {place}: removed by another program during the build; run again")
     return found
 
 
 @contextmanager
-def _one_builder(place: Path) -> Iterator[bool]:
+def _one_builder(place: Path, wait: bool) -> Iterator[bool | None]:
     """Admits one run at a time. Yields False where others may be building as well: the holder kept the lock for
-    LOCK_TIMEOUT seconds, or locking is not permitted."""
-    path = Path(f"{place}.lock")
+    LOCK_TIMEOUT seconds, or locking is not permitted; and without `wait` None where another run is building."""
+    path, alone = Path(f"{place}.lock"), False
 
     def sign(descriptor: int) -> None:
         with suppress(OSError):  # on a full disk, waiting runs do not learn the holder's name
@@ -82,18 +81,20 @@ def _one_builder(place: Path) -> Iterator[bool]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            holder = "another run"
-            with suppress(OSError):
-                holder = one_line(path.read_text(errors="replace"), 80) or holder
-            log.info("%s is building %s: waiting, up to %g s", holder, place, LOCK_TIMEOUT)
-            lock.acquire(timeout=LOCK_TIMEOUT, poll_interval=0.2)  # a try asks the server of a shared folder
+            if wait:
+                holder = "another run"
+                with suppress(OSError):
+                    holder = one_line(path.read_text(errors="replace"), 80) or holder
+                log.info("%s is building %s: waiting, up to %g s", holder, place, LOCK_TIMEOUT)
+                lock.acquire(timeout=LOCK_TIMEOUT, poll_interval=0.2)  # a try asks the server of a shared folder
+        alone = lock.is_locked or None
     except Timeout:
         log.warning("%s has held %s for %g s: building without it", holder, path, LOCK_TIMEOUT)
     except (OSError, NotImplementedError) as error:  # building will show whether the place can be written at all
-        if no_locks(error):
+        if wait and no_locks(error):
             log.warning("no locks where %s is (%s): building without one", path, error)
     try:
-        yield lock.is_locked
+        yield alone
     finally:
         lock.release()
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 ZEROS = "\0" * 64  # of a damaged disk, or of one that lost its power: a block, of 512 bytes or more
 READ = 1 << 24  # bytes of text that are read at a time, unless a document has more
+SHARD = 1 << 23  # bytes of text in a shard, until its last document begins: seconds of tokenising, on one core
 KNOWN = f"{', '.join(READERS)}, each also with .gz"
 
 Files = str | tuple[str, ...] | None  # one or several: the documents of the first, then those of the next
@@ -76,6 +77,7 @@ class OutOfDomainConfig:
 class Corpus:
     splits: "datasets.DatasetDict"  # "train" and/or "validation": one column, "text", as it was read
     dropped: dict[str, int]  # empty, whitespace and null documents left out, for each split
+    shards: dict[str, list[tuple[range, str]]]  # of each split: which documents, and a fingerprint of their texts
     strip_html: bool
 
     def documents(self, split: str) -> "Documents":
@@ -88,9 +90,6 @@ class Documents:
 
     dataset: "datasets.Dataset"
     strip_html: bool
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __iter__(self) -> Iterator[str]:
         return map(strip_html, texts(self.dataset)) if self.strip_html else texts(self.dataset)
@@ -138,21 +137,22 @@ def load(config: CorpusConfig, overwrite_cache: bool = False) -> Corpus:
     """
     sources = read(config, overwrite_cache=overwrite_cache)
     with _quiet_datasets() as datasets:
-        kept, hashes, dropped = {}, {}, {}
+        kept, dropped = {}, {}
         for split, source in sources.items():
             where = origin(config, split)
             with _explained(where):
-                kept[split], hashes[split] = _scan(source, config.strip_html)  # int64[n], uint64[n]
-            dropped[split] = len(source) - len(kept[split])
+                kept[split] = _scan(source, config.strip_html)  # uint64[3, n]
+            dropped[split] = len(source) - kept[split].shape[1]
             if dropped[split] == len(source):
                 raise UserError(f"{where} holds no {split} document: {len(source)} empty ones were dropped")
 
         if "validation" not in sources:
-            out = held_out(hashes["train"], config.validation_split_percentage)  # bool[n]
+            out = held_out(kept["train"][1], config.validation_split_percentage)  # bool[n]
             sources["validation"], dropped["validation"] = sources["train"], 0
-            kept = {"train": kept["train"][~out], "validation": kept["train"][out]}
-        splits = {split: source.select(kept[split]) for split, source in sources.items()}
-        return Corpus(datasets.DatasetDict(splits), dropped, config.strip_html)
+            kept = {"train": kept["train"][:, ~out], "validation": kept["train"][:, out]}
+        splits = {split: source.select(kept[split][0].astype(np.int64)) for split, source in sources.items()}
+        shards = {split: _cut(*kept[split][1:]) for split in splits}
+        return Corpus(datasets.DatasetDict(splits), dropped, shards, config.strip_html)
 
 
 def read(
@@ -327,17 +327,27 @@ def _chosen(dataset: "datasets.Dataset", origin: str, column: str, also: tuple[s
     return dataset if column == "text" else dataset.rename_column(column, "text")
 
 
-def _scan(dataset: "datasets.Dataset", without_html: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Positions, int64[n], and hashes, uint64[n], of the n documents with more than whitespace. The hash is of the
-    text as it was read, so that a document's side does not depend on `without_html`."""
-    positions, hashes = array("q"), array("Q")
+def _scan(dataset: "datasets.Dataset", without_html: bool = False) -> np.ndarray:
+    """Of the n documents with more than whitespace the positions, hashes and bytes, uint64[3, n]. Hash and bytes are
+    those of the text as it was read, so that a document's side does not depend on `without_html`."""
+    positions, hashes, sizes = array("Q"), array("Q"), array("Q")
     for position, text in enumerate(texts(dataset)):
         if text and "\0" in text and (ZEROS in text or not text.strip("\0")):
             raise ValueError(f"document {position} holds zeros in the place of text")
         if text and (strip_html(text) if without_html else text).strip():
+            data = text.encode()
             positions.append(position)
-            hashes.append(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little"))
-    return np.array(positions, dtype=np.int64), np.array(hashes, dtype=np.uint64)
+            hashes.append(int.from_bytes(blake2b(data, digest_size=8).digest(), "little"))
+            sizes.append(len(data))
+    return np.stack([positions, hashes, sizes])
+
+
+def _cut(hashes: np.ndarray, sizes: np.ndarray) -> list[tuple[range, str]]:
+    """Shards of n documents, of whose hashes and bytes, uint64[n] each, alone it depends where they are cut: every
+    SHARD bytes, at the next document. With each a fingerprint of its texts."""
+    number = (np.cumsum(sizes) - sizes) // np.uint64(SHARD)
+    cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(number)]
+    return [(range(a, b), blake2b(hashes[a:b].tobytes(), digest_size=16).hexdigest()) for a, b in pairwise(cuts)]
 
 
 def _hub_revision(name: str) -> str:

@@ -9,8 +9,8 @@
                         validation/…
 
 The key is a hash of the corpus (paths, sizes and times, or the Hub's revision) and the tokenizer, so that a second run
-finds its store without reading a document (cache.py). A store of another format version, and one that is damaged
-(verify.py), is built anew, and a run says so.
+finds its store without reading a document (cache.py). It is joined from shards, which several processes may make
+(shards.py). A store of another format version, and one that is damaged (verify.py), is built anew, and a run says so.
 """
 
 import hashlib
@@ -18,35 +18,29 @@ import json
 import logging
 import mmap
 import os
-import re
-import time
-from collections import Counter
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mlm.data import corpus
 from mlm.data.cache import build_once, key
 from mlm.data.corpus import CorpusConfig
-from mlm.data.encode import Piece, encode_batches, piece_encoder, pieces
-from mlm.data.pieces import PIECE
+from mlm.data.encode import Encoder
+from mlm.data.shards import COUNTS, FORMAT_VERSION, Part, build_shards, read_shards, tokenise
 from mlm.data.tokenizer import TokenizerInfo
 from mlm.data.verify import check_mapped, checksum, find_fault
 from mlm.errors import UserError, at_least, at_most, one_line
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 5
 ARRAYS = ("ids", "word_starts", "document_offsets", "token_counts", "document_lengths")
-COUNTS = ("documents", "tokens", "maskable_tokens", "unknown_tokens", "words", "characters", "spaced_words")
-BATCH_DOCUMENTS = 1000
-BATCH_CHARACTERS = 1_000_000  # whose tokens are held in memory at a time, some 200 bytes a character
 LONGEST = 2**20  # tokens of a row that can be asked for
 MAX_MEAN_WORD = 10  # tokens; "words" that are longer on average are sentences of an unsegmented script
 
@@ -58,11 +52,16 @@ class TokenStoreConfig:
     token_store: str | None = None  # Keep token stores between runs in this folder (default: ~/.cache/mlm).
     overwrite_cache: bool = False  # Build the token store anew even if a valid one exists.
     verify_store: bool = False  # Read the token store to verify it, even if this machine has since it started.
-    preprocessing_num_workers: int | None = None  # Tokenise with this many threads (default: all cores).
+    preprocessing_num_workers: int | None = None  # Tokenise in this many processes of one core (default: one, of all).
 
     def __post_init__(self) -> None:
         at_least(self, 1, "preprocessing_num_workers")
         at_most(self, 1024, "preprocessing_num_workers")
+
+    @property
+    def processes(self) -> int:
+        """As many as asked for, else as the run has on this machine, where the others wait for this one."""
+        return self.preprocessing_num_workers or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,6 @@ class TokenStore:
     def mean_word(self) -> float:
         """Maskable tokens per word; infinite where there is no word."""
         return self.header["maskable_tokens"] / self.header["words"] if self.header["words"] else float("inf")
-
-    @property
-    def unknown_share(self) -> float:
-        """The share of the tokens that stand for what the vocabulary lacks."""
-        return self.header["unknown_tokens"] / max(self.header["tokens"], 1)
 
     @property
     def sees_words(self) -> bool:
@@ -132,7 +126,7 @@ def prepare(
             return _open_splits(folder, identity, info)
         return {}
 
-    stores = {}
+    stores, shared = {}, folder.with_name(f"{folder.name}.shards")
     if os.path.isdir(folder) and not config.overwrite_cache:  # false where it cannot be looked for: see `build_once`
         try:
             stores = _open_splits(folder, identity, info, config.verify_store)
@@ -142,15 +136,17 @@ def prepare(
         # Before the lock: a mistake in the corpus leaves nothing on disk, and reading takes less than tokenising.
         read = corpus.load(source, config.overwrite_cache)
         splits = [split for split in read.splits if only in (None, split)]
+        shards = partial(build_shards, read, splits, Encoder(tokenizer, info), config.processes)
 
-        def build_splits(path: Path) -> None:
-            shared = {"splits": splits, "identity": identity}
-            for split in splits:
-                progress = tqdm(read.documents(split), f"tokenising {split}", unit=" documents", disable=None)
-                origin = {"split": split, "empty_documents": read.dropped[split], **shared}
-                build(progress, tokenizer, info, path / split, origin)
+        def join(path: Path) -> None:
+            for split, made in shards(path.with_name("shards") if config.overwrite_cache else shared).items():
+                origin = {"split": split, "splits": splits, "identity": identity}
+                write(read_shards(made), info, path / split, origin | {"empty_documents": read.dropped[split]})
 
-        stores = build_once(folder, find, build_splits, config.overwrite_cache)
+        if not (config.overwrite_cache or find()):
+            shards(shared)
+        stores = build_once(folder, find, join, config.overwrite_cache)
+    shutil.rmtree(shared, ignore_errors=True)  # also what a run left that was killed meanwhile
     if whole_words:
         for store in stores.values():
             check_words(store)
@@ -161,9 +157,9 @@ def prepare(
 
 
 def limit_threads(config: TokenStoreConfig) -> None:
-    """Limits the threads of the tokenizers library. Call it before the process's first use of a tokenizer."""
-    if config.preprocessing_num_workers is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(config.preprocessing_num_workers)
+    """Lets this process and those forked from it tokenise with one thread each, where there are to be several."""
+    if config.preprocessing_num_workers or config.processes > 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def store_folder(config: TokenStoreConfig) -> Path:
@@ -191,10 +187,8 @@ def _open_splits(
 
 
 def open_store(folder: Path, tokenizer_fingerprint: str, verify: bool = False) -> TokenStore:
-    """The store in `folder`, verified once a machine and boot, or now (`verify`).
-
-    Raises Unusable where it is damaged, of another format version or of another tokenizer.
-    """
+    """The store in `folder`, verified once a machine and boot, or now (`verify`). Raises Unusable where it is damaged,
+    of another format version or of another tokenizer."""
     try:
         header = json.loads((folder / "header.json").read_text())
         if header["version"] != FORMAT_VERSION:
@@ -219,38 +213,36 @@ def open_store(folder: Path, tokenizer_fingerprint: str, verify: bool = False) -
 def build(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo, folder: Path, origin: dict[str, Any]
 ) -> TokenStore:
-    """Tokenises `texts` into `folder`, batch by batch, so that memory does not grow with the corpus.
+    """Tokenises `texts` into `folder`; those without a token (of control characters, say) are left out."""
+    write(tokenise(texts, Encoder(tokenizer, info)), info, folder, origin)
+    return open_store(folder, info.fingerprint)
 
-    A text without a token (of control characters, say) is left out. The header repeats `origin`.
-    """
-    started = time.perf_counter()
+
+def write(parts: Iterable[Part], info: TokenizerInfo, folder: Path, origin: dict[str, Any]) -> None:
+    """Joins the parts of a split to its store in `folder`, whose header repeats `origin`."""
     folder.mkdir(parents=True, exist_ok=True)
-    digest, counts = hashlib.sha256(), Counter(dict.fromkeys(COUNTS, 0))
-    token_counts, document_lengths, begun = np.zeros(info.size, np.int64), np.zeros(LONGEST + 1, np.int64), 0
+    digest, totals = hashlib.sha256(), np.zeros(len(COUNTS), np.int64)
+    token_counts, document_lengths = np.zeros(info.size, np.int64), np.zeros(LONGEST + 1, np.int64)
+    tokens = begun = 0  # and where the document began that is not at its end
     with (
         _growing(folder / "ids.npy", np.min_scalar_type(info.size - 1)) as append_ids,
         _growing(folder / "word_starts.npy", np.bool_) as append_starts,
         _growing(folder / "document_offsets.npy", np.int64) as append_offsets,
     ):
         append_offsets(np.zeros(1, np.int64))
-        for encoded in encode_batches(_batches(texts, tokenizer, digest, counts), tokenizer, info):
-            append_ids(encoded.ids)
-            append_starts(encoded.word_starts)
-            append_offsets(ends := counts["tokens"] + encoded.ends)
-            token_counts += np.bincount(encoded.ids, minlength=info.size)
+        for part in parts:
+            append_ids(part.ids)
+            append_starts(part.word_starts)
+            append_offsets(ends := tokens + part.ends)
+            token_counts += np.bincount(part.ids, minlength=info.size)
             np.add.at(document_lengths, np.minimum(np.diff(ends, prepend=begun), LONGEST), 1)
             begun = ends[-1] if len(ends) else begun
-            maskable = info.maskable[encoded.ids]
-            counts.update(
-                documents=len(encoded.ends),
-                tokens=len(encoded.ids),
-                maskable_tokens=int(maskable.sum()),
-                unknown_tokens=int(np.sum(encoded.ids == info.unknown_id)),
-                words=int((encoded.word_starts & maskable).sum()),
-            )
+            tokens += len(part.ids)
+            digest.update(part.digests)
+            totals += part.counts
     for name, array in (("token_counts", token_counts), ("document_lengths", np.trim_zeros(document_lengths, "b"))):
-        with _growing(folder / f"{name}.npy", np.int64) as append:
-            append(array)
+        np.save(folder / f"{name}.npy", array)
+    counts = dict(zip(COUNTS, totals.tolist(), strict=True))
     header = {
         "version": FORMAT_VERSION,
         "tokenizer": info.fingerprint,
@@ -258,13 +250,12 @@ def build(
         "corpus": digest.hexdigest(),
         "bytes": _sizes(folder),
         "checksums": {name: checksum(folder / f"{name}.npy") for name in ARRAYS},
+        "seconds": counts.pop("ns") / 1e9,  # of all processes together
         **counts,
         "words": counts["words"] if info.has_words else None,
-        "seconds": time.perf_counter() - started,
         **origin,
     }
     (folder / "header.json").write_text(json.dumps(header | {"seal": key(header)}, indent=1))
-    return open_store(folder, info.fingerprint)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -275,33 +266,6 @@ def check_words(store: TokenStore, flag: str = "--whole_word_mask") -> None:
     """Raises UserError where the tokenizer finds no words, so that whole words cannot be masked."""
     if store.why_no_words:
         raise UserError(f"{flag}: {store.why_no_words}; choose another with --tokenizer_name, or mask tokens")
-
-
-def _batches(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, digest: "hashlib._Hash", counts: Counter
-) -> Iterator[list[Piece]]:
-    """Batches of at most BATCH_DOCUMENTS pieces, and about BATCH_CHARACTERS characters.
-
-    digest: updated with each text and its length, so that the borders between texts count
-    counts: of characters (code points) and words (by white space), which depend on no tokenizer
-    """
-    batch, characters, encode = [], 0, piece_encoder(tokenizer)
-    for text in texts:
-        data = text.encode()
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-        del data  # one may be a book
-        # A list of words takes ten times the memory of the text.
-        words = len(text.split()) if len(text) <= PIECE else sum(1 for _ in re.finditer(r"\S+", text))
-        counts.update(characters=len(text), spaced_words=words)
-        for piece in pieces(text, encode):
-            batch.append(piece)
-            characters += len(piece[0])
-            if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-                yield batch
-                batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 @contextmanager

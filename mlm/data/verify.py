@@ -30,12 +30,9 @@ def checksum(path: Path) -> str:
 
 
 def find_fault(folder: Path, header: dict[str, Any], arrays: dict[str, np.ndarray], again: bool = False) -> str | None:
-    """What is wrong with the store of a split, whose `arrays` are mapped from `folder`; None: nothing.
-
-    again: look even if this machine has, since it started, and no file has changed since
-
-    Raises OSError where a file cannot be read, and KeyError for a header that lacks something.
-    """
+    """What is wrong with the store of a split, whose `arrays` are mapped from `folder`; None: nothing. With `again`
+    even if this machine has looked, since it started, and no file has changed since. Raises OSError where a file
+    cannot be read, and KeyError for a header that lacks something."""
     record, machine = folder / "verified.json", _machine()
     stamps = {name: stamp(folder / name) for name in ("header.json", *(f"{name}.npy" for name in arrays))}
     verified = {}

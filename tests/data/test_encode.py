@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from tokenizers.normalizers import Prepend, Replace, Sequence
 from transformers import PreTrainedTokenizerFast
 
-from mlm.data import encode, pieces, token_store
+from mlm.data import encode, pieces, shards, token_store
 from mlm.data.token_store import build
 from mlm.data.tokenizer import tokenizer_info
 from tests.conftest import REPOSITORY
@@ -193,11 +193,11 @@ def short_pieces(monkeypatch):
         counts.append(len(found))
         return iter(found)
 
-    whole = encode.pieces
-    for module in (pieces, encode, token_store):
+    whole = pieces.cut
+    for module in (pieces, shards):
         monkeypatch.setattr(module, "PIECE", 600)
-    monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 1500)
-    monkeypatch.setattr(token_store, "pieces", counted)
+    monkeypatch.setattr(shards, "BATCH_CHARACTERS", 1500)
+    monkeypatch.setattr(shards, "cut", counted)
     return counts
 
 
@@ -226,7 +226,7 @@ def test_the_tokenizer_is_copied_as_often_for_one_long_document_as_for_many(
     monkeypatch.setattr(encode, "text_encoder", lambda tokenizer: copies.append(1) or copy(tokenizer))
     built([long_document(0, 2000)] * documents, TOKENIZERS["wordpiece"], tmp_path)
     assert len(short_pieces) == documents and min(short_pieces) > 1
-    assert len(copies) == 2, "one to cut documents, one to encode"
+    assert len(copies) == 1
 
 
 def test_a_slow_tokenizer_takes_long_documents_in_pieces_too(tmp_path, short_pieces, monkeypatch):

@@ -65,7 +65,7 @@ def kill_and_go_on(toy, folder, launcher, kills, seed):
         came = steps_taken(folder)
         process = start(launcher, flags)
         if moment == "tokenising":
-            wait_for(lambda: list(store.glob("*.building.*")), process)
+            wait_for(lambda: list(store.glob("*.shards")), process)
         elif moment == "starting":
             time.sleep(rng.uniform(0.2, 4))
         else:

@@ -1,0 +1,162 @@
+"""A corpus is tokenised in shards, by as many processes as come: each takes the next one that no other is at.
+
+    <token_store>/<key>.shards/<fingerprint>.npz    the arrays of its Parts, with their CRC-32s
+
+They may be workers of one run, other runs, and other machines that share the folder. A shard, named by what it is made
+of (texts, tokenizer, format), is there as a whole or not at all: a build that was killed goes on with those that are.
+Once all are there, they are joined in order to the store that is read (token_store.py), and removed.
+"""
+
+import hashlib
+import logging
+import multiprocessing
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from mlm.data.cache import build_once, key
+from mlm.data.corpus import Corpus, Documents
+from mlm.data.encode import Encoder, Piece
+from mlm.data.pieces import PIECE, cut
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 6  # of shards, and of the store that is made of them
+COUNTS = ("documents", "tokens", "maskable_tokens", "unknown_tokens", "words", "characters", "spaced_words", "ns")
+BATCH_DOCUMENTS = 1000
+BATCH_CHARACTERS = 1_000_000  # whose tokens are held in memory at a time, some 200 bytes a character
+
+Job = tuple[Path, Callable[[Path], None]]  # the place of a shard, and what writes it to a path
+
+
+class Part(NamedTuple):
+    """n tokens of documents in order. The first document may have begun in the part before, the last may go on."""
+
+    ids: np.ndarray  # [n] the smallest unsigned type that holds the vocabulary
+    word_starts: np.ndarray  # [n] bool
+    ends: np.ndarray  # int64, where in it documents end
+    digests: np.ndarray  # uint8, the SHA-256 of each text that was read, 32 bytes each
+    counts: np.ndarray  # [COUNTS] int64
+
+
+def tokenise(texts: Iterable[str], encoder: Encoder) -> Iterator[Part]:
+    """`texts`, batch by batch, so that memory does not grow with their number."""
+    info, digests, counts, began = encoder.info, bytearray(), Counter(), time.perf_counter_ns()
+
+    def batches() -> Iterator[list[Piece]]:
+        """Of at most BATCH_DOCUMENTS pieces, and about BATCH_CHARACTERS characters."""
+        batch, characters = [], 0
+        for text in texts:
+            digests.extend(hashlib.sha256(text.encode()).digest())
+            # Code points, and words by white space. A list of words takes ten times the memory of the text.
+            words = len(text.split()) if len(text) <= PIECE else sum(1 for _ in re.finditer(r"\S+", text))
+            counts.update(characters=len(text), spaced_words=words)
+            for piece in cut(text, encoder.part):
+                batch.append(piece)
+                characters += len(piece[0])
+                if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+                    yield batch
+                    batch, characters = [], 0
+        if batch:
+            yield batch
+
+    for ids, word_starts, ends in encoder.batches(batches()):
+        maskable = info.maskable[ids]
+        counts.update(
+            documents=len(ends),
+            tokens=len(ids),
+            maskable_tokens=int(maskable.sum()),
+            unknown_tokens=int(np.sum(ids == info.unknown_id)),
+            words=int((word_starts & maskable).sum()),
+            ns=time.perf_counter_ns() - began,
+        )
+        read, counted = np.frombuffer(bytes(digests), np.uint8), np.array([counts[name] for name in COUNTS])
+        yield Part(ids.astype(np.min_scalar_type(info.size - 1)), word_starts, ends, read, counted)
+        digests.clear()
+        counts.clear()
+        began = time.perf_counter_ns()
+
+
+def build_shards(
+    corpus: Corpus, splits: list[str], encoder: Encoder, processes: int, folder: Path
+) -> dict[str, list[Job]]:
+    """Builds the shards that `folder` lacks, in so many processes, beside other runs, which may still be at some when
+    it returns the shards of each split, in order. Raises UserError as tokenising and writing do."""
+    made_of = [FORMAT_VERSION, encoder.info.fingerprint, corpus.strip_html]
+    shards: dict[str, list[Job]] = {split: [] for split in splits}
+    for split, made in shards.items():
+        for documents, texts in corpus.shards[split]:
+            place = folder / f"{key([*made_of, texts])}.npz"
+            made.append((place, partial(_write_shard, corpus, split, documents, encoder)))
+    jobs, workers = [job for made in shards.values() for job in made], []
+    with suppress(OSError):  # which is said where the store itself cannot be written
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        fork = multiprocessing.get_context("fork").Process  # at once, with the corpus and the tokenizer
+        for _ in range(min(processes, sum(not place.exists() for place, _ in jobs)) - 1):
+            (worker := fork(target=_work, args=(jobs, os.getpid()), daemon=True)).start()
+            workers.append(worker)
+        for _ in tqdm(_take(jobs), "tokenising", len(jobs), leave=False, unit=" shards", disable=None):
+            pass
+        for worker in workers:
+            worker.join()
+    finally:
+        for worker in workers:
+            worker.kill()
+    if killed := [worker.exitcode for worker in workers if worker.exitcode]:
+        log.warning("%d of %d tokenising processes were killed (%s)", len(killed), len(workers) + 1, killed)
+    return shards
+
+
+def read_shards(jobs: list[Job]) -> Iterator[Part]:
+    """What is in the shards, in order; one that is missing or damaged is built."""
+    for place, write in jobs:
+        yield from build_once(place, partial(_read_shard, place), write)
+
+
+def _take(jobs: list[Job]) -> Iterator[None]:
+    """Builds what is missing and no other process is at; yields after each shard, built or not."""
+    for place, write in jobs:
+
+        def settled(place: Path = place) -> bool:  # also without its folder: then the store is there
+            return place.exists() or not place.parent.is_dir()
+
+        if not settled():
+            build_once(place, settled, write, wait=False)
+        yield
+
+
+def _work(jobs: list[Job], parent: int) -> None:
+    """A worker's life, over soon after its parent's. What fails is left to the parent, which will say why."""
+    with suppress(BaseException):
+        for _ in _take(jobs):
+            if os.getppid() != parent:
+                return
+
+
+def _write_shard(corpus: Corpus, split: str, documents: range, encoder: Encoder, path: Path) -> None:
+    with path.open("wb") as file:
+        texts = Documents(corpus.splits[split].select(documents), corpus.strip_html)
+        np.savez(file, *(array for part in tokenise(texts, encoder) for array in part))
+
+
+def _read_shard(path: Path) -> list[Part]:
+    """The parts of a shard; none where it is missing or damaged."""
+    try:
+        with np.load(path) as file:
+            arrays = (file[name] for name in file.files)
+            return [Part(*part) for part in zip(*[arrays] * len(Part._fields), strict=True)]
+    except Exception:  # of many kinds, by where the damage is
+        if path.exists():
+            log.warning("%s is damaged; building it anew", path)
+            path.unlink()
+        return []
