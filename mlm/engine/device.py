@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
 from mlm.engine.distributed import host_group, leave_group
+from mlm.engine.watch import Watch
 from mlm.errors import UserError, one_line
 from mlm.startup import set_by_accelerate_launch
 
@@ -63,7 +64,9 @@ def make_accelerator(
         raise UserError(one_line(error)) from error
     if dist.is_initialized() and not had_group:
         atexit.register(leave_group)
-        if accelerator.num_processes > 1:  # one that ended at once would close a connection that another still makes
+        if accelerator.num_processes > 1:
+            Watch(accelerator)
+            # One that ended at once would close a connection that another still makes.
             dist.barrier(host_group(accelerator))
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU; on a CPU, use bf16 or no")

@@ -22,8 +22,7 @@ from accelerate import Accelerator
 from mlm.errors import UserError, one_line
 
 # The others wait, in the host's group alone, for one process that tokenises or analyses, as long as that takes. If it
-# dies its machine closes its connections, which ends their wait. Nothing ends it where a whole machine or its network
-# is lost, or a process hangs: then the launcher or the scheduler has to.
+# dies its machine closes its connections, which ends their wait; watch.py does where a machine or its network is lost.
 PATIENCE = timedelta(days=30)
 BUCKET = 2**21  # gradients that travel together
 # What gloo and NCCL say when a process is gone and its machine has closed its sockets.
