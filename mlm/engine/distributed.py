@@ -106,7 +106,7 @@ def broadcast(tensors: Iterable[torch.Tensor], accelerator: Accelerator) -> None
     """Gives every process the main process's values, in place. All have to have tensors of the same shapes."""
     if accelerator.num_processes > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, 0)
+            dist.broadcast(tensor, 0, host_group(accelerator) if tensor.device.type == "cpu" else None)
 
 
 def from_main(value: Any, accelerator: Accelerator) -> Any:
