@@ -77,12 +77,15 @@ def _listen(others: dict[socket.socket, int], rank: int, leaving: threading.Even
         while selector.get_map():
             for key, _ in selector.select():
                 selector.unregister(key.fileobj)
+                reason, grace = "has ended", GRACE
                 try:
-                    if key.fileobj.recv(1) == IN_ORDER or leaving.wait(GRACE):
+                    if key.fileobj.recv(1) == IN_ORDER:
                         continue
-                    reason = "has ended"
                 except OSError as error:
-                    reason = f"or its machine is not there any more ({error.strerror})"
+                    if not isinstance(error, ConnectionError):  # which a process is that ends, too
+                        reason, grace = f"or its machine is not there any more ({error.strerror})", 0.0
+                if leaving.wait(grace):
+                    continue
                 resumes = "--resume_from_checkpoint latest resumes from the last checkpoint, if it has written one"
                 line = f"error: process {rank} ends because process {others[key.fileobj]} {reason}; {resumes}"
                 with suppress(OSError, ValueError):
