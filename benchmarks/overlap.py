@@ -21,8 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,41 +42,18 @@ from mlm.files import write_json
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.environment import environment
 from mlm.train import objective
+from tests.machines import ADDRESSES, command, inside, two_machines
 
 SHARE, LENGTH, VOCABULARY, TARGET = 8, 128, 4096, 0.75
 SHAPE = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
 SHAPE |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # whose draws are slow on a CPU
 BYTES = {"fp32": 4, "bf16": 2}
-ADDRESSES = ("10.213.77.1", "10.213.77.2")
-
-
-def command(*words: str) -> None:
-    subprocess.run(words, check=True, capture_output=True)
-
-
-@contextmanager
-def two_machines() -> Iterator[list[str]]:
-    """Two network namespaces joined by a veth pair. Raises CalledProcessError where they may not be made."""
-    names = [f"mlm{os.getpid()}{letter}" for letter in "ab"]
-    with ExitStack() as stack:
-        for name in names:
-            command("ip", "netns", "add", name)
-            stack.callback(command, "ip", "netns", "delete", name)
-        pair = ["peer", "name", names[1], "netns", names[1]]
-        command("ip", "link", "add", names[0], "netns", names[0], "type", "veth", *pair)
-        for name, address in zip(names, ADDRESSES, strict=True):
-            inside = ("ip", "netns", "exec", name)
-            command(*inside, "ip", "address", "add", f"{address}/24", "dev", name)
-            for device in ("lo", name):
-                command(*inside, "ip", "link", "set", device, "up")
-            limit(name, 1e9)  # bytes a second: so that it is known whether this kernel can
-        yield names
 
 
 def limit(name: str, rate: float) -> None:
     """Lets a namespace send so many bytes a second."""
     shape = ("rate", f"{8 * rate:.0f}bit", "burst", "256kb", "limit", "4mb")
-    command("ip", "netns", "exec", name, "tc", "qdisc", "replace", "dev", name, "root", "tbf", *shape)
+    command(*inside(name), "tc", "qdisc", "replace", "dev", name, "root", "tbf", *shape)
 
 
 class Machine:
@@ -87,7 +63,7 @@ class Machine:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         where = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0]}
         self.process = subprocess.Popen(
-            ["ip", "netns", "exec", name, sys.executable, __file__, "--worker"],
+            [*inside(name), sys.executable, __file__, "--worker"],
             env={**os.environ, **threads, **where, "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": name},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -252,6 +228,8 @@ def main() -> None:
     where = {**environment(Accelerator(cpu=True)), "load_before": os.getloadavg()[0]}
     try:
         with two_machines() as names, ExitStack() as stack:
+            for name in names:
+                limit(name, 1e9)  # so that it is known whether this kernel can
             machines = [stack.enter_context(Machine(name, rank)) for rank, name in enumerate(names)]
             rows = measure(machines, names, args.n)
             one, other = ask(machines, "weights")

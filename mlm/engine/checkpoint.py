@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,18 +80,34 @@ def snapshot(model: torch.nn.Module, states: dict[str, Stateful], experiment: di
     return {**on_host, "state.json": packed, "experiment.json": experiment}
 
 
-def load(folder: Path, model: torch.nn.Module, states: dict[str, Stateful], experiment: dict[str, Any]) -> None:
-    """Puts everything back as `snapshot` took it, if what is there fits. Raises UserError for another experiment's,
-    with the differences, and for states that this run cannot have written."""
-    try:
+def load(
+    folder: Path,
+    model: torch.nn.Module,
+    states: dict[str, Stateful],
+    experiment: dict[str, Any],
+    accelerator: Accelerator,
+) -> None:
+    """Puts everything back as `snapshot` took it, if what is there fits. The main process alone reads it.
+
+    Raises UserError for another experiment's, with the differences, and for states that this run cannot have written.
+    """
+    stored: dict[str, torch.Tensor] = {}
+
+    @_resuming(folder)
+    def read() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         saved = json.loads((folder / "experiment.json").read_bytes())
         if changed := differences(saved, json.loads(json.dumps(experiment))):
             reason = f"another experiment, with {', '.join(changed)}"
             advice = "give it its settings back, or another --output_dir"
             raise UserError(f"--resume_from_checkpoint {folder}: {reason}; {advice}")
         load_weights(folder, model)
-        packed = json.loads((folder / "state.json").read_bytes())
-        stored = load_file(folder / "state.safetensors")
+        stored.update(load_file(folder / "state.safetensors"))
+        return json.loads((folder / "state.json").read_bytes()), {name: t.to("meta") for name, t in stored.items()}
+
+    packed, forms = on_main(read, accelerator)
+    stored = stored or {name: torch.empty_like(form, device="cpu") for name, form in forms.items()}
+    broadcast([*tensors(model).values(), *stored.values()], accelerator)
+    with _resuming(folder):
         for name, state in states.items():
             saved = _unpack(packed[name], stored)
             if name in LOOP:  # what a fork adds may take any form
@@ -100,9 +116,16 @@ def load(folder: Path, model: torch.nn.Module, states: dict[str, Stateful], expe
         for name in {"update", "progress"} & states.keys():
             if folder.name != f"step_{states[name].step}":
                 raise ValueError(f"{name} is that of step {states[name].step}")
+
+
+@contextlib.contextmanager
+def _resuming(folder: Path) -> Iterator[None]:
+    """A context in which a checkpoint of another version, or an altered one, is a UserError."""
+    try:
+        yield
     except UserError:
         raise
-    except Exception as error:  # of another version, or altered
+    except Exception as error:
         reason = one_line(f"{type(error).__name__}: {error}", 300)
         raise UserError(f"the checkpoint {folder} cannot be resumed ({reason})") from error
 
@@ -215,12 +238,6 @@ def damaged(folder: Path) -> str | None:
             raise UserError(f"the checkpoint {folder} cannot be read ({error.strerror})") from error
         return one_line(f"{type(error).__name__}: {error}", 120)
     return None
-
-
-def digest(folder: Path | None) -> str | None:
-    """What a checkpoint holds, by its manifest, as this process sees it; None: it sees none."""
-    manifest = folder and folder / "manifest.json"
-    return _digest(manifest) if manifest and manifest.is_file() else None
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:

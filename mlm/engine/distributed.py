@@ -22,8 +22,7 @@ from accelerate import Accelerator
 from mlm.errors import UserError, one_line
 
 # The others wait, in the host's group alone, for one process that tokenises or analyses, as long as that takes. If it
-# dies its machine closes its connections, which ends their wait. Nothing ends it where a whole machine or its network
-# is lost, or a process hangs: then the launcher or the scheduler has to.
+# dies its machine closes its connections, which ends their wait; watch.py does where a machine or its network is lost.
 PATIENCE = timedelta(days=30)
 BUCKET = 2**21  # gradients that travel together
 # What gloo and NCCL say when a process is gone and its machine has closed its sockets.
@@ -107,7 +106,7 @@ def broadcast(tensors: Iterable[torch.Tensor], accelerator: Accelerator) -> None
     """Gives every process the main process's values, in place. All have to have tensors of the same shapes."""
     if accelerator.num_processes > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, 0)
+            dist.broadcast(tensor, 0, host_group(accelerator) if tensor.device.type == "cpu" else None)
 
 
 def from_main(value: Any, accelerator: Accelerator) -> Any:

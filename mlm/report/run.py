@@ -146,9 +146,8 @@ class Run:
         wanted = self.config.checkpoint.resume_from_checkpoint
         found, notes = checkpoint.find(wanted, self.directory.checkpoints, self.accelerator)
         self.log.print("\n".join(notes))
-        check_same({"checkpoint": checkpoint.digest(found)}, self.accelerator)
         if found:
-            checkpoint.load(found, self.model, self.states, self.experiment)
+            checkpoint.load(found, self.model, self.states, self.experiment, self.accelerator)
             self.log.print(f"resumed from {found}, after step {self.progress.step}")
         elif wanted is not None:
             self.log.print(f"--resume_from_checkpoint {wanted}: no checkpoint yet; training from the start")

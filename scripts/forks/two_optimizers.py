@@ -111,7 +111,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     experiment = describe(config, update, eval_sets, stores, last_step)
     run.keeps(net, update, progress, before, extra_state, experiment)
     if results := run.finished():
-        trained = load_model(ModelConfig(str(run.folder)), tokenizer, seed=0)
+        trained = load_model(ModelConfig(str(run.folder)), tokenizer, seed=0) if run.is_main else net
         return Result(trained, tokenizer, results, run.folder)
     with run:
         run.resume(sizes(stores, eval_sets))

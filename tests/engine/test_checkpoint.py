@@ -523,7 +523,7 @@ def test_a_checkpoint_is_a_copy_that_later_steps_do_not_reach(toy, tmp_path):
             for tensor in everything().values():
                 tensor.add_(1)
             states["progress"].step = 2
-    load(tmp_path / "step_1", model, states, {})
+    load(tmp_path / "step_1", model, states, {}, Accelerator(cpu=True))
     assert states["progress"].step == 1
     assert_same_bits(before, everything())
 
@@ -545,7 +545,7 @@ def test_what_a_fork_adds_may_change_its_form(tmp_path):
     state.state_dict, state.load_state_dict = lambda: state.data, state.update
     write(tmp_path / "step_1", snapshot(model, {"mine": state}, {}))
     state.data = {"seen": torch.ones(0), "by kind": {"noun": 0}, "best": 0}
-    load(tmp_path / "step_1", model, {"mine": state}, {})
+    load(tmp_path / "step_1", model, {"mine": state}, {}, Accelerator(cpu=True))
     assert state["seen"].tolist() == [1, 1, 1]
     assert (state["by kind"], state["best"]) == (saved["by kind"], None)
 

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from mlm.engine.device import keep_freed_memory
+from mlm.engine.device import keep_freed_memory, make_accelerator
+from mlm.errors import UserError
 from tests.conftest import REPOSITORY
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_machines", "1"]
@@ -145,6 +146,61 @@ def test_one_cpu_process_of_accelerate_launch_is_not_refused(tmp_path):
 def test_processes_that_end_as_soon_as_they_are_connected_leave_no_other_one_half_connected(tmp_path):
     run = start([sys.executable], CONNECTS, tmp_path)
     assert run.stdout.splitlines() == ["[0, 0]"] * 100, run.stderr[-1000:]
+
+
+CONFIGURED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_USE_MEGATRON_LM": "true",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+    "ACCELERATE_MIXED_PRECISION": "fp8",
+}
+
+
+@pytest.mark.parametrize("variable", CONFIGURED)
+def test_what_accelerate_is_configured_for_and_this_loop_passes_over_is_refused(variable, monkeypatch):
+    """As the launcher tells it; on a CPU accelerate itself would drop FSDP without a word."""
+    monkeypatch.setenv(variable, CONFIGURED[variable])
+    with pytest.raises(UserError, match=r"bf16|configure `no`") as refused:
+        make_accelerator()
+    assert CONFIGURED[variable] in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_answers_that_ask_for_nothing_are_taken(monkeypatch):
+    for variable in CONFIGURED:
+        monkeypatch.setenv(variable, "no" if variable.startswith("ACCELERATE_DYN") else "false")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert make_accelerator().mixed_precision == "bf16"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "mistake"),
+    [("--use_fsdp", "ACCELERATE_USE_FSDP=true"), ("--dynamo_backend=inductor", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR")],
+)
+def test_what_the_launcher_is_asked_for_and_this_loop_passes_over_is_one_line(flag, mistake, tmp_path):
+    run = start([*LAUNCH, "--num_processes", "1", flag], PROCESSES, tmp_path)
+    assert run.stdout == ""
+    assert [line.split(",")[0] for line in run.stderr.splitlines() if "rror: ACC" in line] == [f"error: {mistake}"]
+
+
+def test_tf32_is_off_unless_asked_for_and_takes_a_gpu_that_has_it(monkeypatch):
+    make_accelerator()
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--tf32 needs an NVIDIA GPU"):
+            make_accelerator(tf32=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # nothing else is asked of it here
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True)
+    try:
+        make_accelerator(tf32=True)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+    finally:
+        monkeypatch.undo()
+        make_accelerator()  # off again
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
 
 
 def test_a_script_destroys_the_process_group_that_it_made_on_every_way_out(tmp_path):

@@ -204,7 +204,7 @@ def test_schedules_without_a_rule_are_put_back_too(toy, data, tmp_path, schedule
     one(0)
     one(1)
     write(tmp_path / "step_2", snapshot(one.model.model, {"update": one}, {}))
-    load(tmp_path / "step_2", other.model.model, {"update": other}, {})
+    load(tmp_path / "step_2", other.model.model, {"update": other}, {}, other.accelerator)
     assert one.step == other.step == 2
     one(2)
     other(2)
