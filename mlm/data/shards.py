@@ -102,7 +102,7 @@ def build_shards(
         folder.mkdir(parents=True, exist_ok=True)
     try:
         fork = multiprocessing.get_context("fork").Process  # at once, with the corpus and the tokenizer
-        for _ in range(min(processes, sum(not place.exists() for place, _ in jobs)) - 1):
+        for _ in range(min(processes, sum(not os.path.exists(place) for place, _ in jobs)) - 1):
             (worker := fork(target=_work, args=(jobs, os.getpid()), daemon=True)).start()
             workers.append(worker)
         for _ in tqdm(_take(jobs), "tokenising", len(jobs), leave=False, unit=" shards", disable=None):
@@ -128,7 +128,7 @@ def _take(jobs: list[Job]) -> Iterator[None]:
     for place, write in jobs:
 
         def settled(place: Path = place) -> bool:  # also without its folder: then the store is there
-            return place.exists() or not place.parent.is_dir()
+            return os.path.exists(place) or not os.path.isdir(place.parent)
 
         if not settled():
             build_once(place, settled, write, wait=False)
@@ -156,7 +156,7 @@ def _read_shard(path: Path) -> list[Part]:
             arrays = (file[name] for name in file.files)
             return [Part(*part) for part in zip(*[arrays] * len(Part._fields), strict=True)]
     except Exception:  # of many kinds, by where the damage is
-        if path.exists():
+        if os.path.exists(path):
             log.warning("%s is damaged; building it anew", path)
             path.unlink()
         return []

@@ -177,7 +177,7 @@ def _open_splits(
 ) -> dict[str, TokenStore]:
     """All splits of a store of this corpus and tokenizer. Raises Unusable where anything is wrong."""
     paths = (folder / split for split in ("train", "validation"))
-    stores = {path.name: open_store(path, info.fingerprint, verify) for path in paths if path.is_dir()}
+    stores = {path.name: open_store(path, info.fingerprint, verify) for path in paths if os.path.isdir(path)}
     # While another process removes a store, its splits disappear one after the other.
     if not stores or any(set(store.header.get("splits", ())) != set(stores) for store in stores.values()):
         raise Unusable("a split is missing")
