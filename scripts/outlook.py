@@ -21,7 +21,7 @@ from mlm.engine.device import make_accelerator
 from mlm.errors import printable
 from mlm.evaluation.eval_set import EvalSet, open_eval_sets
 from mlm.evaluation.evaluate import evaluate
-from mlm.figures import figure
+from mlm.figures import figure, finite
 from mlm.model.load import load_trained
 
 RECORDS = Path(__file__).parents[1] / "benchmarks" / "results" / "outlook.json"
@@ -40,10 +40,10 @@ def outlook(
     store, cut = stores.get("train", stores["validation"]), {}
     sample = replace(config.evaluate, max_eval_samples=DOCUMENTS)
     eval_sets = open_eval_sets(replace(config, evaluate=sample), tokenizer, info, stores["validation"], length)
-    found: dict[str, Any] = {"pieces_a_word": pieces_a_word(store), "unknown_token_share": store.unknown_share}
+    found: dict[str, Any] = {"pieces_a_word": pieces_a_word(store), "unknown_token_share": unknown_share(store)}
     if general := eval_sets.get("general"):
         found |= {"general_pieces_a_word": pieces_a_word(general.store)}
-        found |= {"general_unknown_token_share": general.store.unknown_share}
+        found |= {"general_unknown_token_share": unknown_share(general.store)}
     print("\nbefore a run")
     for name, title in (("pieces_a_word", "pieces a word"), ("unknown_token_share", "unknown tokens")):
         own, beside = found[name], found.get(f"general_{name}")
@@ -59,6 +59,11 @@ def outlook(
 def pieces_a_word(store: TokenStore) -> float | None:
     """None where the tokenizer sees no words."""
     return store.mean_word if store.sees_words else None
+
+
+def unknown_share(store: TokenStore) -> float:
+    """Of all tokens."""
+    return store.header["unknown_tokens"] / max(store.header["tokens"], 1)
 
 
 def most_cut(store: TokenStore, tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo) -> list[str]:
@@ -80,7 +85,7 @@ def measured(
 ) -> dict[str, Any]:
     """The base's perplexity on the texts and its spread over documents, and the tokens a parameter; printed."""
     accelerator = make_accelerator(None)
-    model = load_trained(config.model, tokenizer, accelerator.device)
+    model = load_trained(config.model, tokenizer, accelerator.device, eval_sets["held_out"].chunks.chunk_size)
     parameters = sum(p.numel() for p in model.parameters())
     found: dict[str, Any] = {"tokens_a_parameter": store.header["tokens"] / parameters}
     print(f"  {'tokens a parameter':<22} {figure(found['tokens_a_parameter'])}, of {parameters:,} parameters")
@@ -98,13 +103,13 @@ def measured(
             f"{figure(low)} to {figure(high)}"
         )
     print(f"  {expected(found)}")
-    return found
+    return finite(found)
 
 
 def expected(found: dict[str, Any]) -> str:
     """A sentence on what to expect: what came of the recorded run that is most like this one."""
-    if not RECORDS.is_file():
-        return "no record of runs is here to compare with"
+    if not RECORDS.is_file() or not 0 < found["perplexity"] < math.inf:
+        return "there is no recorded run to compare with"
     records = json.loads(RECORDS.read_text())["runs"]
     keys = ("tokens_a_parameter", "perplexity")
 
@@ -113,10 +118,12 @@ def expected(found: dict[str, Any]) -> str:
 
     near = min(records, key=unlike)
     low, high = near["gain_interval"]
-    task = near.get("task")
+    task = ""
+    if own := near["classifier"]:
+        difference, least, most = (figure(100 * share) for share in (own["difference"], *own["interval"]))
+        task = f", and a classifier of its features gained {difference} points ({least} to {most})"
     return (
         f"of {len(records)} recorded runs the one most like it ({near['what']}: {figure(near['tokens_a_parameter'])} "
         f"tokens a parameter, perplexity {figure(near['perplexity'])}) divided the perplexity by "
-        f"{figure(near['gain'])} ({figure(low)} to {figure(high)}) in {near['epochs']:g} epoch(s)"
-        + (f"; {task}" if task else "")
+        f"{figure(near['gain'])} ({figure(low)} to {figure(high)}) in one epoch{task}"
     )
