@@ -26,7 +26,7 @@ from mlm.files import write_json
 from mlm.report.environment import environment
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-HELD_OUT = 300  # documents
+HELD_OUT, ARTICLES, HOTELS = 300, 170, 2000  # documents
 TRAINING = {"max_seq_length": 128, "learning_rate": 5e-4, "num_train_epochs": 1, "train_batch_size": 32, "seed": 42}
 FIGURES = ("tokens_a_parameter", "pieces_a_word", "unknown_token_share", "perplexity", "perplexity_of_documents")
 
@@ -39,33 +39,33 @@ def main() -> None:
     args = parser.parse_args()
     runs = []
     with tempfile.TemporaryDirectory() as folder:
-        for what, model, files in workloads(args, Path(folder)):
+        for what, model, files in workloads(args.data, args.reviews, Path(folder)):
             runs.append(record(what, args.data / "models" / model, files, Path(folder)) | classifier(what))
             print(json.dumps(runs[-1]), flush=True)
     write_json(args.out, {"runs": runs, "environment": environment(Accelerator(cpu=True))})
 
 
-def workloads(args: argparse.Namespace, folder: Path) -> list[tuple[str, str, dict]]:
+def workloads(data: Path, reviews: list[int], folder: Path) -> list[tuple[str, str, dict]]:
     """What is adapted to, the base, and the files as flags."""
-    english, general = "bert-tiny-wikitext", args.data / "wikitext-2" / "validation.parquet"
-    held_out = sample(args.data / "imdb" / "test.parquet", HELD_OUT, folder / "held_out.parquet")
+    imdb, wiki, hotels = (data / name for name in ("imdb", "wikitext-2", "zh-hotel-reviews"))
+    english, general = "bert-tiny-wikitext", {"out_of_domain_file": wiki / "validation.parquet"}
+    held_out = {"validation_file": sample(imdb / "test.parquet", HELD_OUT, folder / "held_out.parquet")}
     found = []
-    for number in args.reviews:
-        train = sample(args.data / "imdb" / "train.parquet", number, folder / f"{number}.parquet")
-        files = {"train_file": train, "validation_file": held_out, "out_of_domain_file": general}
-        found.append((f"{number:,} film reviews in English", english, files))
-    files = {"train_file": args.data / "wikitext-2" / "train.parquet", "validation_file": general}
-    found.append(("the articles that the base has learnt from", english, files | {"max_train_samples": 4500}))
-    chinese = args.data / "zh-hotel-reviews"
-    files = {f"{kind}_file": chinese / f"{kind}.parquet" for kind in ("train", "validation")}
-    return [*found, ("hotel reviews in simplified Chinese", "ckip-albert-tiny-chinese", files)]
+    for number in reviews:
+        train = {"train_file": sample(imdb / "train.parquet", number, folder / f"{number}.parquet")}
+        found.append((f"{number:,} film reviews in English", english, train | held_out | general))
+    articles = {"train_file": sample(wiki / "train.parquet", ARTICLES, folder / "articles.parquet")}
+    articles |= {"validation_file": wiki / "validation.parquet"}
+    found.append((f"{ARTICLES} of the articles that the base has learnt from", english, articles))
+    chinese = {"train_file": sample(hotels / "train.parquet", HOTELS, folder / "hotels.parquet")}
+    chinese |= {"validation_file": sample(hotels / "validation.parquet", HELD_OUT, folder / "hotels_held_out.parquet")}
+    return [*found, (f"{HOTELS:,} hotel reviews in simplified Chinese", "ckip-albert-tiny-chinese", chinese)]
 
 
 def record(what: str, model: Path, files: dict, folder: Path) -> dict:
     """What prepare.py says before a run, and what comes of it."""
-    before = {name: value for name, value in files.items() if name != "max_train_samples"}
     stores = {"model_name_or_path": model, "token_store": folder / "stores"}
-    said = start("prepare.py", {**stores, **before, "max_seq_length": TRAINING["max_seq_length"]})["outlook"]
+    said = start("prepare.py", {**stores, **files, "max_seq_length": TRAINING["max_seq_length"]})["outlook"]
     run = folder / f"run{what}"
     results = start("train.py", {**stores, **files, **TRAINING, "output_dir": run})
     gain = {"gain": results["documents_gain"]}
@@ -78,7 +78,7 @@ def classifier(what: str) -> dict:
     """What probe.py has measured of the same run, if it has."""
     stored = json.loads((Path(__file__).parent / "results" / "probe.json").read_text())
     rows = [row["accuracy"] for row in stored["probe"]["curve"] if row["classifier"] == "logistic regression"]
-    same = stored["what"].removeprefix("one epoch over ").split()[0] == what.split()[0]
+    same = "film reviews" in what and stored["what"].split("over ")[1].split()[0] == what.split()[0]
     return {"classifier": {key: rows[-1][key] for key in ("difference", "interval")} if same else None}
 
 

@@ -64,8 +64,8 @@ def few(documents: Iterable[str]) -> list[str]:
 
 
 def shingles(text: str) -> list[bytes]:
-    """The runs of RUN words, in lower case; of a shorter text all its words."""
-    words = WORD.findall(text.lower())
+    """The runs of RUN words, in lower case; of a shorter text all its words, of one without words itself."""
+    words = WORD.findall(text.lower()) or [text]
     return [" ".join(words[i : i + RUN]).encode() for i in range(max(len(words) - RUN + 1, 1))]
 
 

@@ -61,6 +61,7 @@ def test_a_script_without_spaces_is_compared_by_its_letters():
     other = own[:100] + "新" + own[100:]
     assert script.near_duplicates([own, own[::-1]], [other]).tolist() == [True, False]
     assert script.shingles("a酒店bc") == ["a 酒 店 bc".encode()]
+    assert script.shingles("!?") != script.shingles("...")
 
 
 @needs_library
