@@ -150,15 +150,14 @@ def prepare(
             shards(shared)
         stores = build_once(folder, find, join, config.overwrite_cache)
     shutil.rmtree(shared, ignore_errors=True)  # also what a run left that was killed meanwhile
-    if "train" in stores and (leaks := stores["validation"].header["leaks"]):
-        done = "they are evaluated, too" if source.allow_leaks else "they are left out (--allow_leaks keeps them)"
-        log.warning("%s held-out documents stand in the training split: %s", f"{leaks:,}", done)
     if whole_words:
         for store in stores.values():
             check_words(store)
     elif unsegmented := [s for s in stores.values() if s.header["words"] and not s.sees_words]:
         longest = max(unsegmented, key=lambda store: store.mean_word)
         log.warning("%s; tokens can be masked, whole words cannot", longest.why_no_words)
+    if "train" in stores and (leaks := stores["validation"].header["leaks"]) and not source.allow_leaks:
+        log.warning("left out: %d held-out documents stand in the training split (--allow_leaks keeps them)", leaks)
     return stores
 
 
