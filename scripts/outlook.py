@@ -19,10 +19,10 @@ from mlm.data.token_store import TokenStore
 from mlm.data.tokenizer import TokenizerInfo, spell
 from mlm.engine.device import make_accelerator
 from mlm.errors import printable
-from mlm.evaluation.eval_set import EvalSet, open_eval_sets
+from mlm.evaluation.eval_set import EvalSet, one_by_one, open_eval_sets
 from mlm.evaluation.evaluate import evaluate
 from mlm.figures import figure, finite
-from mlm.model.load import load_trained
+from mlm.model.load import load_trained, position_limit
 
 RECORDS = Path(__file__).parents[1] / "benchmarks" / "results" / "outlook.json"
 DOCUMENTS = 50  # that the base is measured on; words are counted in twenty times as many
@@ -90,14 +90,15 @@ def measured(
     found: dict[str, Any] = {"tokens_a_parameter": store.header["tokens"] / parameters}
     print(f"  {'tokens a parameter':<22} {figure(found['tokens_a_parameter'])}, of {parameters:,} parameters")
     for name, eval_set in eval_sets.items():
-        prefix, whole = ("general_", eval_set) if name == "general" else ("", eval_set.one_by_one or eval_set)
-        evaluation = evaluate(model, whole, accelerator)
+        prefix = "general_" if name == "general" else ""
+        whole = one_by_one(eval_set, config.chunks, config.model, position_limit(config.model))
+        evaluation = evaluate(model, whole or eval_set, accelerator)
         _, row = np.unique(evaluation.chunk, return_inverse=True)
         own = np.exp(np.bincount(row, evaluation.nats) / np.bincount(row))
         found[f"{prefix}perplexity"] = evaluation.perplexity
         low, middle, high = np.quantile(own, [0.1, 0.5, 0.9]).tolist()
         found[f"{prefix}perplexity_of_documents"] = [low, middle, high]
-        rows = "documents" if whole is eval_set.one_by_one else "chunks"
+        rows = "documents" if whole else "chunks"
         print(
             f"  {prefix.replace('_', ' ') + 'perplexity':<22} {figure(evaluation.perplexity)}; of four {rows} in five "
             f"{figure(low)} to {figure(high)}"
