@@ -1,6 +1,6 @@
 """What came of runs of which prepare.py had said something: the records behind its sentence on what to expect.
 
-Workloads: one epoch over a text with a base, in chunks of 128 tokens, batches of 32 and a learning rate of 5e-4: film
+Workload: one epoch over a text with a base, in chunks of 128 tokens, batches of 32 and a learning rate of 5e-4: film
 reviews without markup, fewer and more of them, which are strange to a base that has read an encyclopedia; articles of
 that encyclopedia, which are not; and hotel reviews in simplified Chinese with a base of traditional Chinese. Before
 each run scripts/prepare.py gives its figures; the run's own gain on documents one by one, with its interval, stands
