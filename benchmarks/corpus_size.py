@@ -67,7 +67,7 @@ def settings(folder: Path, size: str, layout: str) -> dict[str, Any]:
     return {
         "model_name_or_path": str(folder / "checkpoint"), "token_store": str(folder / size),
         "train_file": str(folder / "train.txt"), "validation_file": str(folder / "validation.txt"),
-        "output_dir": str(folder / "run"), "overwrite_output_dir": True,
+        "allow_leaks": True, "output_dir": str(folder / "run"), "overwrite_output_dir": True,
         "max_seq_length": LENGTH, "train_batch_size": BATCH, "per_device_train_batch_size": BATCH,
         "max_train_steps": STEPS, "max_eval_samples": HELD_OUT, "learning_rate": 1e-3,
         **LAYOUTS[layout],

@@ -90,18 +90,19 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if what.pseudo_perplexity:
         size = evaluation.per_device_eval_batch_size
         result = summary = measure_file(what.pseudo_perplexity, models, size, accelerator)
+        train = None
     elif task and not (corpus.dataset_name or corpus.files):
         if out_of_domain != OutOfDomainConfig():
             raise UserError("--out_of_domain_file: give the held-out text too, --validation_file")
         limit_threads(token_store)
-        result, summary = {}, {}
+        result, summary, train = {}, {}, None
     else:
         config = Config(
             corpus=corpus, out_of_domain=out_of_domain, token_store=token_store, chunks=chunks, evaluate=evaluation
         )
-        result, summary = measure_corpus(config, models, accelerator)
+        result, summary, train = measure_corpus(config, models, accelerator)
     if task:
-        found, figures = measure_task(task, models, evaluation.per_device_eval_batch_size, accelerator)
+        found, figures = measure_task(task, models, train, evaluation.per_device_eval_batch_size, accelerator)
         result, summary = {**result, "task": found}, {**summary, **figures}
     if what.output and accelerator.is_main_process:
         save(Path(what.output), result)
@@ -156,15 +157,15 @@ def print_scores(sentences: dict[int, str], scores: Scores, accelerator: Acceler
 
 def measure_corpus(
     config: Config, models: dict[str, ModelConfig], accelerator: Accelerator
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Prints the figures on each eval set. Returns them, and those for the last line of output."""
+) -> tuple[dict[str, Any], dict[str, Any], TokenStore | None]:
+    """Prints the figures on each eval set. Returns them, those for the last line of output, and the training split."""
     limits = [limit for limit in map(position_limit, models.values()) if limit]
     limit = min(limits, default=None)
     length = chunk_length(config.chunks, limit)
     measured = {n: measure_one(replace(config, model=m), length, limit, accelerator) for n, m in models.items()}
     result, summary, lines = on_main(lambda: conclude(measured, length), accelerator)
     accelerator.print(lines)
-    return result, summary
+    return result, summary, measured["model"].stores.get("train")
 
 
 def conclude(measured: dict[str, Measured], length: int) -> tuple[dict[str, Any], dict[str, Any], str]:
@@ -173,6 +174,7 @@ def conclude(measured: dict[str, Measured], length: int) -> tuple[dict[str, Any]
     result: dict[str, Any] = adapted.figures()
     held_out, eval_set = result["held_out"], adapted.eval_sets["held_out"]
     summary = {**held_out, "chunks": len(eval_set.chunk_ids), "chunk_size": length}
+    summary["held_out_leaks"] = eval_set.store.header["leaks"]
     if "base" in measured:
         result, lines = compare_both(measured["base"], adapted)
         summary |= headlines(result)
@@ -182,9 +184,9 @@ def conclude(measured: dict[str, Measured], length: int) -> tuple[dict[str, Any]
 
 
 def measure_task(
-    task: Task, models: dict[str, ModelConfig], size: int, accelerator: Accelerator
+    task: Task, models: dict[str, ModelConfig], train: TokenStore | None, size: int, accelerator: Accelerator
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Prints the probe of both models. Returns it, and its figures for the last line of output."""
+    """Prints the task of both models. Returns it, and its figures for the last line of output."""
     from mlm.evaluation import probe  # it imports scikit-learn: a second
 
     def measured() -> dict[str, Any]:
@@ -193,7 +195,7 @@ def measure_task(
             model, tokenizer = load(config, accelerator)
             check_encoder(model.model)
             both.append(probe.features(model.model, tokenizer, task, size, accelerator))
-        return probe.conclude(task, *both)
+        return probe.conclude(task, *both, train)
 
     found = on_main(measured, accelerator)
     accelerator.print(task_in_words(probe.figures(found)))

@@ -11,9 +11,10 @@ split, and is the same in both models. Models that bring code of their own are n
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,12 @@ with quick_imports():
     import numpy as np
     import torch
     from accelerate import Accelerator
-    from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        AutoModelForSequenceClassification,
+        BatchEncoding,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
     from mlm import cli
     from mlm.data.corpus import CorpusConfig
@@ -52,6 +58,7 @@ class FinetuneConfig:
     batch_size: int = 16  # Documents a step.
     max_seq_length: int = 128  # Cut documents after this many tokens, or as many as both models take.
     max_grad_norm: float = 1.0  # Clip gradients to this norm.
+    strip_html: bool = False  # Remove HTML tags from the documents, as the run did.
     output: str | None = None  # Write the figures to this JSON file.
     mixed_precision: Literal["no", "bf16"] | None = None  # The default is accelerate's setting.
 
@@ -65,7 +72,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     config, task_config, optimizer, _ = cli.parse(
         (FinetuneConfig, TaskConfig, OptimizerConfig), argv, cli.command(__doc__)
     )
-    task = read_task(task_config, CorpusConfig())
+    if task_config.task_kind != "classification":
+        raise UserError(f"--task_kind {task_config.task_kind}: fine-tuning is to classes")
+    task = read_task(task_config, CorpusConfig(strip_html=config.strip_html))
     if not (config.model_name_or_path and config.compare and task):
         raise UserError("give --model_name_or_path, --compare and --task_file (or --task_dataset_name)")
     accelerator = make_accelerator(config.mixed_precision)
@@ -101,7 +110,8 @@ def compare(
     scores: dict[str, list[np.ndarray]] = {}
     for when, name in names.items():
         tokenizer = load_tokenizer(name)
-        cut = sum(len(row) > config.max_seq_length for row in tokenizer(*columns(task), verbose=False)["input_ids"])
+        rows, cut = encode(tokenizer, task, config.max_seq_length)
+        pad = partial(padded, rows, tokenizer, accelerator)
         if cut:
             after = f"after {config.max_seq_length} tokens (--max_seq_length)"
             accelerator.print(f"{name}: {cut:,} documents of {len(task.labels):,} are cut {after}")
@@ -111,18 +121,20 @@ def compare(
             for choice, chosen in enumerate(choices):
                 with seeded(fold * config.seeds + choice, accelerator.device):
                     model = start(models[when], models["before"], lacking).to(accelerator.device)
-                    finetune(model, tokenizer, task, chosen, config, optimizer, accelerator)
-                hits.append(predict(model, tokenizer, task, test, config, accelerator) == task.labels[test])
+                    finetune(model, pad, chosen, task.labels, config, optimizer, accelerator)
+                hits.append(predict(model, pad, test, accelerator) == task.labels[test])
             scores[when].append(np.array(hits, float))
             accelerator.print(f"{name}: fold {fold + 1} of {len(splits)}, accuracy {np.mean(hits):.1%}")
     share = share_of(task.labels, config.labels)
     both = zip(scores["after"], scores["before"], strict=True)
     difference, low, high = spread([after - before for after, before in both], share)
     before, after = (spread(scores[when], share)[0] for when in ("before", "after"))
-    interval = f"95% interval {figure(100 * low)} to {figure(100 * high)}"
+    sure = f"95% interval {figure(100 * low)} to {figure(100 * high)}"
+    if low == high == 0:  # which is no certainty
+        sure = "no prediction differs"
     accelerator.print(
-        f"fine-tuned to {config.labels} labels a class, {len(splits) * config.seeds} times: accuracy {before:.1%} "
-        f"before, {after:.1%} after, difference {figure(100 * difference)} points ({interval})"
+        f"fine-tuned to at most {config.labels} labels a class, {len(splits) * config.seeds} times: accuracy "
+        f"{before:.1%} before, {after:.1%} after, difference {figure(100 * difference)} points ({sure})"
     )
     figures = {"accuracy_before": before, "accuracy": after, "accuracy_difference": difference}
     figures |= {"accuracy_low": low, "accuracy_high": high, "labels_a_class": config.labels}
@@ -176,32 +188,42 @@ def start(model: PreTrainedModel, base: PreTrainedModel, lacking: Sequence[str])
     return model
 
 
-def columns(task: Task, rows: Sequence[int] | None = None) -> list[list[str]]:
-    """The texts of some documents, or of all, as a tokenizer takes them: one list, or of pairs two."""
-    texts = task.texts if rows is None else [task.texts[i] for i in rows]
-    return [list(column) for column in zip(*texts, strict=True)]
+def encode(tokenizer: PreTrainedTokenizerBase, task: Task, longest: int) -> tuple[BatchEncoding, int]:
+    """What a model reads of the n documents, at most so many tokens of each, and how many documents that cuts."""
+    columns = [list(column) for column in zip(*task.texts, strict=True)]  # one, or of pairs two
+    whole, rows = (tokenizer(*columns, verbose=False, truncation=cut, max_length=longest) for cut in (False, True))
+    pairs = zip(whole["input_ids"], rows["input_ids"], strict=True)
+    return rows, sum(len(own) > len(kept) for own, kept in pairs)
+
+
+def padded(
+    rows: BatchEncoding, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, chosen: Sequence[int]
+) -> BatchEncoding:
+    """The chosen documents as a batch, padded to the longest of them."""
+    few = {name: [values[i] for i in chosen] for name, values in rows.items()}
+    return tokenizer.pad(few, return_tensors="pt").to(accelerator.device)
 
 
 def finetune(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    pad: Callable[[Sequence[int]], BatchEncoding],
     chosen: np.ndarray,
+    labels: np.ndarray,
     config: FinetuneConfig,
     settings: OptimizerConfig,
     accelerator: Accelerator,
 ) -> None:
-    """Trains the model on the chosen documents, in an order that the CPU's generator draws anew in each epoch."""
+    """Trains the model on the chosen documents, which `pad` makes batches of, in an order that the CPU's generator
+    draws anew in each epoch. labels: [n] int64, of all documents"""
     steps = config.epochs * -(-len(chosen) // config.batch_size)
     optimizer = make_optimizer(model.named_parameters(), settings)
     scheduler = make_scheduler(optimizer, settings, steps)
     model.train()
     for _ in range(config.epochs):
         for rows in torch.from_numpy(chosen)[torch.randperm(len(chosen))].split(config.batch_size):
-            batch = encode(tokenizer, task, rows.tolist(), config, accelerator)
-            labels = torch.from_numpy(task.labels)[rows].to(accelerator.device)
+            targets = torch.from_numpy(labels)[rows].to(accelerator.device)
             with accelerator.autocast():
-                loss = torch.nn.functional.cross_entropy(model(**batch).logits.float(), labels)
+                loss = torch.nn.functional.cross_entropy(model(**pad(rows.tolist())).logits.float(), targets)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
@@ -211,29 +233,15 @@ def finetune(
 
 @torch.no_grad()
 def predict(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: np.ndarray,
-    config: FinetuneConfig,
-    accelerator: Accelerator,
+    model: PreTrainedModel, pad: Callable[[Sequence[int]], BatchEncoding], rows: np.ndarray, accelerator: Accelerator
 ) -> np.ndarray:
     """The classes [n] of documents [n]."""
     model.eval()
     found = []
     for first in range(0, len(rows), EVALUATED):
         with accelerator.autocast():
-            batch = encode(tokenizer, task, rows[first : first + EVALUATED].tolist(), config, accelerator)
-            found.append(model(**batch).logits.argmax(dim=-1))
+            found.append(model(**pad(rows[first : first + EVALUATED].tolist())).logits.argmax(dim=-1))
     return torch.cat(found).cpu().numpy()  # the device synchronises here
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[int], config: FinetuneConfig, accelerator: Accelerator
-) -> dict[str, torch.Tensor]:
-    """What the model reads of some documents, padded to the longest of them."""
-    options = {"truncation": True, "max_length": config.max_seq_length, "padding": True, "return_tensors": "pt"}
-    return tokenizer(*columns(task, rows), **options).to(accelerator.device)
 
 
 if __name__ == "__main__":

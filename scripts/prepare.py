@@ -15,15 +15,18 @@ from startup import quick_imports
 with quick_imports():
     import numpy as np
     from accelerate import Accelerator
+    from near_duplicates import check_leaks
+    from outlook import outlook
     from transformers import PreTrainedTokenizerBase
 
     from mlm import cli
     from mlm.config import Config, TrainConfig
     from mlm.data.batches import mask_chunks
     from mlm.data.chunks import ChunkConfig, Chunks, chunk_length, cut_into_chunks
-    from mlm.data.corpus import CorpusConfig
+    from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
     from mlm.data.masking import MaskingConfig, make_recipe
     from mlm.data.order import ReplayConfig
+    from mlm.data.task import TaskConfig, read_task
     from mlm.data.token_store import TokenStore, TokenStoreConfig
     from mlm.data.tokenizer import TokenizerInfo, readable
     from mlm.engine.update import UpdateConfig
@@ -43,6 +46,7 @@ class ShowConfig:
     """How much of the text is shown."""
 
     show: int = 0  # Print this many random documents and chunks of each split, drawn by --seed, with their masks.
+    check_leaks: bool = False  # Look for near-duplicates of held-out documents, and of a task's, in the training text.
 
     def __post_init__(self) -> None:
         at_least(self, 0, "show")
@@ -50,6 +54,7 @@ class ShowConfig:
 
 PARTS = {
     **{"model": ModelConfig, "corpus": CorpusConfig, "replay": ReplayConfig, "token_store": TokenStoreConfig},
+    **{"out_of_domain": OutOfDomainConfig, "task": TaskConfig},
     **{"chunks": ChunkConfig, "masking": MaskingConfig, "train": TrainConfig, "update": UpdateConfig},
 }
 
@@ -57,6 +62,7 @@ PARTS = {
 def main(argv: Sequence[str]) -> dict[str, Any]:
     *parts, show, _ = cli.parse([*PARTS.values(), ShowConfig], argv, cli.command(__doc__))
     config = Config(**dict(zip(PARTS, parts, strict=True)))
+    task = read_task(config.task, config.corpus)
     chunking, masking, seed = config.chunks, config.masking, config.train.seed % 2**64
     tokenizer, info, stores = open_corpus(config)
     length = chunk_length(chunking, position_limit(config.model))
@@ -91,6 +97,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             print(f"\n{split} chunk {number}: {masked}")
     if show.show:
         print("\nto be predicted: ‹word› became the mask token, ‹word→other› another token, ‹word=› stays")
+    summary["outlook"] = outlook(config, tokenizer, info, stores, length)
+    if show.check_leaks:
+        summary["leaks"] = check_leaks(config.corpus, task, stores)
     return {"token_store": str(Path(next(iter(stores.values())).ids.filename).parents[1]), **summary}
 
 

@@ -65,6 +65,7 @@ def page() -> str:
         intervals(),
         *([probe()] if (BENCHMARKS / "results" / "probe.json").exists() else []),
         *([replay()] if (BENCHMARKS / "results" / "replay.json").exists() else []),
+        *([outlook()] if (BENCHMARKS / "results" / "outlook.json").exists() else []),
         checkpoints(),
         *([corpus_size()] if (BENCHMARKS / "results" / "corpus_size.json").exists() else []),
         faults(),
@@ -408,6 +409,32 @@ def replay() -> str:
         lines.append(f"| {share:g} | {of(share, 'steps')[0]:,} | {' | '.join(cells)} |")
     about = f"{_sentence(stored['what'])}, {stored['model']}; medians over seeds, with the range of the paired ratios."
     return "\n".join([*lines, f"\n{about}\n"])
+
+
+def outlook() -> str:
+    """What prepare.py had said of runs, and what came of them."""
+    stored = _stored("outlook")
+    gains = [row["gain"] for row in stored["runs"]]
+    lines = [
+        section(
+            "What can be known before a run",
+            "outlook.py",
+            f"perplexity before / after an epoch from {min(gains):.2f} to {max(gains):.2f}",
+            stored["environment"],
+            "python benchmarks/outlook.py --data FOLDER",
+        ),
+        "| text | base | tokens a parameter | pieces a word | unknown | perplexity before | of general text | gain |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in stored["runs"]:
+        low, high = row["gain_interval"]
+        general = f"{row['general_perplexity']:.1f}" if row["general_perplexity"] else ""
+        lines.append(
+            f"| {row['what']} | {row['model']} | {row['tokens_a_parameter']:.3g} | {row['pieces_a_word']:.2f} "
+            f"| {row['unknown_token_share']:.2%} | {row['perplexity']:.1f} | {general} "
+            f"| {row['gain']:.3f} ({low:.3f} to {high:.3f}) |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _points(figures: dict[str, Any]) -> str:

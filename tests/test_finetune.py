@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoTokenizer, BertConfig, BertForPreTraining
 
 from mlm.data.corpus import CorpusConfig
@@ -44,13 +45,16 @@ def flags(toy, labelled, **more):
     return [f"--{name}={value}" for name, value in {**settings, "learning_rate": 5e-3, **more}.items()]
 
 
-def test_a_model_that_is_the_base_is_exactly_as_good_and_both_learn(toy, labelled, tmp_path):
+def test_a_model_that_is_the_base_is_exactly_as_good_and_both_learn(toy, labelled, tmp_path, capsys):
     output = tmp_path / "figures.json"
     figures = script.main(flags(toy, labelled, output=output))
     assert figures["accuracy"] == figures["accuracy_before"] >= 0.8
     assert figures["accuracy_difference"] == figures["accuracy_low"] == figures["accuracy_high"] == 0
     assert (figures["splits"], figures["documents"], figures["labels_a_class"]) == (10, 30, 6)
     assert json.loads(output.read_text()) == figures
+    printed = capsys.readouterr().out
+    assert "difference 0 points (no prediction differs)" in printed
+    assert "95% interval" not in printed, "of no width"
 
 
 def test_head_and_pooler_start_as_the_same_tensors_whichever_checkpoint_has_them(toy, base, labelled):
@@ -83,6 +87,31 @@ def test_a_base_that_only_has_a_pooler_more_is_exactly_as_good(toy, labelled, tm
     figures = script.main(flags(toy, labelled, compare=tmp_path, epochs=2))
     assert figures["accuracy_low"] == figures["accuracy_difference"] == figures["accuracy_high"] == 0
     assert "bert.pooler.dense.weight" in capsys.readouterr().out
+
+
+def test_a_batch_is_what_the_tokenizer_makes_of_its_documents(toy, labelled):
+    """Each document is tokenised once, whatever batches it is in; pairs are cut as the tokenizer cuts them."""
+    tokenizer, accelerator = AutoTokenizer.from_pretrained(toy.checkpoint), Accelerator(cpu=True)
+    single = read_task(TaskConfig(task_file=str(labelled)), CorpusConfig())
+    pairs = single._replace(texts=[(text, f"{text} and {text}") for (text,) in single.texts])
+    for task, longest in ((single, 128), (single, 4), (pairs, 10)):
+        rows, _ = script.encode(tokenizer, task, longest)
+        for chosen in ([0, 17, 3], [29]):
+            batch = script.padded(rows, tokenizer, accelerator, chosen)
+            columns = [list(column) for column in zip(*(task.texts[i] for i in chosen), strict=True)]
+            expected = tokenizer(*columns, truncation=True, max_length=longest, padding=True, return_tensors="pt")
+            assert batch.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert torch.equal(batch[name], tensor), name
+
+
+def test_markup_is_removed_where_it_was_from_the_text(toy, tmp_path, capsys):
+    rows = [{"text": f"the {animal}<br />", "label": animal} for animal in ("cat", "dog") for _ in range(10)]
+    file = tmp_path / "marked.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for more, cut in (({}, True), ({"strip_html": True}, False)):
+        script.main(flags(toy, file, max_seq_length=4, epochs=1, labels=2, **more))
+        assert ("20 documents of 20 are cut" in capsys.readouterr().out) == cut
 
 
 def test_documents_that_are_cut_are_counted(toy, labelled, capsys):
@@ -136,6 +165,7 @@ def test_fp16_that_accelerate_is_configured_for_is_refused(toy, labelled, monkey
         ({"labels": 10}, "--labels 10: at most 9 with "),
         ({"mixed_precision": "fp16"}, r"--mixed_precision: 'fp16' is not no\|bf16"),
         ({"seeds": 1}, "--seeds 1: at least 2"),
+        ({"task_kind": "retrieval", "task_pair_column": "b"}, "--task_kind retrieval: fine-tuning is to classes"),
     ],
 )
 def test_what_cannot_be_fine_tuned_is_refused(toy, labelled, more, message):

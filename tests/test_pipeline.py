@@ -27,6 +27,7 @@ def test_text_in_filled_mask_out(toy, tmp_path):
         "evaluate",
         *("--model_name_or_path", adapted, "--train_file", toy.train_file, "--max_seq_length", 16),
         *("--validation_file", toy.validation_file, "--token_store", toy.checkpoint.parent / "stores"),
+        "--allow_leaks",
     )
     assert again["perplexity"] == results["perplexity"]
 
@@ -37,7 +38,7 @@ def test_text_in_filled_mask_out(toy, tmp_path):
 
 def test_what_a_store_holds_is_shown(toy, tmp_path):
     flags = ["--train_file", toy.train_file, "--validation_file", toy.validation_file, "--max_seq_length", 16]
-    store = ["--model_name_or_path", toy.checkpoint, "--token_store", tmp_path]
+    store = ["--model_name_or_path", toy.checkpoint, "--token_store", tmp_path, "--allow_leaks"]
     results, printed = script("prepare", *flags, *store, "--show", 3, "--whole_word_mask")
     assert results["train"]["documents"] == 400
     assert results["validation"]["documents"] == 60

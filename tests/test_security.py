@@ -179,12 +179,13 @@ def with_tokenizer_code(checkpoint: Path, trap: Trap) -> None:
 def commands(toy, checkpoint: Path, folder: Path) -> dict:
     """The scripts that take a checkpoint: (their main function, their flags)."""
     model, text = f"--model_name_or_path={checkpoint}", f"--validation_file={toy.validation_file}"
+    train = [f"--train_file={toy.train_file}", "--allow_leaks"]
     stores = f"--token_store={folder / 'stores'}"
     return {
         "train": (main, toy.flags(folder / "run", model_name_or_path=checkpoint, max_train_steps=1)),
         "evaluate": (load_script("evaluate").main, [model, text, stores, "--max_seq_length=16"]),
         "fill_mask": (load_script("fill_mask").main, [model, "the old [MASK] ."]),
-        "prepare": (load_script("prepare").main, [model, f"--train_file={toy.train_file}", text, stores]),
+        "prepare": (load_script("prepare").main, [model, *train, text, stores]),
     }
 
 

@@ -132,6 +132,7 @@ def test_a_figure_that_standard_output_cannot_take_is_a_mistake_where_it_stands_
         f"--model_name_or_path={toy.checkpoint}",
         f"--validation_file={toy.validation_file}",
         "--max_seq_length=16",
+        "--allow_leaks",
     ]
     flags += [f"--train_file={toy.train_file}", f"--token_store={toy.checkpoint.parent / 'stores'}"]
     command = [*PYTHON, str(REPOSITORY / "scripts" / "evaluate.py"), *flags]

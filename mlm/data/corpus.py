@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import datasets
 
 ZEROS = "\0" * 64  # of a damaged disk, or of one that lost its power: a block, of 512 bytes or more
+SPACE = bytes(code for code in range(128) if chr(code).isspace())
 READ = 1 << 24  # bytes of text that are read at a time, unless a document has more
 SHARD = 1 << 23  # bytes of text in a shard, until its last document begins: seconds of tokenising, on one core
 KNOWN = f"{', '.join(READERS)}, each also with .gz"
@@ -52,6 +53,7 @@ class CorpusConfig:
     text_column: str = "text"  # This column holds the documents (.txt files have none).
     sample_by: Literal["line", "paragraph", "document"] = "line"  # This is one document of a .txt file.
     strip_html: bool = False  # Remove HTML tags from the documents, and turn entities into characters.
+    allow_leaks: bool = False  # Evaluate on held-out documents that stand in the training split, too.
 
     @property
     def files(self) -> dict[str, list[str]]:
@@ -79,6 +81,8 @@ class Corpus:
     dropped: dict[str, int]  # empty, whitespace and null documents left out, for each split
     shards: dict[str, list[tuple[range, str]]]  # of each split: which documents, and a fingerprint of their texts
     strip_html: bool
+    hashes: dict[str, np.ndarray]  # of the documents of each split, by `text_hash`: [n] uint64
+    leaks: int | None  # held-out documents that stand in the training split; None: there is no such split
 
     def documents(self, split: str) -> "Documents":
         return Documents(self.splits[split], self.strip_html)
@@ -119,8 +123,7 @@ def identify(config: CorpusConfig) -> dict[str, Any]:
         identity["validation_split_percentage"] = config.validation_split_percentage
     if config.dataset_name or any(reader_of(file) == "text" for file in chain(*config.files.values())):
         identity["sample_by"] = config.sample_by
-    if config.strip_html:
-        identity["strip_html"] = True
+    identity |= {name: True for name in ("strip_html", "allow_leaks") if getattr(config, name)}
     return identity
 
 
@@ -128,7 +131,8 @@ def load(config: CorpusConfig, overwrite_cache: bool = False) -> Corpus:
     """Read the corpus into splits of one string column, "text", memory-mapped from the datasets cache.
 
     Validation documents come from `validation_file`, else from the dataset's "validation" split, else from the
-    training documents, by `held_out`. With `validation_file` alone there is no training split.
+    training documents, by `held_out`. With `validation_file` alone there is no training split. Those that stand in the
+    training split, up to case and white space, are left out, unless `config` allows such leaks.
 
     overwrite_cache: convert files anew, even if the datasets cache has them
 
@@ -141,7 +145,7 @@ def load(config: CorpusConfig, overwrite_cache: bool = False) -> Corpus:
         for split, source in sources.items():
             where = origin(config, split)
             with _explained(where):
-                kept[split] = _scan(source, config.strip_html)  # uint64[3, n]
+                kept[split] = _scan(source, config.strip_html)  # uint64[4, n]
             dropped[split] = len(source) - kept[split].shape[1]
             if dropped[split] == len(source):
                 raise UserError(f"{where} holds no {split} document: {len(source)} empty ones were dropped")
@@ -150,9 +154,16 @@ def load(config: CorpusConfig, overwrite_cache: bool = False) -> Corpus:
             out = held_out(kept["train"][1], config.validation_split_percentage)  # bool[n]
             sources["validation"], dropped["validation"] = sources["train"], 0
             kept = {"train": kept["train"][:, ~out], "validation": kept["train"][:, out]}
+        leaked = np.isin(kept["validation"][3], kept["train"][3]) if "train" in kept else None  # bool[n]
+        if leaked is not None and not config.allow_leaks:
+            if leaked.all():
+                name = origin(config, "validation")
+                raise UserError(f"{name}: every held-out document is in the training split, too (--allow_leaks)")
+            kept["validation"] = kept["validation"][:, ~leaked]
         splits = {split: source.select(kept[split][0].astype(np.int64)) for split, source in sources.items()}
-        shards = {split: _cut(*kept[split][1:]) for split in splits}
-        return Corpus(datasets.DatasetDict(splits), dropped, shards, config.strip_html)
+        shards = {split: _cut(*kept[split][1:3]) for split in splits}
+        hashes, leaks = {split: kept[split][3] for split in splits}, None if leaked is None else int(leaked.sum())
+        return Corpus(datasets.DatasetDict(splits), dropped, shards, config.strip_html, hashes, leaks)
 
 
 def read(
@@ -172,6 +183,12 @@ def read(
                 parts = [part.cast_column("text", datasets.Value("large_string")) for part in parts]
             sources[flag.removesuffix("_file")] = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     return sources
+
+
+def text_hash(text: str) -> int:
+    """64 bits, the same for texts that differ in case and white space alone."""
+    lower = text.lower() if text.isascii() else re.sub(r"[^\S\x00-\x7f]", "", text.lower())  # white space beyond ASCII
+    return int.from_bytes(blake2b(lower.encode().translate(None, SPACE), digest_size=8).digest(), "little")
 
 
 def keep_apart(config: CorpusConfig, flag: str, folder: str | Path) -> None:
@@ -194,6 +211,7 @@ def out_of_domain(config: OutOfDomainConfig, domain: CorpusConfig) -> CorpusConf
         text_column=config.out_of_domain_text_column or domain.text_column,
         sample_by=domain.sample_by,
         strip_html=domain.strip_html,
+        allow_leaks=True,  # into its own training split, of which no run learns
     )
 
 
@@ -328,18 +346,19 @@ def _chosen(dataset: "datasets.Dataset", origin: str, column: str, also: tuple[s
 
 
 def _scan(dataset: "datasets.Dataset", without_html: bool = False) -> np.ndarray:
-    """Of the n documents with more than whitespace the positions, hashes and bytes, uint64[3, n]. Hash and bytes are
-    those of the text as it was read, so that a document's side does not depend on `without_html`."""
-    positions, hashes, sizes = array("Q"), array("Q"), array("Q")
+    """Of the n documents with more than whitespace the positions; hashes and bytes of the text as it was read, so that
+    a document's side does not depend on `without_html`; `text_hash` of what is trained on: uint64[4, n]."""
+    positions, hashes, sizes, folded = array("Q"), array("Q"), array("Q"), array("Q")
     for position, text in enumerate(texts(dataset)):
         if text and "\0" in text and (ZEROS in text or not text.strip("\0")):
             raise ValueError(f"document {position} holds zeros in the place of text")
-        if text and (strip_html(text) if without_html else text).strip():
+        if text and (clean := strip_html(text) if without_html else text).strip():
             data = text.encode()
             positions.append(position)
             hashes.append(int.from_bytes(blake2b(data, digest_size=8).digest(), "little"))
             sizes.append(len(data))
-    return np.stack([positions, hashes, sizes])
+            folded.append(text_hash(clean))
+    return np.stack([positions, hashes, sizes, folded])
 
 
 def _cut(hashes: np.ndarray, sizes: np.ndarray) -> list[tuple[range, str]]:

@@ -30,7 +30,7 @@ from mlm.data.pieces import PIECE, cut
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 6  # of shards, and of the store that is made of them
+FORMAT_VERSION = 7  # of shards, and of the store that is made of them
 COUNTS = ("documents", "tokens", "maskable_tokens", "unknown_tokens", "words", "characters", "spaced_words", "ns")
 BATCH_DOCUMENTS = 1000
 BATCH_CHARACTERS = 1_000_000  # whose tokens are held in memory at a time, some 200 bytes a character

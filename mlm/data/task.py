@@ -1,15 +1,16 @@
-"""Labelled documents: a task that may profit from the adaptation. train.py trains on no label."""
+"""Labelled documents, or pairs: a task that may profit from the adaptation. train.py trains on no label."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from mlm.data import corpus
 from mlm.data.corpus import CorpusConfig
+from mlm.data.token_store import TokenStore
 from mlm.errors import UserError, in_words_of, one_line
 
-FEWEST, MOST = 10, 5000  # documents of a class, two a fold of probe.py; in all, drawn by a fixed seed, for minutes
+FEWEST, MOST = 10, 5000  # documents of a class, two a fold of probe.py, or queries; rows, drawn by a fixed seed
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,10 @@ class TaskConfig:
 
     task_file: str | None = None  # Probe with the labelled documents of this file, in the formats of --train_file.
     task_dataset_name: str | None = None  # Or of this dataset or folder: its train split, else its validation split.
-    task_text_column: str | None = None  # This column holds their text (default: --text_column).
-    task_pair_column: str | None = None  # This column holds the second text, where pairs of texts have classes.
+    task_dataset_config_name: str | None = None  # Choose this configuration of it.
+    task_kind: Literal["classification", "retrieval"] = "classification"  # Classes, or which document a query finds.
+    task_text_column: str | None = None  # This column holds their text, or the queries (default: --text_column).
+    task_pair_column: str | None = None  # This one the second text of pairs that have classes, or queries' documents.
     task_label_column: str = "label"  # This column holds their classes.
 
     @property
@@ -29,61 +32,70 @@ class TaskConfig:
     def __post_init__(self) -> None:
         if self.task_file and self.task_dataset_name:
             raise UserError("--task_file and --task_dataset_name: give one of the two")
+        if self.given and self.task_kind == "retrieval" and not self.task_pair_column:
+            raise UserError("--task_kind retrieval: name the column of the documents with --task_pair_column")
 
 
 class Task(NamedTuple):
     name: str  # the file or data set
-    texts: list[tuple[str, ...]]  # of n documents, or n pairs of them
-    labels: np.ndarray  # [n] int64, classes by number, FEWEST or more of each
-    seen: int | None  # of the n, those with a text that stands in the training text; None: there is none
+    texts: list[tuple[str, ...]]  # of n documents, or n pairs of them; of retrieval the queries, then the documents
+    labels: np.ndarray | None  # [n] int64, classes by number, FEWEST or more of each; None: a task of retrieval
+    pairs: np.ndarray | None = None  # [m, 2] int64, of retrieval: a query and a document to find, as in texts
+
+    def seen(self, train: TokenStore) -> int:
+        """How many of the n have a text that stands in the training split, up to case and white space."""
+        own = np.array([[*map(corpus.text_hash, texts)] for texts in self.texts], np.uint64)  # [n, 1], or [n, 2]
+        place = np.searchsorted(train.text_hashes, own)  # reads a few pages of a memory map
+        return int((train.text_hashes[np.minimum(place, len(train.text_hashes) - 1)] == own).any(axis=1).sum())
 
 
 def read_task(config: TaskConfig, domain: CorpusConfig) -> Task | None:
     """The documents that have text and a label, cleaned as the domain's are; None where no task is given.
 
-    Raises UserError where they cannot be read, or their labels are no classes of FEWEST documents or more.
+    Raises UserError where they cannot be read, or there are no classes of FEWEST documents or more, or fewer queries.
     """
     if not (name := config.given):
         return None
     column, label = config.task_text_column or domain.text_column, config.task_label_column
     pair = (config.task_pair_column,) if config.task_pair_column else ()
-    if "text" in (label, *pair) and column != "text":
+    classes = config.task_kind == "classification"
+    also = (label, *pair) if classes else pair
+    if "text" in also and column != "text":
         raise UserError(f"{name}: only the column of --task_text_column may be called text; rename the other")
     with in_words_of("task"):
-        source = CorpusConfig(config.task_dataset_name, train_file=config.task_file, text_column=column)
-        splits = corpus.read(source, (label, *pair))
+        where = config.task_dataset_name, config.task_dataset_config_name, config.task_file
+        splits = corpus.read(CorpusConfig(*where, text_column=column), also)
     rows = splits.get("train", splits.get("validation"))
-    if lacks := [c for c in (label, *pair) if c not in rows.column_names]:
+    if lacks := [c for c in also if c not in rows.column_names]:
         raise UserError(f"{name} has no column {lacks[0]!r}: name it with --task_label_column or --task_pair_column")
-    kind = getattr(rows.features[label], "dtype", "several labels a document")  # lists and mappings have none
-    if kind.startswith(("float", "decimal", "several")):
+    kinds = {c: getattr(rows.features[c], "dtype", "several labels a document") for c in also}  # lists have none
+    if pair and "string" not in kinds[pair[0]]:
+        raise UserError(f"{name}: column {pair[0]!r} holds {kinds[pair[0]]}, no text: choose with --task_pair_column")
+    if classes and kinds[label].startswith(("float", "decimal", "several")):
         needed = "a probe needs one class, a text or whole number, each"
-        raise UserError(f"{name}: column {label!r} holds {kind}; {needed}")
+        raise UserError(f"{name}: column {label!r} holds {kinds[label]}; {needed}")
     table = rows.with_format("arrow")[:]
-    texts, labels = list(zip(*(table[c].to_pylist() for c in ("text", *pair)), strict=True)), table[label].to_pylist()
+    labels = table[label].to_pylist() if classes else [""] * len(rows)
+    clean = corpus.strip_html if domain.strip_html else str
+    texts = list(zip(*(table[c].to_pylist() for c in ("text", *pair)), strict=True))
     kept = [i for i, own in enumerate(texts) if labels[i] is not None and all(t and t.strip() for t in own)]
     kept = np.sort(np.random.default_rng(0).permutation(kept)[:MOST]).astype(int).tolist()
-    classes, numbers, sizes = np.unique([str(labels[i]) for i in kept], return_inverse=True, return_counts=True)
-    if len(classes) < 2 or sizes.min() < FEWEST:
-        rarest = f", {one_line(classes[sizes.argmin()], 40)!r} with {sizes.min()}" if len(classes) else ""
-        found = f"{len(classes)} classes in {len(kept)} documents{rarest}"
-        raise UserError(f"{name}: {found}; a probe needs two classes or more, with {FEWEST} documents or more each")
-    clean = corpus.strip_html if domain.strip_html else str
     texts = [tuple(map(clean, texts[i])) for i in kept]
-    seen = in_training_text(texts, domain) if domain.train_file or domain.dataset_name else None
-    return Task(name, texts, numbers, seen)
+    if not classes:
+        return search_task(name, texts)
+    known, labels, sizes = np.unique([str(labels[i]) for i in kept], return_inverse=True, return_counts=True)
+    if len(known) < 2 or sizes.min() < FEWEST:
+        rarest = f", {one_line(known[sizes.argmin()], 40)!r} with {sizes.min()}" if len(known) else ""
+        found = f"{len(known)} classes in {len(kept)} documents{rarest}"
+        raise UserError(f"{name}: {found}; a probe needs two classes or more, with {FEWEST} documents or more each")
+    return Task(name, texts, labels)
 
 
-def in_training_text(documents: list[tuple[str, ...]], domain: CorpusConfig) -> int | None:
-    """How many of the labelled documents stand in the training text, up to case and white space; None where there is
-    no such text. Memory is for the labelled ones alone."""
-
-    def folded(text: str) -> str:
-        return " ".join(text.lower().split())
-
-    text = corpus.load(domain)
-    if "train" not in text.splits:
-        return None
-    keys = [set(map(folded, texts)) for texts in documents]
-    found = set().union(*keys).intersection(map(folded, text.documents("train")))
-    return sum(not own.isdisjoint(found) for own in keys)
+def search_task(name: str, pairs: list[tuple[str, ...]]) -> Task:
+    """Each query and each document once. Raises UserError for fewer than FEWEST queries."""
+    columns = zip(*pairs or [("", "")], strict=True)
+    queries, documents = ({text: i for i, text in enumerate(dict.fromkeys(column))} for column in columns)
+    if len(queries) < FEWEST:
+        raise UserError(f"{name}: --task_kind retrieval needs {FEWEST} queries or more, each with a document")
+    numbers = np.unique([(queries[q], len(queries) + documents[d]) for q, d in pairs], axis=0)
+    return Task(name, [(text,) for text in [*queries, *documents]], None, numbers)

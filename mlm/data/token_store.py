@@ -5,6 +5,7 @@
                               document_offsets.npy [D + 1] int64, document d: ids[offsets[d] : offsets[d + 1]]
                               token_counts.npy     [V] int64, how often each id stands in it
                               document_lengths.npy int64, [t]: the documents of t tokens, or of LONGEST and more
+                              text_hashes.npy      [D] uint64, corpus.text_hash of the documents, ascending
                               header.json          its sources, counts, sizes, checksums and fingerprints
                         validation/…
 
@@ -40,7 +41,7 @@ from mlm.errors import UserError, at_least, at_most, one_line
 
 log = logging.getLogger(__name__)
 
-ARRAYS = ("ids", "word_starts", "document_offsets", "token_counts", "document_lengths")
+ARRAYS = ("ids", "word_starts", "document_offsets", "token_counts", "document_lengths", "text_hashes")
 LONGEST = 2**20  # tokens of a row that can be asked for
 MAX_MEAN_WORD = 10  # tokens; "words" that are longer on average are sentences of an unsegmented script
 
@@ -74,6 +75,7 @@ class TokenStore:
     document_offsets: np.ndarray  # [D + 1] int64
     token_counts: np.ndarray  # [V] int64
     document_lengths: np.ndarray  # int64, the documents of 0, 1, … tokens
+    text_hashes: np.ndarray  # [D] uint64, ascending
 
     def __getattribute__(self, name: str) -> Any:
         """Raises UserError for an array whose file has been cut short since: reading it would end in SIGBUS."""
@@ -140,8 +142,9 @@ def prepare(
 
         def join(path: Path) -> None:
             for split, made in shards(path.with_name("shards") if config.overwrite_cache else shared).items():
-                origin = {"split": split, "splits": splits, "identity": identity}
-                write(read_shards(made), info, path / split, origin | {"empty_documents": read.dropped[split]})
+                origin = {"split": split, "splits": splits, "identity": identity, "leaks": read.leaks}
+                origin |= {"empty_documents": read.dropped[split]}
+                write(read_shards(made), info, path / split, origin, read.hashes[split])
 
         if not (config.overwrite_cache or find()):
             shards(shared)
@@ -153,6 +156,8 @@ def prepare(
     elif unsegmented := [s for s in stores.values() if s.header["words"] and not s.sees_words]:
         longest = max(unsegmented, key=lambda store: store.mean_word)
         log.warning("%s; tokens can be masked, whole words cannot", longest.why_no_words)
+    if "train" in stores and (leaks := stores["validation"].header["leaks"]) and not source.allow_leaks:
+        log.warning("left out: %d held-out documents stand in the training split (--allow_leaks keeps them)", leaks)
     return stores
 
 
@@ -218,8 +223,9 @@ def build(
     return open_store(folder, info.fingerprint)
 
 
-def write(parts: Iterable[Part], info: TokenizerInfo, folder: Path, origin: dict[str, Any]) -> None:
-    """Joins the parts of a split to its store in `folder`, whose header repeats `origin`."""
+def write(parts: Iterable[Part], info: TokenizerInfo, folder: Path, origin: dict[str, Any], hashes: Any = ()) -> None:
+    """Joins the parts of a split to its store in `folder`, whose header repeats `origin`; hashes: [D] uint64, of the
+    documents by corpus.text_hash."""
     folder.mkdir(parents=True, exist_ok=True)
     digest, totals = hashlib.sha256(), np.zeros(len(COUNTS), np.int64)
     token_counts, document_lengths = np.zeros(info.size, np.int64), np.zeros(LONGEST + 1, np.int64)
@@ -240,8 +246,9 @@ def write(parts: Iterable[Part], info: TokenizerInfo, folder: Path, origin: dict
             tokens += len(part.ids)
             digest.update(part.digests)
             totals += part.counts
-    for name, array in (("token_counts", token_counts), ("document_lengths", np.trim_zeros(document_lengths, "b"))):
-        np.save(folder / f"{name}.npy", array)
+    np.save(folder / "token_counts.npy", token_counts)
+    np.save(folder / "document_lengths.npy", np.trim_zeros(document_lengths, "b"))
+    np.save(folder / "text_hashes.npy", np.sort(np.asarray(hashes, np.uint64)))
     counts = dict(zip(COUNTS, totals.tolist(), strict=True))
     header = {
         "version": FORMAT_VERSION,

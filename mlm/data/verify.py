@@ -43,7 +43,7 @@ def find_fault(folder: Path, header: dict[str, Any], arrays: dict[str, np.ndarra
     for name, expected in header["checksums"].items():
         if checksum(folder / f"{name}.npy") != expected:
             return f"{name}.npy is not what was written"
-    ids, word_starts, offsets, token_counts, document_lengths = arrays.values()
+    ids, word_starts, offsets, token_counts, document_lengths, _ = arrays.values()
     found = len(ids), len(word_starts), token_counts.sum(), len(token_counts), len(offsets) - 1, document_lengths.sum()
     tokens, vocabulary, documents = (header[name] for name in ("tokens", "vocabulary_size", "documents"))
     if found != (tokens, tokens, tokens, vocabulary, documents, documents):

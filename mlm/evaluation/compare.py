@@ -53,6 +53,7 @@ def conclude(
             lines.append(f"{title} text: perplexity {figure(results['general_perplexity'])}")
     maskable = eval_sets["held_out"].info.maskable
     results["perplexity_unigram"] = unigram_perplexity(counts, maskable, after["held_out"].target)
+    results["held_out_leaks"] = eval_sets["held_out"].store.header.get("leaks")
     if not tables:
         return Conclusion(results, "\n".join(lines), None, None)
     return Conclusion(results, "\n".join(lines), compared, pa.concat_tables(tables))

@@ -20,7 +20,7 @@ FREEDOM. benchmarks/probe.py simulates how often it holds the truth.
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm.data.encode import encode_texts
 from mlm.data.task import Task
+from mlm.data.token_store import TokenStore
 from mlm.data.tokenizer import tokenizer_info
+from mlm.engine.memory import out_of_memory
 from mlm.evaluation.interval import student
+from mlm.evaluation.retrieval import search
 from mlm.model.predict import same_length, without_dropout
 from mlm.model.vocabulary import max_positions
 
+Check = Callable[[], object]  # false, or it raises what ends the probe
 FOLDS, CHOICES = 5, 4
 FIRST, FACTOR = 16, 4  # labels a class: 16, 64, 256, …
 MOST_OF = 0.75  # of the labels of a class outside a fold: choices of all of them would show no variance
@@ -61,8 +65,8 @@ def features(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, size: int, accelerator: Accelerator
 ) -> np.ndarray:
     """The features of documents, [n, 4H] float32; of pairs u, v, |u − v|, u · v, [n, 16H] (Conneau et al. 2017,
-    arXiv:1705.02364). The encoder runs alone, on `size` chunks of one length at a time, without padding. A document
-    that is longer than the model reads is cut into chunks of equal lengths, whose features are averaged."""
+    arXiv:1705.02364). The encoder runs alone, on `size` chunks of one length at a time, or as many as memory takes,
+    without padding. A document longer than the model reads is cut into equal chunks, whose features are averaged."""
     info, longest = tokenizer_info(tokenizer), min(max_positions(model.config) or LONGEST, LONGEST)
     begin, end, rows, owner = len(info.prefix), len(info.suffix), [], []
     for number, ids in enumerate(encode_texts((text for texts in task.texts for text in texts), tokenizer, info)):
@@ -71,13 +75,20 @@ def features(
         rows += [np.concatenate([info.prefix, part, info.suffix]).astype(np.int64) for part in parts]
         owner += [number] * len(parts)
     found, order = [], []
-    with without_dropout(model), accelerator.autocast():
-        for part in same_length(rows, size):
-            ids = torch.from_numpy(np.stack([rows[i] for i in part])).to(model.device)
-            output = model.base_model(input_ids=ids, output_hidden_states=True)
-            layers = output[0].float(), output.hidden_states[len(output.hidden_states) // 2].float()  # [B, T, H]
-            found.append(torch.cat([x for layer in layers for x in (layer.mean(1), layer[:, 0])], dim=1))
-            order += [owner[i] for i in part]
+    try:
+        with without_dropout(model), accelerator.autocast():
+            for part in same_length(rows, size):
+                ids = torch.from_numpy(np.stack([rows[i] for i in part])).to(model.device)
+                output = model.base_model(input_ids=ids, output_hidden_states=True)
+                layers = output[0].float(), output.hidden_states[len(output.hidden_states) // 2].float()  # [B, T, H]
+                found.append(torch.cat([x for layer in layers for x in (layer.mean(1), layer[:, 0])], dim=1))
+                order += [owner[i] for i in part]
+    except (RuntimeError, MemoryError) as error:
+        if size == 1 or not out_of_memory(error):
+            raise
+        found = output = layers = None
+    if found is None:  # outside of `except`, whose traceback holds the activations
+        return features(model, tokenizer, task, size // 2, accelerator)
     sums = np.zeros((owner[-1] + 1, found[0].shape[1]))
     np.add.at(sums, order, torch.cat(found).cpu().numpy())  # the device synchronises here
     x = (sums / np.bincount(owner)[:, None]).astype(np.float32).reshape(len(task.texts), -1, sums.shape[1])
@@ -85,8 +96,9 @@ def features(
     return u if x.shape[1] == 1 else np.concatenate([u, v, np.abs(u - v), u * v], axis=1)
 
 
-def probe(labels: np.ndarray, before: np.ndarray, after: np.ndarray, seed: int = 0) -> list[dict[str, Any]]:
-    """The curve: a row for each number of labels k a class and each classifier, with the figures of both models.
+def probe(labels: np.ndarray, before: np.ndarray, after: np.ndarray, seed: int = 0, check: Check = bool) -> list[dict]:
+    """The curve: a row for each number of labels k a class and each classifier, with the figures of both models. Each
+    split begins with `check`.
 
     labels: [n] int64, FEWEST or more of each class; before, after: [n, F] features of either model
     """
@@ -99,7 +111,7 @@ def probe(labels: np.ndarray, before: np.ndarray, after: np.ndarray, seed: int =
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 said = [
                     [
-                        np.stack([classifier.fit(x[c], labels[c]).predict(x[test]) for c in each])
+                        np.stack([check() or classifier.fit(x[c], labels[c]).predict(x[test]) for c in each])
                         for test, each in splits
                     ]
                     for x in (before, after)
@@ -169,21 +181,25 @@ def spread(scores: list[np.ndarray], share: float) -> tuple[float, float, float]
     return float(value), float(value - half), float(value + half)
 
 
-def conclude(task: Task, before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-    """The probe as comparison.json has it, from the features of both models."""
-    found = {"text": task.name, "documents": len(task.labels), "classes": int(task.labels.max()) + 1}
-    curve = probe(task.labels, before, after)
-    return {**found, "in_training_text": task.seen, "splits": FOLDS * CHOICES, "curve": curve}
+def conclude(task: Task, before: np.ndarray, after: np.ndarray, train: TokenStore | None, check: Check = bool) -> dict:
+    """The task as comparison.json has it, from the features of both models; train: what the adapted one has read."""
+    found = {"text": task.name, "documents": len(task.texts), "in_training_text": train and task.seen(train)}
+    if task.pairs is not None:
+        return found | search(task.pairs, before, after)
+    found |= {"classes": int(task.labels.max()) + 1, "splits": FOLDS * CHOICES}
+    return found | {"curve": probe(task.labels, before, after, check=check)}
 
 
 def figures(task: dict[str, Any]) -> dict[str, float | None]:
-    """Logistic regression with the fewest and the most labels, for all_results.json: task_few_… and task_…."""
-    found = {"task_documents": task["documents"], "task_in_training_text": task["in_training_text"]}
-    rows = [row for row in task["curve"] if row["classifier"] == "logistic regression"]
-    for prefix, row in (("task_few_", rows[0]), ("task_", rows[-1])):
+    """For all_results.json: of a search each figure, task_mrr_10 and so on; of a probe logistic regression with the
+    fewest and the most labels, task_few_… and task_…."""
+    found = {f"task_{name}": task[name] for name in ("documents", "queries", "in_training_text") if name in task}
+    named = {f"task_{name}": own for name, own in task.get("metrics", {}).items()}
+    rows = [row for row in task.get("curve", ()) if row["classifier"] == "logistic regression"]
+    for prefix, row in zip(("task_few_", "task_"), rows[:1] + rows[-1:], strict=bool(rows)):
         found[f"{prefix}labels_a_class"] = row["k"]
-        for metric in METRICS:
-            own, name = row[metric], f"{prefix}{metric}"
-            found |= {f"{name}_before": own["before"], name: own["after"], f"{name}_difference": own["difference"]}
-            found |= {f"{name}_low": own["interval"][0], f"{name}_high": own["interval"][1]}
+        named |= {f"{prefix}{metric}": row[metric] for metric in METRICS}
+    for name, own in named.items():
+        found |= {f"{name}_before": own["before"], name: own["after"], f"{name}_difference": own["difference"]}
+        found |= {f"{name}_low": own["interval"][0], f"{name}_high": own["interval"][1]}
     return found

@@ -41,9 +41,9 @@ def event_chart(runs: Sequence[RunRecord], key: str) -> go.Figure:
 
 
 def task_chart(compared: Compared) -> go.Figure:
-    """A probe's accuracy before and after over the labels a class; the bars are the interval of the difference."""
-    chart = _chart("labels a class", "accuracy")
-    for run, task in compared:
+    """The accuracy of probes before and after over the labels a class; the bars are the interval of the difference."""
+    chart = _chart("labels a class, at most", "accuracy")
+    for run, task in ((run, task) for run, task in compared if "curve" in task):
         curve = {row["k"]: row["accuracy"] for row in task["curve"] if row["classifier"] == "logistic regression"}
         ks, name, own = [*curve], _label(run.name), curve.values()
         up, down = ([abs(each["interval"][end] - each["difference"]) for each in own] for end in (1, 0))

@@ -74,13 +74,18 @@ def _eval_results(results: dict[str, Any], prefix: str, text: CorpusConfig | Non
 
 
 def task_in_words(results: dict[str, Any]) -> str:
-    """What classifiers of frozen features gained with the fewest and the most labels, in lines of Markdown."""
-    lines = []
-    for prefix in ("task_few_", "task_"):
-        shares = (results[f"{prefix}accuracy{name}"] for name in ("_before", "", "_difference", "_low", "_high"))
+    """What classifiers of frozen features gained with the fewest and the most labels, or a search, in Markdown."""
+    lines, queries = [], results.get("task_queries")
+    for key in (key.removesuffix("_low") for key in results if re.fullmatch("task_.*(accuracy|_[0-9]+)_low", key)):
+        shares = (results[f"{key}{name}"] for name in ("_before", "", "_difference", "_low", "_high"))
         before, after, difference, low, high = (figure(100 * share) for share in shares)
-        gain = f"{before}% before, {after}% after, difference {difference} points (95% interval {low} to {high})"
-        lines.append(f"- task, {results[f'{prefix}labels_a_class']:,} labels a class: accuracy {gain}")
+        nothing = f"no {'query' if queries else 'prediction'} differs"  # a width of 0 is no certainty
+        sure = nothing if low == high == "0" else f"95% interval {low} to {high}"
+        gain = f"{before}% before, {after}% after, difference {difference} points ({sure})"
+        labels = results.get(key.replace("accuracy", "labels_a_class"))
+        of = f"{queries:,} queries" if queries else f"at most {labels:,} labels a class"
+        what = re.sub("task_(few_)?", "", key).replace("mrr", "MRR").replace("_", "@")
+        lines.append(f"- task, {of}: {what} {gain}")
     if seen := results["task_in_training_text"]:
-        lines.append(f"- {seen:,} of the task's documents stand in the training text; no label was trained on")
+        lines.append(f"- {seen:,} of the task's texts stand in the training text; no label was trained on")
     return "\n".join(dict.fromkeys(lines))  # the fewest may be the most

@@ -95,7 +95,7 @@ class Run:
             self._publish(results)  # an upload that has failed is made up for
             done = f"{results['steps']} steps, held-out perplexity {figure(results['perplexity'])}"
             self.log.print(f"{self.folder} is finished: {done}; give --overwrite_output_dir to train anew")
-            if self.task and "task_accuracy" not in results:
+            if self.task and "task_documents" not in results:
                 self.log.print(f"the task is not probed; {PROBES}")
         return results
 

@@ -1,5 +1,6 @@
 """What a run is about to do, what its result depends on, and what it came to."""
 
+import signal
 from dataclasses import asdict
 from typing import Any
 
@@ -7,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm.data import order
 from mlm.data.token_store import TokenStore
-from mlm.engine.distributed import from_main
+from mlm.engine.distributed import agree, from_main
 from mlm.engine.experiment import identity, optimizer_identity
+from mlm.engine.signals import Stopped
 from mlm.engine.update import Update
 from mlm.errors import UserError, one_line, printable
 from mlm.evaluation.compare import CONFIDENCE, EVAL_SETS, Conclusion, conclude
@@ -105,7 +107,7 @@ def conclude_run(
         results = save_results(run, conclusion)
         if run.task:  # what fails in it, for lack of memory, say, costs nothing else
             try:
-                conclusion = probe_run(run, tokenizer, conclusion, eval_sets["held_out"].chunks.chunk_size)
+                conclusion = probe_run(run, tokenizer, conclusion, eval_sets["held_out"].chunks.chunk_size, train)
                 results = save_results(run, conclusion)
                 run.log.print(task_in_words(results))
             except Exception as error:
@@ -115,7 +117,10 @@ def conclude_run(
             f"held-out perplexity {figure(results['perplexity'])}, where token frequencies alone reach "
             f"{figure(results['perplexity_unigram'])}; saved to {run.folder}"
         )
-    return from_main(results, run.accelerator)
+    results = from_main(results, run.accelerator)
+    if run.task and "task_documents" not in results and (number := agree([run.stop.asked()], run.group)[0]):
+        raise Stopped(number, f"stopped by {signal.Signals(number).name}: the task is not probed; {PROBES}")
+    return results
 
 
 def save_results(run: Run, conclusion: Conclusion) -> dict[str, Any]:
@@ -130,7 +135,9 @@ def save_results(run: Run, conclusion: Conclusion) -> dict[str, Any]:
     return results
 
 
-def probe_run(run: Run, tokenizer: PreTrainedTokenizerBase, conclusion: Conclusion, length: int) -> Conclusion:
+def probe_run(
+    run: Run, tokenizer: PreTrainedTokenizerBase, conclusion: Conclusion, length: int, train: TokenStore
+) -> Conclusion:
     """The conclusion with the probe of the run's task, on the main process: the model as it began, loaded again, and
     as it is. `length` is of the chunks of which --per_device_eval_batch_size fit into memory."""
     from mlm.evaluation import probe  # it imports scikit-learn: a second
@@ -141,7 +148,13 @@ def probe_run(run: Run, tokenizer: PreTrainedTokenizerBase, conclusion: Conclusi
         raise UserError(f"{config.model.model_name_or_path} is not the model that the run began from any more")
     size = max(config.evaluate.per_device_eval_batch_size * length // probe.LONGEST, 1)
     models = base.to(accelerator.device), run.model
-    task = probe.conclude(run.task, *(probe.features(net, tokenizer, run.task, size, accelerator) for net in models))
+    both = [probe.features(net, tokenizer, run.task, size, accelerator) for net in models]
+
+    def check() -> None:
+        if number := run.stop.asked():
+            raise Stopped(number, "asked to stop")
+
+    task = probe.conclude(run.task, *both, train, check)
     comparison = {**dict.fromkeys(EVAL_SETS), **(conclusion.comparison or {}), "task": task}
     return conclusion._replace(results=conclusion.results | probe.figures(task), comparison=comparison)
 

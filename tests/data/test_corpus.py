@@ -107,7 +107,7 @@ def test_sample_by_says_what_a_document_of_a_text_file_is(tmp_path, sample_by, e
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_empty_whitespace_and_null_documents_are_dropped_and_counted(tmp_path, kind):
     path = write(tmp_path / f"texts.{kind}", ["a", "", "b", " \t\n", None, "\u3000"])
-    read = load(CorpusConfig(train_file=path, validation_file=path))
+    read = load(CorpusConfig(train_file=path, validation_file=path, allow_leaks=True))
     assert [list(read.splits[split]["text"]) for split in ("train", "validation")] == [["a", "b"]] * 2
     assert read.dropped == {"train": 4, "validation": 4}
 
@@ -230,8 +230,9 @@ def test_a_share_that_leaves_a_side_empty_is_refused_where_a_split_is_made(tmp_p
     path = write(tmp_path / "train.txt", LINES)
     message = refusal(function, train_file=path, validation_split_percentage=percentage)
     assert "--validation_split_percentage" in message
-    given = CorpusConfig(train_file=path, validation_file=path, validation_split_percentage=percentage)
-    function(given)
+    given = CorpusConfig(train_file=path, validation_file=write(tmp_path / "other.txt", ["another document"]))
+    function(replace(given, validation_split_percentage=percentage))
+    (tmp_path / "other.txt").unlink()
     folder = {"dataset_name": str(tmp_path), "validation_split_percentage": percentage}
     assert "--validation_split_percentage" in refusal(load, **folder)
 
@@ -288,10 +289,10 @@ def test_html_is_stripped_from_every_source_where_that_is_asked_for(tmp_path, ki
     write(tmp_path / f"train.{kind}", MARKED)
     path = write(tmp_path / f"validation.{kind}", MARKED)
     for source in ({"train_file": path, "validation_file": path}, {"dataset_name": str(tmp_path)}):
-        found, dropped = read_documents(CorpusConfig(**source, strip_html=True))
+        found, dropped = read_documents(CorpusConfig(**source, strip_html=True, allow_leaks=True))
         assert found == {"train": CLEAN, "validation": CLEAN}
         assert dropped == {"train": 1, "validation": 1}, "a document of tags alone is an empty one"
-        found, dropped = read_documents(CorpusConfig(**source))
+        found, dropped = read_documents(CorpusConfig(**source, allow_leaks=True))
         assert found == {"train": MARKED, "validation": MARKED}
         assert dropped == {"train": 0, "validation": 0}
 
@@ -322,7 +323,7 @@ def test_store_and_vocabulary_are_those_of_the_clean_text_where_that_is_asked_fo
     path, clean = write(tmp_path / "a.txt", MARKED * 9), write(tmp_path / "b.txt", CLEAN * 9)
     stores, vocabularies = [], []
     for file in (path, clean):
-        config = CorpusConfig(train_file=file, validation_file=file, strip_html=strip)
+        config = CorpusConfig(train_file=file, validation_file=file, strip_html=strip, allow_leaks=True)
         tokenizer = corpus_tokenizer(config, 60, tmp_path / "stores")
         vocabularies.append(tokenizer.get_vocab())
         tokenizer = corpus_tokenizer(replace(config, train_file=clean), 60, tmp_path / "stores")

@@ -7,7 +7,10 @@ import pytest
 
 from mlm.data.corpus import CorpusConfig
 from mlm.data.task import MOST, TaskConfig, read_task
+from mlm.data.token_store import TokenStoreConfig, prepare
+from mlm.data.tokenizer import tokenizer_info
 from mlm.errors import UserError
+from tests.tokenizers_for_tests import wordpiece
 
 
 def write(path, rows):
@@ -51,15 +54,18 @@ def test_of_many_documents_a_part_is_drawn_the_same_each_time(tmp_path):
     assert read(path).texts == task.texts
 
 
+def stored(domain, folder):
+    tokenizer = wordpiece(["review something else"])
+    return prepare(domain, tokenizer, tokenizer_info(tokenizer), TokenStoreConfig(token_store=str(folder / "stores")))
+
+
 def test_documents_in_the_training_text_are_counted_whatever_their_case_and_white_space(tmp_path):
     train = tmp_path / "train.txt"
     train.write_text("REVIEW   3\nreview 7\nreview 70\nsomething else\n")
     held_out = tmp_path / "validation.txt"
     held_out.write_text("review 9\n")
     domain = CorpusConfig(train_file=str(train), validation_file=str(held_out))
-    path = write(tmp_path / "a.jsonl", rows([0, 1] * 10))
-    assert read(path, domain).seen == 2
-    assert read(path).seen is None
+    assert read(write(tmp_path / "a.jsonl", rows([0, 1] * 10))).seen(stored(domain, tmp_path)["train"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -91,8 +97,49 @@ def test_no_task_is_none():
     assert read_task(TaskConfig(), CorpusConfig()) is None
 
 
-def test_a_data_set_of_held_out_text_alone_has_no_training_text_to_look_in(tmp_path):
-    (tmp_path / "domain").mkdir()
-    write(tmp_path / "domain" / "validation.jsonl", rows([0] * 5))
-    labelled = write(tmp_path / "a.jsonl", rows(["x", "y"] * 10))
-    assert read(labelled, CorpusConfig(dataset_name=str(tmp_path / "domain"))).seen is None
+def test_a_configuration_of_a_data_set_is_chosen_by_its_name(tmp_path):
+    for name in ("small", "large"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        write(tmp_path / "data" / name / "train.jsonl", rows(["x", "y"] * 10, text=name))
+    head = [{"config_name": name, "data_dir": name} for name in ("small", "large")]
+    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs: {json.dumps(head)}\n---\n")
+    config = TaskConfig(task_dataset_name=str(tmp_path / "data"), task_dataset_config_name="large")
+    assert read_task(config, CorpusConfig()).texts[0] == ("large 0",)
+
+
+def searched(path, pairs, **settings):
+    path = write(path, [{"query": query, "document": document} for query, document in pairs])
+    columns = {"task_text_column": "query", "task_pair_column": "document"}
+    return read(path, task_kind="retrieval", **columns, **settings)
+
+
+def test_queries_and_documents_are_taken_once_and_their_pairs_kept(tmp_path):
+    pairs = [(f"q {i}", f"d {i}") for i in range(10)]
+    task = searched(tmp_path / "a.jsonl", [*pairs, ("q 3", "d 5"), ("q 3", "d 3"), ("q 7", "q 7"), ("q 9", " ")])
+    texts = [text for (text,) in task.texts]
+    assert sorted(texts) == sorted([*(f"q {i}" for i in range(10)), *(f"d {i}" for i in range(10)), "q 7"])
+    found = {(texts[query], texts[document]) for query, document in task.pairs}
+    assert found == {*pairs, ("q 3", "d 5"), ("q 7", "q 7")}
+    assert (task.pairs[:, 0].max(), task.pairs[:, 1].min()) == (9, 10)  # the queries come first
+    assert task.labels is None
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([("q 1", f"d {i}") for i in range(20)], "--task_kind retrieval needs 10 queries or more"),
+        ([(f"q {i}", " ") for i in range(20)], "--task_kind retrieval needs 10 queries or more"),
+        ([(f"q {i}", i) for i in range(20)], "column 'document' holds int64, no text: choose with --task_pair_column"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_in_one_line(tmp_path, pairs, message):
+    with pytest.raises(UserError) as refused:
+        searched(tmp_path / "a.jsonl", pairs)
+    assert message in str(refused.value)
+
+
+def test_a_search_needs_documents():
+    with pytest.raises(
+        UserError, match="--task_kind retrieval: name the column of the documents with --task_pair_col"
+    ):
+        TaskConfig(task_file="a.jsonl", task_kind="retrieval")

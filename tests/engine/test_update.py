@@ -32,7 +32,7 @@ STEPS = 4
 def data(toy, tmp_path_factory):
     tokenizer = load_tokenizer(str(toy.checkpoint))
     info = tokenizer_info(tokenizer)
-    source = CorpusConfig(train_file=str(toy.train_file), validation_file=str(toy.validation_file))
+    source = CorpusConfig(train_file=str(toy.train_file), validation_file=str(toy.validation_file), allow_leaks=True)
     store = TokenStoreConfig(token_store=str(tmp_path_factory.mktemp("stores")))
     chunks = cut_into_chunks(prepare(source, tokenizer, info, store)["train"], ChunkConfig(), 16, info)
     choose = partial(select, masking=MaskingConfig())

@@ -546,7 +546,7 @@ def test_two_checkpoints_are_compared_on_the_command_line(toy, out_of_domain_fil
     flags = [
         *("--train_file", toy.train_file, "--validation_file", toy.validation_file, "--max_seq_length", 16),
         *("--token_store", toy.checkpoint.parent / "stores", "--out_of_domain_file", out_of_domain_file),
-        *("--compare", toy.checkpoint, "--output", tmp_path / "found.json"),
+        *("--compare", toy.checkpoint, "--output", tmp_path / "found.json", "--allow_leaks"),
     ]
     found, printed = script("evaluate", "--model_name_or_path", tmp_path / "adapted", *flags)
     run = json.loads((tmp_path / "adapted" / "all_results.json").read_text())

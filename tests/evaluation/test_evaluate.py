@@ -495,6 +495,7 @@ print(json.dumps(script.main(sys.argv[1:])))
 def test_two_processes_compare_on_the_main_one_alone_and_both_know_the_result(toy, tmp_path):
     (tmp_path / "program.py").write_text(COMPARING)
     texts = {"train_file": toy.train_file, "validation_file": toy.validation_file, "token_store": tmp_path}
+    texts["allow_leaks"] = True
     models = {"model_name_or_path": toy.checkpoint, "compare": toy.checkpoint, "max_seq_length": 16}
     flags = [f"--{name}={value}" for name, value in (texts | models).items()]
     status, output, errors = run(TWO, flags, str(tmp_path / "program.py"))

@@ -1,6 +1,8 @@
 """The probe: what it finds where something is planted, and how often its interval holds the truth."""
 
 import json
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -13,12 +15,16 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from mlm.data.task import Task, TaskConfig
 from mlm.engine.checkpoint import CheckpointConfig
+from mlm.engine.signals import Stopped
 from mlm.errors import UserError
+from mlm.evaluation import probe as probe_module
 from mlm.evaluation.probe import CHOICES, FOLDS, choose, f1_scores, features, probe, sizes, spread
 from mlm.report.examples import with_examples
 from mlm.report.run_record import read_runs
 from mlm.train import train
 from tests.conftest import ANIMALS
+from tests.runs import TWO
+from tests.runs import run as start_run
 from tests.scripts import load_script
 
 
@@ -119,7 +125,7 @@ def toy_model(toy):
 
 
 def of(texts):
-    return Task("task", [(text,) if isinstance(text, str) else text for text in texts], np.zeros(len(texts)), None)
+    return Task("task", [(text,) if isinstance(text, str) else text for text in texts], np.zeros(len(texts)))
 
 
 TEXTS = [f"the old {animal} likes {food} every day ." * (1 + i) for i, (animal, food) in enumerate(ANIMALS.items())]
@@ -152,6 +158,30 @@ def test_no_end_of_a_long_document_is_left_out(toy_model):
     long = " ".join([TEXTS[0]] * 30)  # 64 positions hold seven of them
     found = features(*toy_model, of([long, f"{long} {TEXTS[2]}"]), 4, accelerator)
     assert not np.allclose(found[0], found[1], atol=1e-4)
+
+
+def test_features_do_not_depend_on_how_often_memory_runs_out(toy_model):
+    accelerator, seen = Accelerator(cpu=True), []
+    expected = features(*toy_model, of(TEXTS[:1] * 8), 4, accelerator)
+
+    def no_room_for_two(module, arguments, keywords):
+        seen.append(len(keywords["input_ids"]))
+        if seen[-1] > 1:
+            raise MemoryError
+
+    with toy_model[0].base_model.register_forward_pre_hook(no_room_for_two, with_kwargs=True):
+        found = features(*toy_model, of(TEXTS[:1] * 8), 4, accelerator)
+    assert seen == [4, 2, *[1] * 8]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_text_for_which_there_is_no_memory_is_an_error(toy_model):
+    def no_room(module, arguments, keywords):
+        raise torch.OutOfMemoryError("no room")
+
+    hook = toy_model[0].base_model.register_forward_pre_hook(no_room, with_kwargs=True)
+    with hook, pytest.raises(torch.OutOfMemoryError):
+        features(*toy_model, of(TEXTS), 4, Accelerator(cpu=True))
 
 
 def test_pairs_have_the_features_of_both_texts_and_of_what_they_share(toy_model):
@@ -192,8 +222,9 @@ def test_a_run_probes_its_base_and_itself_once_it_is_saved(run, labelled):
     assert results["task_accuracy_low"] <= results["task_accuracy_difference"] <= results["task_accuracy_high"]
     before, after = (f"{100 * last['accuracy'][when]:.4g}%" for when in ("before", "after"))
     card = (run / "README.md").read_text()
-    assert f"- task, {last['k']} labels a class: accuracy {before} before, {after} after, difference" in card
-    assert "- 10 of the task's documents stand in the training text; no label was trained on" in card
+    line = f"- task, at most {last['k']} labels a class: accuracy {before} before, {after} after, difference"
+    assert line in card
+    assert "- 10 of the task's texts stand in the training text; no label was trained on" in card
     assert comparison["held_out"] is not None
 
 
@@ -202,18 +233,18 @@ def test_labelled_documents_that_were_read_in_training_are_counted(run):
 
 
 def test_evaluate_repeats_what_the_run_has(run, toy, labelled, capsys, tmp_path):
-    flags = {
-        "model_name_or_path": run,
-        "compare": toy.checkpoint,
-        "task_file": labelled,
-        "output": tmp_path / "o.json",
-    }
+    models, output = {"model_name_or_path": run, "compare": toy.checkpoint}, tmp_path / "o.json"
+    flags = {**models, "task_file": labelled, "output": output}
     load_script("evaluate").main([f"--{name}={value}" for name, value in flags.items()])
     repeated = json.loads((tmp_path / "o.json").read_text())["task"]["curve"]
     for row, own in zip(repeated, json.loads((run / "comparison.json").read_text())["task"]["curve"], strict=True):
         for figure in ("before", "after", "difference"):
             assert row["accuracy"][figure] == pytest.approx(own["accuracy"][figure], abs=0.02)
-    assert "10 of the task's documents" not in capsys.readouterr().out  # no training text was named
+    assert "of the task's texts" not in capsys.readouterr().out  # no training text was named
+    texts = {"train_file": toy.train_file, "validation_file": toy.validation_file, "max_seq_length": 16}
+    stores = {"allow_leaks": True, "token_store": tmp_path}
+    load_script("evaluate").main([f"--{name}={value}" for name, value in (flags | texts | stores).items()])
+    assert json.loads(output.read_text())["task"]["in_training_text"] == 10
 
 
 def test_a_run_that_was_not_measured_before_is_probed_all_the_same(toy, labelled, tmp_path):
@@ -243,6 +274,35 @@ def test_a_probe_that_fails_costs_the_probe_alone_and_a_finished_run_says_that_t
     latest = CheckpointConfig(resume_from_checkpoint="latest")
     train(toy.config(tmp_path / "run", modules={**modules, "checkpoint": latest}, max_train_steps=3))
     assert "the task is not probed; scripts/evaluate.py" in capsys.readouterr().out
+
+
+def test_a_signal_ends_the_probe_and_the_run_keeps_its_figures(toy, labelled, tmp_path, monkeypatch):
+    own = probe_module.choose
+
+    def asked(*arguments, **options):
+        signal.raise_signal(signal.SIGUSR1)
+        time.sleep(0.2)  # a thread hears it
+        return own(*arguments, **options)
+
+    monkeypatch.setattr(probe_module, "choose", asked)
+    modules = {"task": TaskConfig(task_file=str(labelled))}
+    with pytest.raises(Stopped, match=r"^stopped by SIGUSR1: the task is not probed; scripts/evaluate.py") as stopped:
+        train(toy.config(tmp_path / "run", modules=modules, max_train_steps=3))
+    assert stopped.value.number == signal.SIGUSR1
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert results["gain"] > 0
+    assert "task_documents" not in results
+
+
+@pytest.mark.slow
+def test_two_processes_probe_once_and_end_together(toy, labelled, run, tmp_path):
+    status, _, errors = start_run(TWO, toy.flags(tmp_path / "run", task_file=labelled))
+    assert status == 0, errors
+    found, alone = (json.loads((folder / "comparison.json").read_text())["task"] for folder in (tmp_path / "run", run))
+    for row, own in zip(found.pop("curve"), alone.pop("curve"), strict=True):
+        assert row["accuracy"]["before"] == own["accuracy"]["before"]
+        assert row["accuracy"]["after"] == pytest.approx(own["accuracy"]["after"], abs=0.05)
+    assert found == alone
 
 
 def test_a_task_without_labels_is_refused_before_anything_is_trained(toy, tmp_path):

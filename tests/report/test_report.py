@@ -897,6 +897,8 @@ def probed(run, folder):
         for classifier in ("logistic regression", "nearest neighbours")
     ]
     about = {"text": NASTY, "documents": 1000, "classes": 2, "in_training_text": 10, "splits": 20}
+    nothing = {"before": 0.614, "after": 0.614, "difference": 0.0, "interval": [0.0, 0.0]}
+    rows[-1] = {**rows[-1], "accuracy": nothing}
     comparison["task"] = about | {"curve": rows}
     (folder / "comparison.json").write_text(json.dumps(comparison))
     return folder
@@ -915,6 +917,9 @@ def test_the_probe_s_curve_and_its_figures_are_on_the_page(run, browser, tmp_pat
     assert "10 of them stand in the training text" in section
     cells = browser.all("#task tbody tr:first-child > *", "e.innerText")
     assert cells == ["logistic regression", "16", *["61.4%", "65.2%", "+3.80", "-0.40 to +8.01"] * 2]
+    assert "at most" in browser.all("#task thead th", "e.innerText")[0].lower()
+    last = browser.all("#task tbody tr:last-child > *", "e.innerText")
+    assert last == ["nearest neighbours", "300", "61.4%", "61.4%", "+0.00", "no prediction differs", *cells[6:]]
     [curves] = browser.all("#task .chart", "e.data.map(t => [t.x, t.y, t.error_y?.array ?? null])")
     (x, before, _), (_, after, bars) = curves
     assert x == [16, 64, 300]
