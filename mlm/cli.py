@@ -7,8 +7,7 @@
 a number and `no` is what the flag makes of it (YAML reads a string and a boolean).
 
 Others need as much code around them: tyro 1.0 has no configuration file, jsonargparse 4.53 takes no comment as help,
-HfArgumentParser knows no `int | Literal["auto"]`.
-"""
+HfArgumentParser knows no `int | Literal["auto"]`."""
 
 import argparse
 import ast
@@ -103,11 +102,9 @@ def command(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(body: Callable[[Sequence[str]], dict[str, Any]], words: Callable[[dict[str, Any]], str] | None = None) -> None:
-    """A script's outermost call: runs `body(argv)` and, on the main process, prints its result.
-
-    The last line of standard output is the result as JSON, or on a terminal without --json `words(result)`. UserError
-    becomes one line on standard error and exit status 2; `accelerate launch` adds a traceback and exits with 1.
-    """
+    """A script's outermost call: runs `body(argv)` and, on the main process, prints its result. The last line of
+    standard output is the result as JSON, or on a terminal without --json `words(result)`. UserError becomes one line
+    on standard error and exit status 2; `accelerate launch` adds a traceback and exits with 1."""
     is_main = os.environ.get("RANK", "0") == "0"
     for name in ("stdout", "stderr"):  # take any character, and are there: `>&-` closes them
         if getattr(sys, name) is None:

@@ -8,11 +8,9 @@ from typing import Any
 
 
 def no_locks(error: Exception) -> bool:
-    """Whether this is the answer of a file system that has no locks, or has lost them, to `FileLock.acquire`.
-
-    With preserve_lock_file=True there is such an answer. Otherwise filelock makes do with a file that a killed run
-    leaves behind and that keeps out all later ones.
-    """
+    """Whether this is the answer of a file system that has no locks, or has lost them, to `FileLock.acquire`. With
+    preserve_lock_file=True there is such an answer. Otherwise filelock makes do with a file that a killed run leaves
+    behind and that keeps out all later ones."""
     answers = errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ESTALE
     return isinstance(error, NotImplementedError) or getattr(error, "errno", None) in answers
 

@@ -11,10 +11,8 @@ HEAVY |= {"safetensors", "tokenizers", "torch", "transformers"}
 
 
 def find_home() -> None:
-    """Gives a user without one, as a container's arbitrary uid is, a home in the temporary folder.
-
-    Libraries would make one called `~` in the working directory, or fail. Another user's folder is not taken.
-    """
+    """Gives a user without one, as a container's arbitrary uid is, a home in the temporary folder. Libraries would
+    make one called `~` in the working directory, or fail. Another user's folder is not taken."""
     home = os.path.expanduser("~")
     if os.path.isabs(home) and os.path.isdir(home) and (home != "/" or os.access(home, os.W_OK)):
         return

@@ -63,8 +63,7 @@ def mask_chunks(
 ) -> Batch:
     """Takes chunks [B] from the store and masks them; epochs [B] int64: in which each is seen.
 
-    maskable: [V] bool, 1: may be masked
-    """
+    maskable: [V] bool, 1: may be masked"""
     ids, word_starts, lengths = chunks.take(chunk_ids)
     draws, allowed = draw(seed, epochs, chunk_ids, ids.shape[1]), maskable[ids]
     selected = select(allowed, draws, word_starts)
@@ -135,10 +134,8 @@ class Batches:
         return chunk_ids, epochs
 
     def load(self, step: int, micro_batch: int) -> tuple[list[Batch], int]:
-        """This process's share of a step, and the number of masked tokens in it.
-
-        The share is cut into micro-batches of at most `micro_batch` chunks; an empty share has none.
-        """
+        """This process's share of a step, and the number of masked tokens in it. The share is cut into micro-batches
+        of at most `micro_batch` chunks; an empty share has none."""
         share = (-(-self.global_batch * rank // self.world) for rank in (self.rank, self.rank + 1))
         chunk_ids, epochs = self.places(step, *share)
         cuts = [slice(i, i + micro_batch) for i in range(0, len(chunk_ids), micro_batch)]

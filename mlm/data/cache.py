@@ -2,8 +2,7 @@
 
 It is built beside its place and renamed, so that no run finds half of it. Of several runs at once one builds while the
 others wait for its lock, <place>.lock, which the kernel releases when the process ends, in whatever way. The lock's
-file stays: if it were removed, a run waiting on it and a later one would each hold a lock.
-"""
+file stays: if it were removed, a run waiting on it and a later one would each hold a lock."""
 
 import hashlib
 import json
@@ -57,8 +56,10 @@ def build_once(
                             place.rename(Path(workspace, "replaced"))
                         built.rename(place)
             found = find()  # before the next run may replace it
-    except OSError as error:
+    except (OSError, UserError) as error:
         if overwrite or not (found := find()):  # else a run without the lock was quicker, and tidied up
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"--token_store {place.parent}: cannot write there ({error.strerror})") from None
     if not found:
         raise UserError(f"--token_store {place}: removed by another program during the build; run again")

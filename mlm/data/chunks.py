@@ -3,8 +3,7 @@
 ids                [ a b c d | e f g h | i j ]      documents: abc, defghi, j
 concatenate        abcd, efgh                       remainder="drop": i j are dropped, once per split
                    abcd, efgh, ij__                 remainder="pad"
-line_by_line       abc_, defg, j___                 one document per row, cut and padded
-"""
+line_by_line       abc_, defg, j___                 one document per row, cut and padded"""
 
 import dataclasses
 import logging
@@ -75,10 +74,8 @@ class Chunks:
         return self.num_chunks
 
     def take(self, chunk_ids: np.ndarray) -> Rows:
-        """chunk_ids [B] -> Rows [B, T]; T is the chunk size, or the longest of the rows if all are padded.
-
-        Raises UserError where the store has been cut short meanwhile.
-        """
+        """chunk_ids [B] -> Rows [B, T]; T is the chunk size, or the longest of the rows if all are padded. Raises
+        UserError where the store has been cut short meanwhile."""
         size = self.chunk_size
         for array in (self.ids, self.word_starts):
             check_mapped(array)

@@ -1,8 +1,7 @@
 """Text in, documents out: the one module that imports the datasets library, and only where text is read.
 
 A corpus is a Hub dataset, a local folder or local files. `identify` names it at the cost of a few `stat` calls; `load`
-reads it.
-"""
+reads it."""
 
 import errno
 import html
@@ -110,8 +109,7 @@ def identify(config: CorpusConfig) -> dict[str, Any]:
     Local files (every file of a folder) are named by path and stamp, a Hub dataset by its commit, or with no network
     by the one in the local Hub cache. The name is the same after a round trip through JSON.
 
-    Raises UserError as `load` does, for what can be seen without reading.
-    """
+    Raises UserError as `load` does, for what can be seen without reading."""
     _check(config)
     identity: dict[str, Any] = {"text_column": config.text_column}
     if name := config.dataset_name:
@@ -137,8 +135,7 @@ def load(config: CorpusConfig, overwrite_cache: bool = False) -> Corpus:
     overwrite_cache: convert files anew, even if the datasets cache has them
 
     Raises UserError for files and datasets that cannot be had or read, for a text column that is missing or holds no
-    strings, for a split without a document, and as `held_out` does where it is needed.
-    """
+    strings, for a split without a document, and as `held_out` does where it is needed."""
     sources = read(config, overwrite_cache=overwrite_cache)
     with _quiet_datasets() as datasets:
         kept, dropped = {}, {}
@@ -226,8 +223,7 @@ def strip_html(text: str) -> str:
     """A document without its HTML tags and comments, and with its entities as characters.
 
     Tags in a row become one blank, or nothing beside white space and at either end of the text. All else stays as it
-    is, the code of a script element too: the rule is for text with some markup, not web pages.
-    """
+    is, the code of a script element too: the rule is for text with some markup, not web pages."""
 
     def gap(tags: re.Match) -> str:
         start, end = tags.span()
@@ -242,8 +238,7 @@ def held_out(hashes: np.ndarray, percentage: float) -> np.ndarray:
 
     A document's side depends on its text alone, so it stays when others are added or reordered, and equal texts share
     a side. Where that leaves a side empty, the texts of the lowest (or highest) hash cross over. Raises UserError for
-    a percentage outside (0, 100), and where all hashes are equal: one text has no two sides.
-    """
+    a percentage outside (0, 100), and where all hashes are equal: one text has no two sides."""
     _check_percentage(percentage)
     if hashes.min() == hashes.max():
         raise UserError("a corpus of one distinct document has nothing to hold out: give --validation_file")

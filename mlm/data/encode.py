@@ -6,8 +6,7 @@
 
 Words are the tokenizer's own (`word_ids`); a special token counts as a word. A literal special token in a
 document is text: a vocabulary that holds its special tokens as pieces gets `<s>` as `< s>`. Long documents
-come in pieces (pieces.py), which need not be in one batch.
-"""
+come in pieces (pieces.py), which need not be in one batch."""
 
 import itertools
 import re
@@ -123,8 +122,7 @@ def _close_documents(tokens: Tokens, last: np.ndarray, info: TokenizerInfo, begu
     """Puts the special tokens around each document that has tokens, and a word start at each piece's first token.
 
     last:  [P] bool, 1: the piece is its document's last
-    begun: whether the first piece goes on with a document that has tokens; the same of the next piece is returned
-    """
+    begun: whether the first piece goes on with a document that has tokens; the same of the next piece is returned"""
     ids, word_starts, lengths = tokens
     after = np.cumsum(lengths)  # [P]
     word_starts[(after - lengths)[lengths > 0]] = True

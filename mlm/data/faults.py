@@ -43,8 +43,7 @@ def find_bad_row(file: str, column: str | None, unread: bool = False) -> str | N
     twice or is nested too deeply. Readers guess or convert there, or crash.
 
     unread: the datasets library could not read the file, so that it may also be that the JSON is broken, a row no
-        object, or a column's type another one than in the rows before
-    """
+        object, or a column's type another one than in the rows before"""
     where, kinds = None, {}
     try:
         for where, row in _rows(file) if reader_of(file) == "json" else ():

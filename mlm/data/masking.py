@@ -18,8 +18,7 @@ No generator carries state: a mask depends on (seed, epoch, chunk id, position),
 batch size, worker, process, device or restart. NumPy and torch compute the same bits, as both wrap at 64 bits.
 
 The mixing is SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014):
-number t of the sequence with a key is mix(key + (t + 1) * GOLDEN), and mix is Stafford's variant 13.
-"""
+number t of the sequence with a key is mix(key + (t + 1) * GOLDEN), and mix is Stafford's variant 13."""
 
 import hashlib
 from dataclasses import dataclass
@@ -122,19 +121,15 @@ def draw_torch(seed: int, epoch: int, chunk_ids: torch.Tensor, length: int) -> t
 
 
 def select_tokens(maskable: Array, draws: Array, rate: float) -> Array:
-    """Selects each maskable token with probability `rate`, independently: [B, T] bool, 1: predicted.
-
-    maskable [B, T] bool, draws [B, T] uint64, or int64 tensors, rate in [0, 1]. A lower rate selects a subset of what
-    a higher one does.
-    """
+    """Selects each maskable token with probability `rate`, independently: [B, T] bool, 1: predicted. maskable [B, T]
+    bool, draws [B, T] uint64, or int64 tensors, rate in [0, 1]. A lower rate selects a subset of what a higher one
+    does."""
     return (shift(draws, 32) < round(rate * SCALE)) & maskable
 
 
 def select_words(maskable: np.ndarray, draws: np.ndarray, rate: float, word_starts: np.ndarray) -> np.ndarray:
-    """Selects each word with probability `rate`, its maskable tokens together: [B, T] bool, 1: predicted.
-
-    A word has the draw of its first token in the chunk. Arguments as in `select_tokens`, and word_starts [B, T] bool.
-    """
+    """Selects each word with probability `rate`, its maskable tokens together: [B, T] bool, 1: predicted. A word has
+    the draw of its first token in the chunk. Arguments as in `select_tokens`, and word_starts [B, T] bool."""
     starts = word_starts.copy()
     starts[:, :1] = True  # a chunk may begin inside a word
     hit = select_tokens(starts, draws, rate)
@@ -153,11 +148,9 @@ def select_words_torch(
 def select_fold(
     maskable: np.ndarray, draws: np.ndarray, word_starts: np.ndarray | None, fold: int, folds: int
 ) -> np.ndarray:
-    """Selects one fold, in [0, folds), of several, which partition the maskable tokens: [B, T] bool, 1: predicted.
-
-    The chunk's tokens (with word_starts [B, T], its words) are ranked by their draws and dealt out to the folds in
-    turn, beginning at a fold that depends on the chunk's first draw. So the folds of a chunk differ by one at most.
-    """
+    """Selects one fold, in [0, folds), of several, which partition the maskable tokens: [B, T] bool, 1: predicted. The
+    chunk's tokens (with word_starts [B, T], its words) are ranked by their draws and dealt out to the folds in turn,
+    beginning at a fold that depends on the chunk's first draw. So the folds of a chunk differ by one at most."""
     column = np.broadcast_to(np.arange(draws.shape[1]), draws.shape)  # [B, T]
     # [B, T] the column at which each token's word begins in its chunk
     head = column if word_starts is None else np.maximum.accumulate(np.where(word_starts, column, 0), axis=1)
@@ -188,11 +181,9 @@ def corrupt(ids: Array, selected: Array, draws: Array, recipe: Recipe) -> Corrup
 
 
 def _through_words(hit: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Sets all tokens of a word whose first token is set in `hit`; [n] bool each, starts[0] is 1.
-
-    A segmented scan by doubling (Hillis & Steele, "Data parallel algorithms", CACM 1986): its number of steps
-    is the logarithm of the longest selected word, and a step over a bool array costs next to nothing.
-    """
+    """Sets all tokens of a word whose first token is set in `hit`; [n] bool each, starts[0] is 1. A segmented scan by
+    doubling (Hillis & Steele, "Data parallel algorithms", CACM 1986): its number of steps is the logarithm of the
+    longest selected word, and a step over a bool array costs next to nothing."""
     inside, reach = ~starts, 1  # inside: the last `reach` tokens start no word
     while (further := hit[:-reach] & inside[reach:]).any():
         hit[reach:] |= further

@@ -9,8 +9,7 @@ Ten places, the keys 1 and 2; a … f are the cells 10 … 15:
     0 1 2 3        3 0 1 2            8 0 d 5               place 0 sees chunk 1, 1 sees 6, 3 sees 8, …
     4 5 6 7        6 7 4 5            f 7 1 b               2 comes to f, which comes to 4: it sees chunk 4
     8 9 a b        8 9 a b            3 9 4 e
-    c d e f        f c d e            6 c a 2               the order: 1 6 4 8 7 3 2 5 0 9
-"""
+    c d e f        f c d e            6 c a 2               the order: 1 6 4 8 7 3 2 5 0 9"""
 
 import math
 from collections.abc import Sequence
@@ -64,9 +63,7 @@ class ReplayConfig:
 
 def permute(places: Any, n: int, keys: Any) -> Any:
     """places [B] in 0 … n - 1 -> their images [B] under the permutations of 0 … n - 1 with the keys [2 · rounds, B].
-
-    All int64, as NumPy arrays or as torch tensors, of which it computes the same bits. n is at most 2**61.
-    """
+    All int64, as NumPy arrays or as torch tensors, of which it computes the same bits. n is at most 2**61."""
     columns = max(math.isqrt(n - 1) + 1, SIDE)
     columns += columns % 2  # rotations of an odd number of cells are even permutations, products of which are even
     rows = max(-(-n // columns), SIDE)
@@ -97,10 +94,8 @@ def subset(seed: int, n: int, samples: int | None) -> np.ndarray | range:
 
 
 def chunks_seen(seed: int, first: int, count: int, n: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """The chunk ids [count] int64 at these places of the endless stream of epochs, and the epoch [count] of each.
-
-    An epoch sees a sample of `samples` of the n chunks. Time and memory depend on neither.
-    """
+    """The chunk ids [count] int64 at these places of the endless stream of epochs, and the epoch [count] of each. An
+    epoch sees a sample of `samples` of the n chunks. Time and memory depend on neither."""
     blocks = range(first // BLOCK, -(-(first + max(count, 1)) // BLOCK))  # one for an empty share too
     seen = np.concatenate([_block(seed, block, n, samples) for block in blocks])[first % BLOCK :][:count]
     return seen, np.arange(first, first + count) // samples
@@ -111,8 +106,7 @@ def seen_before(places: np.ndarray, shares: Sequence[Fraction]) -> np.ndarray:
 
     shares: of sources 1 … K, the rest is of source 0. Source K has the places p with ⌊(p + 1) · share⌋ > ⌊p · share⌋,
     and so on with what is left: over places in a row, two sources have their shares to less than one chunk each, and a
-    further one adds one at most.
-    """
+    further one adds one at most."""
     counts, rest = [places], Fraction(1)
     for share in reversed(shares):
         by, of = (share / rest).as_integer_ratio()

@@ -4,8 +4,7 @@ document     …owls like mice. Foxes like grapes…        a fast tokenizer tak
 window                mice. Foxes                       around a white space near a piece's end
 tried        "mice." + " Foxes"                         the white space to the next piece,
              "mice. " + "Foxes"                         to this one,
-             "mice." + "Foxes"                          or to none: whichever gives the window's own tokens
-"""
+             "mice." + "Foxes"                          or to none: whichever gives the window's own tokens"""
 
 import re
 from collections.abc import Callable, Iterator

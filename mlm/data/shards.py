@@ -4,8 +4,7 @@
 
 They may be workers of one run, other runs, and other machines that share the folder. A shard, named by what it is made
 of (texts, tokenizer, format), is there as a whole or not at all: a build that was killed goes on with those that are.
-Once all are there, they are joined in order to the store that is read (token_store.py), and removed.
-"""
+Once all are there, they are joined in order to the store that is read (token_store.py), and removed."""
 
 import hashlib
 import logging

@@ -50,10 +50,8 @@ class Task(NamedTuple):
 
 
 def read_task(config: TaskConfig, domain: CorpusConfig) -> Task | None:
-    """The documents that have text and a label, cleaned as the domain's are; None where no task is given.
-
-    Raises UserError where they cannot be read, or there are no classes of FEWEST documents or more, or fewer queries.
-    """
+    """The documents that have text and a label, cleaned as the domain's are; None where no task is given. Raises
+    UserError where they cannot be read, or there are no classes of FEWEST documents or more, or fewer queries."""
     if not (name := config.given):
         return None
     column, label = config.task_text_column or domain.text_column, config.task_label_column

@@ -117,8 +117,7 @@ def prepare(
     only: the one split to build; the others are not tokenised
 
     Raises UserError where the corpus cannot be read, the store cannot be written, and, if whole words are to be
-    masked, where the tokenizer finds none, which is a warning otherwise.
-    """
+    masked, where the tokenizer finds none, which is a warning otherwise."""
     corpus.keep_apart(source, "--token_store", store_folder(config))
     identity = corpus.identify(source) | ({} if only is None else {"only": only})
     folder = store_folder(config) / key([identity, info.fingerprint])

@@ -84,8 +84,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     """Trains a lower-case WordPiece vocabulary like BERT's. Reads the documents twice.
 
     The same documents give the same vocabulary: the trainer breaks ties between equally frequent pairs by the
-    ids of their characters, which it assigns in the order of a hash map, so they get their ids beforehand.
-    """
+    ids of their characters, which it assigns in the order of a hash map, so they get their ids beforehand."""
     specials = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     engine = BertWordPieceTokenizer()
     starts, inside = set(), set()

@@ -1,8 +1,7 @@
 """What is checked before a token store is believed: its files against their checksums, its arrays against its header.
 
 To read a large store takes its time, so it is read once a machine and boot, unless a file changes meanwhile:
-<split>/verified.json keeps, for the machines that did so last, the stamps of the files that were read.
-"""
+<split>/verified.json keeps, for the machines that did so last, the stamps of the files that were read."""
 
 import hashlib
 import json

@@ -9,8 +9,7 @@
 
 No file can execute code. No generator's state is saved: order, masks and dropout are functions of (seed, step).
 The loop waits for a copy to host memory only. A thread writes it beside its place, syncs and renames it, so that a
-folder named step_N is whole; the manifest shows later damage.
-"""
+folder named step_N is whole; the manifest shows later damage."""
 
 import contextlib
 import filecmp
@@ -87,10 +86,8 @@ def load(
     experiment: dict[str, Any],
     accelerator: Accelerator,
 ) -> None:
-    """Puts everything back as `snapshot` took it, if what is there fits. The main process alone reads it.
-
-    Raises UserError for another experiment's, with the differences, and for states that this run cannot have written.
-    """
+    """Puts everything back as `snapshot` took it, if what is there fits. The main process alone reads it. Raises
+    UserError for another experiment's, with the differences, and for states that this run cannot have written."""
     stored: dict[str, torch.Tensor] = {}
 
     @_resuming(folder)
@@ -132,9 +129,7 @@ def _resuming(folder: Path) -> Iterator[None]:
 
 def pack(value: Any, name: str, stored: dict[str, torch.Tensor]) -> Any:
     """`value` as JSON, its tensors moved to `stored` under dotted names. Raises UserError for what is neither.
-
-    {"step": 3, 0: (tensor, 0.9)} -> {"dict": [["step", 3], [0, {"tuple": [{"tensor": "name.0.0"}, 0.9]}]]}
-    """
+    {"step": 3, 0: (tensor, 0.9)} -> {"dict": [["step", 3], [0, {"tuple": [{"tensor": "name.0.0"}, 0.9]}]]}"""
     if isinstance(value, torch.Tensor):
         name += f" {len(stored)}" * (name in stored)  # keys 0 and "0"
         stored[name] = value
@@ -186,8 +181,7 @@ def find(wanted: str | None, checkpoints: Path, accelerator: Accelerator) -> tup
     wanted: None: none; `latest`: the newest in `checkpoints`, or none where there is not one yet, so that one command
         serves a job's first start and all others; a run: its newest; a checkpoint: that one, or the intact one before
 
-    Raises UserError where all are damaged, or a path holds none.
-    """
+    Raises UserError where all are damaged, or a path holds none."""
 
     def found() -> tuple[Path | None, list[str]]:
         try:
@@ -254,8 +248,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
 class Writer:
     """Writes checkpoints to `folder`, one at a time, in a thread, and keeps the newest `keep` of them (None: all).
 
-    stops: nothing is written after a failure, so that a checkpoint is there only with the best weights before it
-    """
+    stops: nothing is written after a failure, so that a checkpoint is there only with the best weights before it"""
 
     def __init__(self, folder: Path, keep: int | None = None, stops: bool = False) -> None:
         self.folder, self.keep, self.stops = folder, keep, stops

@@ -50,8 +50,7 @@ def make_accelerator(
     report_to: trackers, `all` for every one that is installed; None: none
 
     A process group that is made here is destroyed at exit. Raises UserError for what the device, the installed
-    trackers or this loop cannot do.
-    """
+    trackers or this loop cannot do."""
     # On the CPU, `accelerate launch --num_processes 2` sets an address to meet at and starts one process.
     if "RANK" not in os.environ and set_by_accelerate_launch("MASTER_PORT") and not MPI & os.environ.keys():
         reason = "accelerate launch starts one process on a CPU, whatever --num_processes or its configuration say"
@@ -109,8 +108,7 @@ def keep_freed_memory(mallopt: Callable[[int, int], int] | None = None) -> None:
     """Has glibc keep the memory of freed tensors for the next ones: a quarter of a small BERT's step on a CPU.
 
     By default a large tensor is a mapping of its own, and the kernel zeroes every page of the next one. mallopt(3): an
-    older glibc refuses an M_MMAP_THRESHOLD above 32 MiB (0), and M_TRIM_THRESHOLD alone would fix it at 128 KiB.
-    """
+    older glibc refuses an M_MMAP_THRESHOLD above 32 MiB (0), and M_TRIM_THRESHOLD alone would fix it at 128 KiB."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
     mallopt = mallopt or getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt and mallopt(M_MMAP_THRESHOLD, 2**30):

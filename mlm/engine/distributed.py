@@ -2,8 +2,7 @@
 
 A reduction ends only when every process has entered it. So each of them enters all of a step, whatever has happened to
 it, and then they agree, in host memory, on whether all had their gradients: one that ran out of memory and tried again
-alone would leave the others waiting.
-"""
+alone would leave the others waiting."""
 
 import gc
 import weakref
@@ -41,10 +40,8 @@ def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
 
 @contextmanager
 def local_main_process_first(accelerator: Accelerator, config: Any) -> Iterator[Any]:
-    """A context that one process of each machine goes through before the others, who wait for PATIENCE.
-
-    Gives `config` (a mlm.config.Config) as this process has to take it: only the first builds a token store anew.
-    """
+    """A context that one process of each machine goes through before the others, who wait for PATIENCE. Gives `config`
+    (a mlm.config.Config) as this process has to take it: only the first builds a token store anew."""
     group, first = host_group(accelerator), accelerator.is_local_main_process
     if not first:
         dist.barrier(group)
@@ -59,8 +56,7 @@ def leave_group() -> None:
 
     A thread of gloo may hold the tensor of the last message for a moment. To drop it, it needs Python's lock, and if
     Python ends meanwhile the process is aborted: "terminate called without an active exception". The threads end with
-    the last reference to the group: torch's, ours, and those of objects that refer to each other.
-    """
+    the last reference to the group: torch's, ours, and those of objects that refer to each other."""
     _gloo.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -83,8 +79,7 @@ def check_same(mine: dict[str, Any], accelerator: Accelerator) -> None:
 
     Each process gives its own values: what has been sent to it would not show that its files or packages differ. So
     each also finds its token store by its own files: under a name sent by the main process, another machine would
-    build or find one of other text. The hash of the documents, in a store's header, is what is compared.
-    """
+    build or find one of other text. The hash of the documents, in a store's header, is what is compared."""
     if accelerator.num_processes == 1:
         return
     everyone: list[Any] = [None] * accelerator.num_processes
@@ -153,8 +148,7 @@ class GradientSum:
 
     A step: `begin`, `backward` of each micro-batch, `enter`, `finish`. Every process enters each bucket once, the last
     parameters first, with whatever it has for it. DistributedDataParallel does the like, but a process may have
-    several micro-batches, or none, or run out of memory amid one: so all buffers are made once, beforehand.
-    """
+    several micro-batches, or none, or run out of memory amid one: so all buffers are made once, beforehand."""
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], processes: int, dtype: torch.dtype | None) -> None:
         """dtype: in which gradients are sent and added up; None: their own"""
@@ -195,8 +189,7 @@ class GradientSum:
     def enter(self, complete: bool = False) -> None:
         """Enters the buckets that are left: of parameters not reached, an empty share, a pass that memory cut short.
 
-        complete: stop at the first that lacks gradients
-        """
+        complete: stop at the first that lacks gradients"""
         self.last = complete
         for bucket in self.buckets:
             if bucket.work is None:

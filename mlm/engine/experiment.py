@@ -18,10 +18,8 @@ PLAIN = (int, float, complex, str, bytes, type(None), EllipsisType, torch.dtype)
 
 
 def identity(function: Callable[..., Any]) -> str:
-    """A function by its name and a fingerprint of its code, without comments and docstrings.
-
-    Functions and constants of its module that it names count; of a functools.partial, arguments that are plain values.
-    """
+    """A function by its name and a fingerprint of its code, without comments and docstrings. Functions and constants
+    of its module that it names count; of a functools.partial, arguments that are plain values."""
     if isinstance(function, functools.partial):
         arguments = _simple(function.keywords)
         return f"{identity(function.func)} {_text(arguments)}" if arguments else identity(function.func)

@@ -3,8 +3,7 @@
     micro-batches of a step and process = ceil(ceil(global batch / processes) / micro-batch)
 
 Where memory runs out, update.py halves it for all processes, when they have agreed on how a step went; accelerate's
-`find_executable_batch_size` halves and retries in one process while the others wait in a reduction.
-"""
+`find_executable_batch_size` halves and retries in one process while the others wait in a reduction."""
 
 from typing import Literal
 

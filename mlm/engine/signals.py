@@ -5,8 +5,7 @@ second signal   ends the process at once; of SIGXCPU, which the kernel repeats, 
 launcher gone   counts as SIGTERM: not every launcher passes signals on to its workers before it dies
 
 A thread hears them: Python's handlers run between two instructions of the main thread, and a step in a C library, or a
-collective that waits for another process, can take long.
-"""
+collective that waits for another process, can take long."""
 
 import os
 import signal

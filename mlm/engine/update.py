@@ -10,8 +10,7 @@
 The gradient is that of the mean loss over all masked tokens of the global batch, however it is cut. One process can
 divide its loss by their number. Several count their own alone, and divide by a power of two near the number until the
 gradients are added up: it keeps every bit, and fp16's range as it is in one process. Where nothing goes wrong, the
-host waits for the device only under fp16 and with optimizers that are not fused.
-"""
+host waits for the device only under fp16 and with optimizers that are not fused."""
 
 import logging
 import math
@@ -115,9 +114,7 @@ class Update:
 
     def __call__(self, step: int, requests: Sequence[int] = ()) -> Step:
         """Applies optimizer step `step`, counted from 0. All processes learn of the `requests` of each, as a signal.
-
-        Raises UserError where one chunk or the optimizer's state is too much memory, or any fp16 scale overflows.
-        """
+        Raises UserError where one chunk or the optimizer's state is too much memory, or any fp16 scale overflows."""
         overflows = 0
         while True:
             self.gradients.begin()
@@ -273,10 +270,8 @@ class Update:
 
 
 def _check_moments(optimizer: Optimizer, saved: dict[int, dict[str, Any]], step: int) -> None:
-    """Raises ValueError where torch's Adam or AdamW has moments that do not fit its parameters.
-
-    The fused kernel would read past their end. Other optimizers may keep what they like.
-    """
+    """Raises ValueError where torch's Adam or AdamW has moments that do not fit its parameters. The fused kernel would
+    read past their end. Other optimizers may keep what they like."""
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return
     for number, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):

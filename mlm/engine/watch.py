@@ -3,8 +3,7 @@
 A process that dies has its connections closed by its machine, which ends the waits of gloo. A machine or link that is
 gone says nothing, and a device that waits in NCCL hears nothing for minutes. So each process keeps a connection to the
 main one on which nothing is sent: the kernels ask each other whether they are there (SO_KEEPALIVE, tcp(7)), without
-Python. Who ends in order says so. Not noticed: a process that hangs, a link that does not lead to the main process.
-"""
+Python. Who ends in order says so. Not noticed: a process that hangs, a link that does not lead to the main process."""
 
 import atexit
 import os
@@ -27,10 +26,8 @@ IN_ORDER = b"."
 
 
 def watch(accelerator: Accelerator) -> None:
-    """From here on this process ends with status 1 once another one is lost. All of a run have to call it.
-
-    Raises UserError where they do not reach the main process at MASTER_ADDR.
-    """
+    """From here on this process ends with status 1 once another one is lost. All of a run have to call it. Raises
+    UserError where they do not reach the main process at MASTER_ADDR."""
     rank, dual = accelerator.process_index, socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     with socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=4096) as server:

@@ -1,7 +1,6 @@
 """Where a model has gained and lost: nats before and after, by kinds of tokens, by token, and by word.
 
-The counts and nats of a breakdown's rows add up to the totals, to the bit: sums of nats are exact (evaluate.py).
-"""
+The counts and nats of a breakdown's rows add up to the totals, to the bit: sums of nats are exact (evaluate.py)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,8 +48,7 @@ def frequency_tenths(counts: np.ndarray, maskable: np.ndarray) -> np.ndarray:
     A token is in tenth ⌊10 · occurrences of those before it / all occurrences⌋, the most frequent first, then by id.
     Tokens that never occur are in the last.
 
-    counts: [V] int64, how often each token stands in the training corpus; maskable: [V] bool
-    """
+    counts: [V] int64, how often each token stands in the training corpus; maskable: [V] bool"""
     ids = np.flatnonzero(maskable)
     ranked = ids[np.argsort(-counts[ids], kind="stable")]
     above = np.cumsum(counts[ranked]) - counts[ranked]
@@ -92,8 +90,7 @@ def word_spans(word_starts: np.ndarray, places: np.ndarray) -> tuple[np.ndarray,
     """The W words that tokens [M] stand in: where each begins and ends [W], and the word [M] of each token.
 
     word_starts [N] bool, 1: a word begins here; of the whole text, whose first token begins one. It is read at the
-    tokens of these words alone.
-    """
+    tokens of these words alone."""
     place, which = np.unique(places, return_inverse=True)  # [P], ascending
     before, begins, left = np.append(-1, place[:-1]), place.copy(), np.arange(len(place))
     while len(left := left[~word_starts[begins[left]]]):  # back to where the word begins,

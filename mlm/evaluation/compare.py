@@ -1,7 +1,6 @@
 """Two models on the same masks: how much better one is, how sure that is, and where it is better.
 
-gain = perplexity before / perplexity after = exp(loss before − loss after), with an interval (interval.py)
-"""
+gain = perplexity before / perplexity after = exp(loss before − loss after), with an interval (interval.py)"""
 
 import math
 from typing import Any, NamedTuple
@@ -77,8 +76,7 @@ def compare(
 
     An interval is [None, None] for fewer than FEWEST documents, or infinite loss. Of one document, such as a book, its
     chunks take their place: they resemble one another, so that the interval is too narrow for other documents. Raises
-    ValueError for other masked tokens.
-    """
+    ValueError for other masked tokens."""
     if not before.same_masks(after):
         raise ValueError(f"{eval_set.name}: the two evaluations are not of the same masked tokens")
     config, document = eval_set.config, documents_of(eval_set, before)
@@ -114,8 +112,7 @@ def compare_documents(
     """The gain on documents one by one, beside the one `in_chunks`, in which a document is cut and joined to others.
 
     differs: whether the two intervals have nothing in common. A gain in chunks alone is one in predicting next to the
-        cuts, and across the joints, of chunks.
-    """
+        cuts, and across the joints, of chunks."""
     gain, _ = _gain_over(before, after, before.chunk)
     (low, high), (low_in_chunks, high_in_chunks) = gain["interval"], in_chunks["interval"]
     return {
@@ -136,8 +133,7 @@ def concentration(
     share         their part of the nats gained, more than 1 where the other tokens have lost
     gain_without  the gain over all other masked tokens, with its interval as in `compare`
 
-    units: [M] int, what is resampled, for each masked token
-    """
+    units: [M] int, what is resampled, for each masked token"""
     tokens, group = np.unique(before.target, return_inverse=True)
     gained = np.bincount(group, before.nats - after.nats, len(tokens))
     total = gained.sum()
@@ -235,11 +231,9 @@ def gain_figures(compared: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nothing_learnt(results: dict[str, Any]) -> str | None:
-    """Why a run with these results, as in all_results.json, is no success; None: nothing speaks against it.
-
-    A model that has become worse than it was, beyond chance, and worse than token frequencies alone, is destroyed.
-    Where nothing was measured before, one that is BEYOND times worse than token frequencies is.
-    """
+    """Why a run with these results, as in all_results.json, is no success; None: nothing speaks against it. A model
+    that has become worse than it was, beyond chance, and worse than token frequencies alone, is destroyed. Where
+    nothing was measured before, one that is BEYOND times worse than token frequencies is."""
     if not results["steps"]:
         return None
     if results.get("mask_rate") == 0:

@@ -117,8 +117,7 @@ def one_by_one(eval_set: EvalSet, chunking: ChunkConfig, model: ModelConfig, lim
     They are masked once, under the first mask seed. None where there are too few of them to draw a conclusion from,
     chunks are documents already, or the model takes one length only.
 
-    limit: the most tokens that the model takes; None: any number
-    """
+    limit: the most tokens that the model takes; None: any number"""
     config, length = eval_set.config, eval_set.chunks.chunk_size
     documents = len(eval_set.store.document_offsets) - 1
     one_length = not model.is_demo and model_config(model).model_type in OF_ONE_LENGTH
@@ -149,8 +148,7 @@ def open_eval_sets(
     config: a mlm.config.Config
     limit:  the most tokens that the models take which are measured; None: as the one of `config`
 
-    Raises UserError where the out-of-domain text cannot be read, or has no chunk.
-    """
+    Raises UserError where the out-of-domain text cannot be read, or has no chunk."""
     whole_words = config.evaluate.eval_whole_word_mask
     if whole_words:
         check_words(held_out, "--eval_whole_word_mask")

@@ -5,8 +5,7 @@
 An evaluation keeps every prediction, so that all sums and comparisons come from the same numbers. Nats are rounded to
 multiples of 2**-24 (float32's own spacing from 0.5 to 1): sums of them in float64 are exact in any order, up to 2**29
 nats in all. Memory on the main process is some 60 bytes a prediction at the end of `evaluate`, and 100 in compare.py;
---max_eval_samples bounds it.
-"""
+--max_eval_samples bounds it."""
 
 import logging
 import math
@@ -107,8 +106,7 @@ def evaluate(
     processes meet only at the end. Raises UserError, on all of them, where one chunk does not fit.
 
     complete: all mask rounds, else the first one alone
-    stopped: asked before each batch; where it is true on any process, all return None
-    """
+    stopped: asked before each batch; where it is true on any process, all return None"""
     try:
         with without_dropout(model):
             share = _evaluate_share(model, eval_set, accelerator, complete, stopped)
@@ -202,8 +200,7 @@ def measure(evaluation: Evaluation, eval_set: EvalSet) -> dict[str, Any]:
     Characters are code points of the documents as they were read, words are separated by white space (None in a script
     without spaces). Neither depends on the tokenizer, so that models with different ones can be compared. The figure
     is neither a likelihood of the text nor a compression rate: each token was predicted from both its sides, some of
-    them masked as well.
-    """
+    them masked as well."""
     header = eval_set.store.header
     characters, words = header["characters"], header["spaced_words"]
     bits = evaluation.loss / math.log(2) * header["maskable_tokens"]
@@ -221,8 +218,7 @@ def unknown_bits(known: int, unknown: int, characters: int) -> float:
     """What the unknown tokens of a text cost, which no model predicts: nothing is known of the characters behind them.
 
     Each character costs CHARACTER bits, and an unknown token stands for as many as a token does on average. NaN where
-    more than MOST_UNKNOWN of the tokens are unknown: then such a guess would decide the figure.
-    """
+    more than MOST_UNKNOWN of the tokens are unknown: then such a guess would decide the figure."""
     if unknown > MOST_UNKNOWN * (known + unknown):
         return math.nan
     return unknown * CHARACTER * characters / max(known + unknown, 1)
@@ -233,7 +229,6 @@ def unigram_perplexity(counts: np.ndarray, maskable: np.ndarray, targets: np.nda
 
     p(token) = (count + 1) / Σ (count + 1) over the maskable vocabulary
 
-    counts: [V] int64, of the training corpus; maskable: [V] bool; targets: [M] int, the masked tokens
-    """
+    counts: [V] int64, of the training corpus; maskable: [V] bool; targets: [M] int, the masked tokens"""
     logs = np.log(counts + 1) - np.log((counts + 1)[maskable].sum())
     return math.exp(-logs[targets].mean()) if len(targets) else math.nan

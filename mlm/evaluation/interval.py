@@ -7,8 +7,7 @@ The error is the jackknife's without its factor (U − 1) / U, as in HC3 (MacKin
 because documents differ in length; for the same reason n is the number of equally long documents that would be worth
 as much (Kish, Survey Sampling, 1965). Documents are left out whole, because predictions within a document are not
 independent. Percentiles of a bootstrap are too narrow for few documents: from 5 of them they hold the truth 80% of the
-time, this interval 95% (benchmarks/interval_coverage.py).
-"""
+time, this interval 95% (benchmarks/interval_coverage.py)."""
 
 import math
 
@@ -23,8 +22,7 @@ def interval(difference: np.ndarray, count: np.ndarray) -> tuple[float, float]:
     """The ends of the CONFIDENCE interval of Σ difference / Σ count; NaN for fewer than FEWEST units or infinite nats.
 
     difference: [U] float64, nats after less nats before of each document
-    count:      [U] int64, its masked tokens, at least 1
-    """
+    count:      [U] int64, its masked tokens, at least 1"""
     if len(count) < FEWEST or not np.isfinite(difference).all():
         return math.nan, math.nan
     theta = difference.sum() / count.sum()

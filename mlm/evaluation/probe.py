@@ -15,8 +15,7 @@ has the
 The choices of labels overlap, all the more the larger f is, so that they vary less than labels drawn anew would: the
 factor f / (1 − f) makes up for it (Cochran, Sampling Techniques, 1977, ch. 2, on finite populations). The interval is
 ± Student's t with the degrees of freedom of both terms by Satterthwaite (1946, Biometrics Bulletin 2), at least
-FREEDOM. benchmarks/probe.py simulates how often it holds the truth.
-"""
+FREEDOM. benchmarks/probe.py simulates how often it holds the truth."""
 
 import math
 import warnings
@@ -100,8 +99,7 @@ def probe(labels: np.ndarray, before: np.ndarray, after: np.ndarray, seed: int =
     """The curve: a row for each number of labels k a class and each classifier, with the figures of both models. Each
     split begins with `check`.
 
-    labels: [n] int64, FEWEST or more of each class; before, after: [n, F] features of either model
-    """
+    labels: [n] int64, FEWEST or more of each class; before, after: [n, F] features of either model"""
     rows = []
     for k in sizes(labels):
         splits, share = list(choose(labels, k, seed)), share_of(labels, k)
@@ -163,8 +161,7 @@ METRICS = {"accuracy": lambda truth, said: 1.0 * (said == truth), "macro_f1": f1
 def spread(scores: list[np.ndarray], share: float) -> tuple[float, float, float]:
     """The mean over documents and choices and the ends of its 95% interval, as in the module's docstring.
 
-    scores: [CHOICES, n] float64 of each fold; share: of its class's labels that a choice takes, less than 1
-    """
+    scores: [CHOICES, n] float64 of each fold; share: of its class's labels that a choice takes, less than 1"""
     n, splits = sum(fold.shape[1] for fold in scores), sum(map(len, scores))
     value = sum(fold.mean(axis=0).sum() for fold in scores) / n
     documents, between, noise = 0.0, 0.0, 0.0

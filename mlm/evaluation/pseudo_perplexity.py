@@ -9,8 +9,7 @@ character and per word count them as `unknown_bits` does. A literal `[MASK]` in 
 
 The product of these conditionals is no probability of the text. PPPL compares models of one tokenizer only. Bits per
 character and per word (separated by blanks), −Σ PLL / (ln 2 · their number), come nearer to a comparison across
-tokenizers, but a word in several pieces is guessed from its own pieces (Kauf and Ivanova 2023, arXiv:2305.10588).
-"""
+tokenizers, but a word in several pieces is guessed from its own pieces (Kauf and Ivanova 2023, arXiv:2305.10588)."""
 
 import math
 from dataclasses import dataclass
@@ -66,8 +65,7 @@ def score(
 
     batch_size: masked copies of sentences at a time; no figure depends on it
 
-    Raises UserError, naming the line, where a sentence is longer than the model's position table.
-    """
+    Raises UserError, naming the line, where a sentence is longer than the model's position table."""
     info = tokenizer_info(tokenizer)
     rows = list(encode_texts(sentences.values(), tokenizer, info))
     for (line, sentence), row in zip(sentences.items(), rows, strict=True):

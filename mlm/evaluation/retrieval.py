@@ -5,8 +5,7 @@
     mrr_10      1 / rank of the query's first document, 0 beyond rank 10
     recall_k    the share of the query's documents whose rank is at most k
 
-Figures are means over queries, and so are the intervals of their differences (interval.py).
-"""
+Figures are means over queries, and so are the intervals of their differences (interval.py)."""
 
 from typing import Any
 

@@ -1,8 +1,7 @@
 """Fills the masks of a sentence with the tokens that a masked language model finds likeliest.
 
 The probabilities are the model's over its whole vocabulary. Each mask is filled independently, with the
-others still in place, so that the numbers are those of transformers' `pipeline("fill-mask")`.
-"""
+others still in place, so that the numbers are those of transformers' `pipeline("fill-mask")`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -85,8 +84,7 @@ def predict(
 ) -> list[list[tuple[Any, ...]]]:
     """What `reduce` makes of the logits at some positions of each row, without dropout or padding: `[row][position]`.
 
-    reduce: float32 `[M, V]` -> tensors `[M, …]`, the entries of which come back as lists or numbers
-    """
+    reduce: float32 `[M, V]` -> tensors `[M, …]`, the entries of which come back as lists or numbers"""
     device, results = model.model.device, [[] for _ in rows]
     with without_dropout(model):
         for part in same_length(rows, AT_A_TIME):

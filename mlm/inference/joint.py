@@ -8,8 +8,7 @@ The order decides which mask is filled next: `left_to_right` takes the first of 
 one whose likeliest token has the highest probability, the first of equals. These are the order-based and the
 confidence-based decoding of X-FACTR (Jiang et al. 2020, arXiv:2010.06189). Under either order the probabilities of all
 ways to fill the masks sum to 1, because the fillers so far determine which mask is next. But a masked language model
-defines no joint distribution: the two orders give the same sentence different probabilities.
-"""
+defines no joint distribution: the two orders give the same sentence different probabilities."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -49,8 +48,7 @@ def fill_jointly(
     """The likeliest ways to fill all masks, by beam search: `[sentence][rank]`, likeliest first.
 
     At most `num_beams` are kept after each mask. Equally likely ones are ordered by the ids of their fillers, compared
-    in the order in which the masks were filled. Raises UserError as `encode` does.
-    """
+    in the order in which the masks were filled. Raises UserError as `encode` does."""
 
     def surest(logits: Tensor) -> list[Tensor]:
         ranked = logits.log_softmax(dim=-1).sort(dim=-1, descending=True, stable=True)  # `topk` promises no order

@@ -7,8 +7,7 @@ A word of n pieces takes n masks. Its pieces are filled in from left to right, b
 For one piece this is the probability of `mlm.inference.fill_mask.fill`. For several it is PLL-word-l2r of Kauf and
 Ivanova (2023, arXiv:2305.10588). transformers' `pipeline("fill-mask", targets=…)` takes the first piece for the word
 (its issues 4306, 9678, 17374). The number of masks reveals the word's length: the probabilities of words of one length
-sum to at most 1, those of words of several lengths form no distribution.
-"""
+sum to at most 1, those of words of several lengths form no distribution."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -36,8 +35,7 @@ def score_targets(
     """The log-probability of each target at every mask, the others in place: `[sentence][mask][target]`.
 
     Raises UserError as `encode` does, where the tokenizer does not know a target or makes no token of it, and where
-    its pieces make a sentence longer than the model's position table.
-    """
+    its pieces make a sentence longer than the model's position table."""
 
     def chain(word: str, sentence: str, row: list[int], mask: int, at: int) -> list[tuple[Place, int]]:
         pieces = _pieces(tokenizer, sentence, row[:at], mask, word)
@@ -73,8 +71,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, sentence: str, before: list[int]
 
     So a blank before it belongs to its first piece ("a [MASK]": RoBERTa's `Ġfilm`), and a word that has begun goes on
     ("un[MASK]": BERT's `##able`). Where the text would not keep its own ids `before` (the mask token does not absorb
-    the blank, or letters merge), the word is encoded on its own.
-    """
+    the blank, or letters merge), the word is encoded on its own."""
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

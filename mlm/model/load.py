@@ -65,8 +65,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     scratch, the configuration has the tokenizer's size and special ids.
 
     Raises UserError where the checkpoint or configuration cannot be read, is not of a masked language model over
-    tokens, needs `trust_remote_code`, or lacks the gradient checkpointing that `config` asks for.
-    """
+    tokens, needs `trust_remote_code`, or lacks the gradient checkpointing that `config` asks for."""
     arch = model_config(config)
     if not config.model_name_or_path:
         text = arch.get_text_config()
@@ -102,11 +101,9 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
 def load_trained(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device | str, length: int | None = None
 ) -> SparseMaskedLM:
-    """The checkpoint that `config` names, on `device`, for sequences of `length` tokens, or of any (None).
-
-    Raises UserError as `load_model` does, where the model takes no such sequences, and for ids beyond its embeddings:
-    rows added to them mean nothing before training.
-    """
+    """The checkpoint that `config` names, on `device`, for sequences of `length` tokens, or of any (None). Raises
+    UserError as `load_model` does, where the model takes no such sequences, and for ids beyond its embeddings: rows
+    added to them mean nothing before training."""
     rows, needed = getattr(model_config(config).get_text_config(), "vocab_size", None), vocab_size(tokenizer)
     if rows is not None and needed > rows:
         raise UserError(
@@ -165,8 +162,7 @@ def open_corpus(config: Any) -> tuple[PreTrainedTokenizerBase, TokenizerInfo, di
     before the process's first use of a tokenizer, as it sets the number of threads.
 
     config: a mlm.config.Config. Warns where over MOST_UNKNOWN of a split's tokens are unknown. Raises UserError where
-    no token of a split may be masked.
-    """
+    no token of a split may be masked."""
     limit_threads(config.token_store)
     if name := config.model.tokenizer_name or config.model.model_name_or_path:
         tokenizer = load_tokenizer(name, config.model.trust_remote_code)

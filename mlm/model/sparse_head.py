@@ -40,15 +40,13 @@ class SparseMaskedLM(nn.Module):
     may change a model: its buffers, and switches such as BigBird's, which stays at full attention after one short
     sequence.
 
-    model:  the model itself, which is what to save
-    """
+    model:  the model itself, which is what to save"""
 
     def __init__(self, model: PreTrainedModel, length: int | None = None) -> None:
         """length: of the chunks that the model will be trained on; None where it will not be trained.
 
         Where the trial fails (Reformer and Nystromformer train at one length), it is repeated at `length`. Raises
-        UserError where that fails too; without a length, nothing is frozen.
-        """
+        UserError where that fails too; without a length, nothing is frozen."""
         super().__init__()
         self.model = model
         self._positions: Tensor | None = None  # [M], while a sparse forward pass runs
@@ -87,8 +85,7 @@ class SparseMaskedLM(nn.Module):
         positions:      int64 `[M]`, in the flattened batch, in [0, B·T); M may be 0: the sum can be differentiated
         attention_mask: int64 or bool `[B, T]`, zero at padding; None where there is no padding
 
-        Under bf16 autocast they are bfloat16, in which a cross entropy loses whole nats: widen them first.
-        """
+        Under bf16 autocast they are bfloat16, in which a cross entropy loses whole nats: widen them first."""
         padding = {} if attention_mask is None else {"attention_mask": attention_mask}
         self._positions = positions if self.sparse else None
         try:

@@ -36,8 +36,7 @@ def with_examples(
     sentences: with masks in them; None: openings of held-out documents of a run that has ended, kept in fill_mask.json
 
     Returns the run, and why there are no examples, in one line, or nothing. Raises UserError where a given sentence
-    has no mask, or is too long.
-    """
+    has no mask, or is too long."""
     if sentences is None and (run.examples is not None or not run.comparison.get("held_out")):
         return run, ""
     try:
@@ -63,11 +62,9 @@ def with_examples(
 def _fill(
     models: Sequence[SparseMaskedLM], tokenizer: PreTrainedTokenizerBase, chosen: Sequence[tuple[str, str | None]]
 ) -> Rows:
-    """What both models write at the masks of sentences, each of which comes with the masked word or None.
-
-    Returns [sentence] of {"text", "truth": word or None, "before", "after"}, the last two [mask][rank] of
-    {"token", "probability"}. Raises UserError where a sentence has no mask, or is too long.
-    """
+    """What both models write at the masks of sentences, each of which comes with the masked word or None. Returns
+    [sentence] of {"text", "truth": word or None, "before", "after"}, the last two [mask][rank] of {"token",
+    "probability"}. Raises UserError where a sentence has no mask, or is too long."""
     rows = [{"text": text, "truth": truth} for text, truth in chosen]
     for when, model in zip(("before", "after"), models, strict=True):
         for row, masks in zip(rows, fill(model, tokenizer, [text for text, _ in chosen], TOP_K), strict=True):
@@ -79,8 +76,7 @@ def from_held_out(run: RunRecord, tokenizer: PreTrainedTokenizerBase, seed: int 
     """Openings of held-out documents, in an order drawn by `seed`, each with a word of one token masked.
 
     Returns sentences and their words, each word and each document once: of the words whose summed gain is the largest,
-    first those that gained most at an occurrence, so "movie" before "the".
-    """
+    first those that gained most at an occurrence, so "movie" before "the"."""
     compared = run.comparison["held_out"]
     table = pq.read_table(run.folder / "documents.parquet", columns=["text", "opening"])
     openings = [row["opening"].split() for row in table.to_pylist() if row["text"] == "held_out"]

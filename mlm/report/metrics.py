@@ -55,8 +55,7 @@ class Progress:
         """Ends the window and adds it to the sums. The host waits for the device here.
 
         Returns the figures of a line of the log, over all processes: the means a masked token of the loss and the
-        named scalars, then RATES; and how many steps, the last ones, moved no weight, as a gradient was not finite.
-        """
+        named scalars, then RATES; and how many steps, the last ones, moved no weight, as a gradient was not finite."""
         *sums, nonfinite = torch.stack(self._measured).cpu().double().sum(dim=0).tolist()
         seconds = time.perf_counter() - self._started
         window = dict(zip(("loss", *scalars), sums, strict=False))  # a process without a share knows no names
@@ -98,8 +97,7 @@ def _means(sums: dict[str, float], masked: int) -> dict[str, float]:
 class Log:
     """metrics.jsonl, trackers, a bar on a terminal, lines elsewhere. Only the main process writes.
 
-    None of it ends a run: what cannot be written is said where that is possible, and left out.
-    """
+    None of it ends a run: what cannot be written is said where that is possible, and left out."""
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder, self.accelerator, self.is_main = folder, accelerator, accelerator.is_main_process

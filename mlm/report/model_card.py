@@ -31,8 +31,7 @@ def _letters(name: str) -> str:
 def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
     """The text of README.md, with the figures in its metadata as the Hub's model-index takes them.
 
-    config: the run's config.Config, or a fork's; results: as in all_results.json
-    """
+    config: the run's config.Config, or a fork's; results: as in all_results.json"""
     name, base, text = printable(name), config.model.model_name_or_path, config.corpus
     out_of_domain = corpus.out_of_domain(config.out_of_domain, text)
     data = ModelCardData(

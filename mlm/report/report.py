@@ -1,8 +1,7 @@
 """What runs did, as one HTML file that opens without a network, made from their directories alone.
 
 jinja2 escapes all text of a run on the page. Every figure of all_results.json stands in a
-<data value="…" data-run="…" data-key="…">, whose value is the JSON number.
-"""
+<data value="…" data-run="…" data-key="…">, whose value is the JSON number."""
 
 import json
 import math

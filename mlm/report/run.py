@@ -40,8 +40,7 @@ PROBES = "scripts/evaluate.py --model_name_or_path RUN --compare BASE --task_fil
 class Run:
     """All of a run that is no arithmetic, on each process; only the main one writes and prints.
 
-    config: a mlm.config.Config, or a fork's subclass. Raises UserError where --output_dir cannot be this run's.
-    """
+    config: a mlm.config.Config, or a fork's subclass. Raises UserError where --output_dir cannot be this run's."""
 
     def __init__(self, config: Any, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
@@ -72,8 +71,7 @@ class Run:
     ) -> None:
         """What checkpoints hold: the weights, the loop's own state, and what a fork adds.
 
-        Raises ValueError for a name in `extra_state` that the loop's own state has, or a value without state_dict.
-        """
+        Raises ValueError for a name in `extra_state` that the loop's own state has, or a value without state_dict."""
         own = {"update": update, "progress": progress, "before": before}
         for name, state in extra_state.items():
             if name in own or not (hasattr(state, "state_dict") and hasattr(state, "load_state_dict")):
@@ -169,8 +167,7 @@ class Run:
 
         That is a checkpoint and the model; the model alone where a run is resumed after its last step.
 
-        step: after which a resumed run begins; None: at the beginning
-        """
+        step: after which a resumed run begins; None: at the beginning"""
         needed, what = sum(tensor.nbytes for tensor in checkpoint.tensors(self.model).values()), "the model takes"
         if step != self.experiment["steps"]:
             state: dict[str, torch.Tensor] = {}
@@ -221,10 +218,8 @@ class Run:
             self.save_and_stop()
 
     def report(self, stores: dict[str, TokenStore], tokenizer: PreTrainedTokenizerBase) -> None:
-        """A line of the log. The host waits for the device here.
-
-        Raises UserError where a loss or gradient since the last line was not finite, and names its documents.
-        """
+        """A line of the log. The host waits for the device here. Raises UserError where a loss or gradient since the
+        last line was not finite, and names its documents."""
         update, progress = self.update, self.progress
         window, nonfinite = progress.read(update.scalars or ())
         if nonfinite:
@@ -238,8 +233,7 @@ class Run:
         """Evaluates the current weights: on all eval sets under all masks, or held-out text in one round.
 
         The figures of the first mask round are logged, and the weights kept if they are the best yet. Raises
-        Stopped where a signal asks for it: a resumed run makes up for the evaluation.
-        """
+        Stopped where a signal asks for it: a resumed run makes up for the evaluation."""
         chosen = eval_sets if complete else {"held_out": eval_sets["held_out"]}
         evaluations = evaluate_all(model, chosen, self.accelerator, complete, self.stop.asked)
         if evaluations is None:
@@ -278,11 +272,9 @@ class Run:
         raise Stopped(number, f"{when}; to resume, give the same command with {flags}")
 
     def save_model(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """The trained model, the best or the last, as an ordinary checkpoint.
-
-        Raises UserError where it cannot be saved, after a try to write a checkpoint at least, and where, under
-        --on_save_error stop, the last checkpoint or the best weights could not be kept.
-        """
+        """The trained model, the best or the last, as an ordinary checkpoint. Raises UserError where it cannot be
+        saved, after a try to write a checkpoint at least, and where, under --on_save_error stop, the last checkpoint
+        or the best weights could not be kept."""
         self.log.close()
         failure = self.writer.wait()
         step, checkpoints = self.progress.step, self.directory.checkpoints

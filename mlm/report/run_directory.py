@@ -8,8 +8,7 @@
              run.json            full configuration, versions, hardware, commit, fingerprints
              checkpoints/        see checkpoint.py
              README.md           a model card (model_card.py)
-             fill_mask.json, report.html   once scripts/report.py has been here
-"""
+             fill_mask.json, report.html   once scripts/report.py has been here"""
 
 import json
 import logging
@@ -80,8 +79,7 @@ class RunDirectory:
 
     resume: --resume_from_checkpoint. Raises UserError where the directory holds something else, or cannot be written.
 
-    Nothing in it is ever removed but what a run has written there, and only where run.json says that one has.
-    """
+    Nothing in it is ever removed but what a run has written there, and only where run.json says that one has."""
 
     def __init__(self, config: RunConfig, resume: str | None, accelerator: Accelerator) -> None:
         # The main process's clock names the folder for all.
@@ -159,8 +157,7 @@ class RunDirectory:
 
         step: where a resumed run begins; what came later is dropped, to come again. None: at the beginning.
 
-        Raises UserError where another run is at work in it, or nothing can be written there.
-        """
+        Raises UserError where another run is at work in it, or nothing can be written there."""
         if not self.is_main:
             return
         try:
@@ -202,8 +199,7 @@ class RunDirectory:
     def published(self, code: bool) -> list[Path]:
         """What an upload takes: the model as this run has saved it, the model card and the results.
 
-        code: whether the model may bring Python files along. Raises UserError for a link, which may lead anywhere.
-        """
+        code: whether the model may bring Python files along. Raises UserError for a link, which may lead anywhere."""
         allowed = (*MODEL_FILES, "*.py") if code else MODEL_FILES
         recorded = sorted(recorded_files(self.folder))
         model = [name for name in recorded if any(fnmatchcase(name, pattern) for pattern in allowed)]
@@ -215,11 +211,9 @@ class RunDirectory:
 
     @no_bars()
     def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
-        """The adapted model, as an ordinary checkpoint. Raises OSError, or SafetensorError for a full disk.
-
-        A disk that fills up, or a kill, leaves no half a model under its name; what stands there is on the disk when
-        this returns. Where the checkpoint of this step holds the same bytes, the two become one file.
-        """
+        """The adapted model, as an ordinary checkpoint. Raises OSError, or SafetensorError for a full disk. A disk
+        that fills up, or a kill, leaves no half a model under its name; what stands there is on the disk when this
+        returns. Where the checkpoint of this step holds the same bytes, the two become one file."""
         if not self.is_main:
             return
         partial = self.folder / "model.partial"

@@ -162,8 +162,7 @@ def probe_run(
 def outcome(results: dict[str, Any]) -> str:
     """A table of the figures before and after, with the gain, and of what the run took.
 
-    results: as in all_results.json, and `output_dir`
-    """
+    results: as in all_results.json, and `output_dir`"""
     shown = {name: figure(value) for name, value in results.items() if name != "output_dir"}
     rows = [("", "before", "after", "gain") if "perplexity_before" in results else ("", "", "after", "")]
     for text, prefix in (("held-out", ""), ("one by one", "documents_"), ("out-of-domain", "general_")):
