@@ -40,8 +40,8 @@ def make_store(corpus, tmp_path):
         shutil.rmtree(tmp_path / "made", ignore_errors=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mlm.data.corpus, "SHARD", size)
-            shards = {"train": mlm.data.corpus._cut(*mlm.data.corpus._scan(corpus.dataset)[1:])}
-        read = mlm.data.corpus.Corpus(texts, {}, shards, strip_html=False)
+            shards = {"train": mlm.data.corpus._cut(*mlm.data.corpus._scan(corpus.dataset)[1:3])}
+        read = mlm.data.corpus.Corpus(texts, {}, shards, strip_html=False, hashes={}, leaks=None)
         encoder = Encoder(corpus.tokenizer, corpus.info)
         made = build_shards(read, ["train"], encoder, processes, tmp_path / "made" / "shards")
         write(read_shards(made["train"]), corpus.info, tmp_path / "made" / "train", {"split": "train"})

@@ -13,6 +13,7 @@ from startup import quick_imports
 
 with quick_imports():
     from accelerate import Accelerator
+    from pseudo_perplexity import Scores, score
     from sentences import read_sentences
     from terminal import PAGE, fit
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,6 @@ with quick_imports():
     from mlm.evaluation.compare import compare, gain_figures, in_words
     from mlm.evaluation.eval_set import EvalSet, EvaluateConfig, open_eval_sets
     from mlm.evaluation.evaluate import Evaluations, evaluate_all, measure
-    from mlm.evaluation.pseudo_perplexity import Scores, score
     from mlm.figures import exp_or_inf, figure, finite, mean
     from mlm.files import write_json
     from mlm.model.load import ModelConfig, fingerprint, load_trained, open_corpus, position_limit

@@ -68,13 +68,15 @@ def test_a_library_module_is_read_and_neither_tests_nor_packages(tmp_path, monke
 
 def test_without_a_text_the_demo_trains_on_its_own_the_same_each_time(documents, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    config = script.with_demo_corpus(Config.of(token_store=str(tmp_path / "stores"), text_column="review"))
+    config = script.with_demo_corpus(
+        Config.of(token_store=str(tmp_path / "stores"), text_column="review", allow_leaks=True)
+    )
     read = load(config.corpus)
     in_validation = set(read.documents("validation"))
     assert list(read.documents("train")) == [text for text in documents if text not in in_validation]
     assert list(read.documents("validation")) == [text for text in documents if text in in_validation]
     name = identify(config.corpus)
-    again = Config.of(token_store=str(tmp_path / "stores"))
+    again = Config.of(token_store=str(tmp_path / "stores"), allow_leaks=True)
     assert identify(script.with_demo_corpus(again).corpus) == name, "it is written once"
 
 

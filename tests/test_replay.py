@@ -171,7 +171,7 @@ def test_preparing_lists_the_sources_and_the_epochs_that_the_run_sees(toy, gener
     found = load_script("prepare").main([*flags, "--replay_file", *general, "--replay_share", "0.1", "0.25"])
     printed = capsys.readouterr().out
     assert "takes 12 steps of 8 chunks" in printed
-    assert found.keys() == {"token_store", "train", "validation", "replay_1", "replay_2"}
+    assert found.keys() == {"token_store", "train", "validation", "replay_1", "replay_2", "outlook"}
     chunks = {"train": 96 - 24 - 9, "replay_1": 9, "replay_2": 24}
     for name, seen in chunks.items():
         assert found[name]["epochs"] == round(seen / found[name]["chunks"], 3)

@@ -161,10 +161,8 @@ def cut_into_chunks(store: TokenStore, config: ChunkConfig, chunk_size: int, inf
     if len(store.ids) == 0:
         raise UserError(f"no document of the {store.header['split']} split has a token")
     if len(chunks) == 0:
-        raise UserError(
-            f"the {store.header['split']} split has {len(store.ids)} tokens, "
-            f"less than one chunk of {chunk_size}; use a shorter --max_seq_length, or --remainder pad"
-        )
+        short = f"the {store.header['split']} split has {len(store.ids)} tokens, less than one chunk of {chunk_size}"
+        raise UserError(f"{short}; use a shorter --max_seq_length, or --remainder pad")
     return dataclasses.replace(chunks, pad_to_max_length=config.pad_to_max_length)
 
 

@@ -1,7 +1,6 @@
 """Text in, documents out: the one module that imports the datasets library, and only where text is read.
 
-A corpus is a Hub dataset, a local folder or local files. `identify` names it at the cost of a few `stat` calls; `load`
-reads it."""
+A corpus is a Hub dataset, a folder or local files. `identify` names it by some `stat` calls; `load` reads it."""
 
 import errno
 import html
@@ -192,9 +191,8 @@ def keep_apart(config: CorpusConfig, flag: str, folder: str | Path) -> None:
     """Raises UserError where a folder that a run writes to lies in the dataset folder: text for the next run."""
     name = config.dataset_name
     if name and os.path.isdir(name) and Path(folder).resolve().is_relative_to(Path(name).resolve()):
-        raise UserError(
-            f"{flag} {folder} lies in --dataset_name {name}, whose files are all text; choose another folder"
-        )
+        lies = f"{flag} {folder} lies in --dataset_name {name}, whose files are all text"
+        raise UserError(f"{lies}; choose another folder")
 
 
 def out_of_domain(config: OutOfDomainConfig, domain: CorpusConfig) -> CorpusConfig | None:

@@ -121,9 +121,8 @@ def draw_torch(seed: int, epoch: int, chunk_ids: torch.Tensor, length: int) -> t
 
 
 def select_tokens(maskable: Array, draws: Array, rate: float) -> Array:
-    """Selects each maskable token with probability `rate`, independently: [B, T] bool, 1: predicted. maskable [B, T]
-    bool, draws [B, T] uint64, or int64 tensors, rate in [0, 1]. A lower rate selects a subset of what a higher one
-    does."""
+    """Selects each maskable token with probability `rate`, in 0 … 1, independently: [B, T] bool, 1: predicted. A lower
+    rate selects a subset of what a higher one does. maskable [B, T] bool, draws [B, T] uint64, or int64 tensors"""
     return (shift(draws, 32) < round(rate * SCALE)) & maskable
 
 
@@ -165,8 +164,7 @@ def select_fold(
 
 
 def corrupt(ids: Array, selected: Array, draws: Array, recipe: Recipe) -> Corrupted:
-    """Replaces the selected tokens, [B, T] bool, of ids, [B, T] int64, by the recipe and the draws, [B, T] uint64, or
-    int64 tensors."""
+    """Replaces the selected tokens, [B, T] bool, of ids, [B, T] int64, by the recipe and the draws, as above."""
     of = torch if isinstance(ids, torch.Tensor) else np
     positions = of.argwhere(selected.reshape(-1))[:, 0]  # [M]; the host waits for the device here
     targets = ids.reshape(-1)[positions]

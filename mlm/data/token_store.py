@@ -223,8 +223,7 @@ def build(
 
 
 def write(parts: Iterable[Part], info: TokenizerInfo, folder: Path, origin: dict[str, Any], hashes: Any = ()) -> None:
-    """Joins the parts of a split to its store in `folder`, whose header repeats `origin`; hashes: [D] uint64, of the
-    documents by corpus.text_hash."""
+    """Joins a split's parts to a store in `folder`, whose header repeats `origin`; hashes: [D] by corpus.text_hash."""
     folder.mkdir(parents=True, exist_ok=True)
     digest, totals = hashlib.sha256(), np.zeros(len(COUNTS), np.int64)
     token_counts, document_lengths = np.zeros(info.size, np.int64), np.zeros(LONGEST + 1, np.int64)

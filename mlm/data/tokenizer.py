@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -106,12 +107,15 @@ def corpus_tokenizer(
     where there are no training documents, or `folder` cannot be written."""
     corpus.keep_apart(source, "--token_store", folder)
     place = folder / f"tokenizer-{key([corpus.identify(source), vocab_size])}"
-    if not os.path.isdir(place):  # false where it cannot be looked for, which `build_once` explains
+    found = partial(os.path.isdir, place)  # false where it cannot be looked for, which `build_once` explains
+    if not found():
         read = corpus.load(source, overwrite_cache)
         if "train" not in read.splits:
             raise UserError("no text to learn a vocabulary from: give --train_file, or --tokenizer_name")
         text = read.documents("train")
-        build_once(place, place.is_dir, lambda path: train_tokenizer(text, vocab_size).save_pretrained(path))
+        build_once(
+            place, partial(os.path.isdir, place), lambda path: train_tokenizer(text, vocab_size).save_pretrained(path)
+        )
     return load_tokenizer(str(place))
 
 

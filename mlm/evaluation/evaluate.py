@@ -144,10 +144,8 @@ def _evaluate_share(
             if predicted is None:  # outside of `except`, whose traceback holds the activations
                 size = min(size, len(left)) // 2
                 if size == 0:
-                    raise UserError(
-                        f"out of memory evaluating one chunk of {eval_set.chunks.chunk_size} tokens "
-                        "(--per_device_eval_batch_size 1): use a shorter --max_seq_length"
-                    )
+                    reason = f"out of memory evaluating one chunk of {eval_set.chunks.chunk_size} tokens"
+                    raise UserError(f"{reason} (--per_device_eval_batch_size 1): use a shorter --max_seq_length")
                 release_memory()
                 log.info("out of memory in evaluation: from here on %d chunks at a time", size)
             else:
@@ -182,8 +180,7 @@ def evaluate_all(
     complete: bool = True,
     stopped: Callable[[], int] = lambda: 0,
 ) -> Evaluations | None:
-    """`evaluate` on each of `eval_sets`, and of a complete one on held-out "documents" one by one; None as soon as one
-    is given up."""
+    """`evaluate` on each of `eval_sets`, if complete on "documents" one by one too; None once one is given up."""
     evaluations, whole = Evaluations(), eval_sets["held_out"].one_by_one if complete else None
     for name, eval_set in (eval_sets | ({"documents": whole} if whole else {})).items():
         if (evaluation := evaluate(model, eval_set, accelerator, complete, stopped)) is None:
@@ -199,8 +196,7 @@ def measure(evaluation: Evaluation, eval_set: EvalSet) -> dict[str, Any]:
 
     Characters are code points of the documents as they were read, words are separated by white space (None in a script
     without spaces). Neither depends on the tokenizer, so that models with different ones can be compared. The figure
-    is neither a likelihood of the text nor a compression rate: each token was predicted from both its sides, some of
-    them masked as well."""
+    is neither a likelihood of the text nor a compression rate: each token was predicted from both its sides."""
     header = eval_set.store.header
     characters, words = header["characters"], header["spaced_words"]
     bits = evaluation.loss / math.log(2) * header["maskable_tokens"]

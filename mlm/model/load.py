@@ -106,10 +106,8 @@ def load_trained(
     added to them mean nothing before training."""
     rows, needed = getattr(model_config(config).get_text_config(), "vocab_size", None), vocab_size(tokenizer)
     if rows is not None and needed > rows:
-        raise UserError(
-            f"{config.model_name_or_path}: the tokenizer's ids go up to {needed - 1}, the model's embedding "
-            f"table has {rows} rows; use the tokenizer that the model was trained with"
-        )
+        reason = f"the tokenizer's ids go up to {needed - 1}, the model's embedding table has {rows} rows"
+        raise UserError(f"{config.model_name_or_path}: {reason}; use the tokenizer that the model was trained with")
     model = load_model(config, tokenizer, seed=0)
     only = only_length(model.config)
     if only not in (None, length):

@@ -17,8 +17,7 @@ OF_ONE_LENGTH = ("nystromformer", "reformer")  # architectures that train on seq
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """The longest sequence, in tokens, that the model's position table takes; None: it has none, as rotary and
-    relative positions need none."""
+    """The longest sequence, in tokens, that the model's position table takes; None: it needs none, as rotary ones."""
     config = config.get_text_config()
     rotary = getattr(config, "rope_parameters", None) is not None
     rotary |= getattr(config, "position_embedding_type", None) == "rotary"  # ESM-2
@@ -51,10 +50,8 @@ def enlarge(model: PreTrainedModel, rows: int) -> None:
         with torch.no_grad():  # on a copy, as in SparseMaskedLM
             copy.deepcopy(model).eval()(input_ids=torch.full((1, 8), rows - 1))
     except RuntimeError as error:  # ESM's head keeps a bias of the old size
-        raise UserError(
-            f"{type(model).__name__}: the embeddings cannot grow to the tokenizer's {rows} rows; "
-            f"use the checkpoint's own tokenizer ({one_line(error)})"
-        ) from error
+        reason = f"{type(model).__name__}: the embeddings cannot grow to the tokenizer's {rows} rows"
+        raise UserError(f"{reason}; use the checkpoint's own tokenizer ({one_line(error)})") from error
 
 
 def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -35,8 +35,7 @@ def with_examples(
 
     sentences: with masks in them; None: openings of held-out documents of a run that has ended, kept in fill_mask.json
 
-    Returns the run, and why there are no examples, in one line, or nothing. Raises UserError where a given sentence
-    has no mask, or is too long."""
+    Returns the run, and in a line why it has no examples. Raises UserError where a sentence has no mask or no room."""
     if sentences is None and (run.examples is not None or not run.comparison.get("held_out")):
         return run, ""
     try:

@@ -310,9 +310,9 @@ class Run:
                 raise
             base, reason = self.config.model.model_name_or_path, one_line(f"{type(error).__name__}: {error}", 200)
             again = f"scripts/evaluate.py --model_name_or_path {self.folder}{f' --compare {base}' if base else ''}"
+            failed = f"the trained model is saved in {self.folder}, its analysis failed ({reason}); to repeat it"
             raise UserError(
-                f"the trained model is saved in {self.folder}, its analysis failed ({reason}); to repeat it: "
-                f"python {again}, with this run's flags for text, chunks and evaluation"
+                f"{failed}: python {again}, with this run's flags for text, chunks and evaluation"
             ) from error
 
     def finish(self, results: dict[str, Any]) -> None:

@@ -32,8 +32,7 @@ def announcement(files: Sequence[Path], name: str, private: bool) -> str:
 
 
 def upload(files: Sequence[Path], name: str) -> None:
-    """Uploads files in one commit, all or none of them. The library retries what the network cuts off. Raises
-    UserError where that fails."""
+    """Uploads files in one commit, all or none. The library retries what the network cuts off. Raises UserError."""
     operations = [CommitOperationAdd(path.name, path) for path in files]
     try:
         HfApi().create_commit(name, operations, commit_message="Upload of a training run")

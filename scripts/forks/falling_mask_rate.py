@@ -2,8 +2,7 @@
 
     accelerate launch scripts/forks/falling_mask_rate.py --model_name_or_path MODEL --train_file FILE …
 
-The first three functions are what most forks change: the loss, how many tokens a step masks, and which.
-"""
+The first three functions are what most forks change: the loss, how many tokens a step masks, and which."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -42,10 +41,8 @@ FIRST = 0.3  # the mask rate of the first step
 
 
 def objective(model: SparseMaskedLM, batch: Batch) -> torch.Tensor | tuple[torch.Tensor, dict]:
-    """The losses of a micro-batch's masked tokens, [M] float32, or their sum.
-
-    With a dict of sums behind them, `return losses, {"agreement": …}`, these are logged beside the loss.
-    """
+    """The losses of a micro-batch's masked tokens, [M] float32, or their sum. With a dict of sums behind them, `return
+    losses, {"agreement": …}`, these are logged beside the loss."""
     logits = model(batch.input_ids, batch.positions, batch.attention_mask)  # [M, V]: the masked tokens alone
     return F.cross_entropy(logits.float(), batch.targets, reduction="none")
 
@@ -63,8 +60,7 @@ def select(
 
     maskable:    [B, T] bool, 1: no special or unused token
     draws:       [B, T] uint64, 64 random bits for each token: a function of (seed, epoch, chunk, position)
-    word_starts: [B, T] bool, 1: a word begins here
-    """
+    word_starts: [B, T] bool, 1: a word begins here"""
     if masking.whole_word_mask:
         return select_words(maskable, draws, rate, word_starts)
     return select_tokens(maskable, draws, rate)
@@ -79,11 +75,8 @@ class Result:
 
 
 def train(config: Config, accelerator: Accelerator | None = None) -> Result:
-    """Runs `config`.
-
-    Raises UserError where it cannot be done, or the loss is not finite any more, and Stopped where a signal
-    asked for that and a checkpoint has been written.
-    """
+    """Runs `config`. Raises UserError where it cannot be done, or the loss is not finite any more, and Stopped where a
+    signal asked for that and a checkpoint has been written."""
     accelerator = accelerator or make_accelerator(**asdict(config.device), report_to=config.run.trackers)
     run = Run(config, accelerator)
     # Data and model. One process of a machine tokenises the corpus, once; the others find its token store.

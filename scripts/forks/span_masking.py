@@ -2,8 +2,7 @@
 
     accelerate launch scripts/forks/span_masking.py --model_name_or_path MODEL --train_file FILE …
 
-The first three functions are what most forks change: the loss, how many tokens a step masks, and which.
-"""
+The first three functions are what most forks change: the loss, how many tokens a step masks, and which."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -42,10 +41,8 @@ STOP, LONGEST = 0.2, 10  # a span ends after each token with this probability; t
 
 
 def objective(model: SparseMaskedLM, batch: Batch) -> torch.Tensor | tuple[torch.Tensor, dict]:
-    """The losses of a micro-batch's masked tokens, [M] float32, or their sum.
-
-    With a dict of sums behind them, `return losses, {"agreement": …}`, these are logged beside the loss.
-    """
+    """The losses of a micro-batch's masked tokens, [M] float32, or their sum. With a dict of sums behind them, `return
+    losses, {"agreement": …}`, these are logged beside the loss."""
     logits = model(batch.input_ids, batch.positions, batch.attention_mask)  # [M, V]: the masked tokens alone
     return F.cross_entropy(logits.float(), batch.targets, reduction="none")
 
@@ -62,8 +59,7 @@ def select(
 
     maskable:    [B, T] bool, 1: no special or unused token
     draws:       [B, T] uint64, 64 random bits for each token: a function of (seed, epoch, chunk, position)
-    word_starts: [B, T] bool, 1: a word begins here
-    """
+    word_starts: [B, T] bool, 1: a word begins here"""
     longer = (1 - STOP) ** np.arange(LONGEST)  # [LONGEST] the chance that a span has more than so many tokens
     begin_rate = -np.log1p(-min(rate, 1 - 1e-9)) / longer.sum()
     begins = select_tokens(np.ones_like(maskable), draws, min(begin_rate, 1.0))
@@ -85,11 +81,8 @@ class Result:
 
 
 def train(config: Config, accelerator: Accelerator | None = None) -> Result:
-    """Runs `config`.
-
-    Raises UserError where it cannot be done, or the loss is not finite any more, and Stopped where a signal
-    asked for that and a checkpoint has been written.
-    """
+    """Runs `config`. Raises UserError where it cannot be done, or the loss is not finite any more, and Stopped where a
+    signal asked for that and a checkpoint has been written."""
     accelerator = accelerator or make_accelerator(**asdict(config.device), report_to=config.run.trackers)
     run = Run(config, accelerator)
     # Data and model. One process of a machine tokenises the corpus, once; the others find its token store.

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from transformers import BertConfig, BertForMaskedLM
 
 from mlm.errors import UserError
-from mlm.evaluation.pseudo_perplexity import Scores, score
 from mlm.model.load import ModelConfig
 from mlm.model.sparse_head import SparseMaskedLM
 from tests.conftest import REPOSITORY
@@ -20,6 +19,7 @@ from tests.scripts import load_script
 from tests.tokenizers_for_tests import byte_level_bpe, unigram, wordpiece
 
 script = load_script("evaluate")
+Scores, score = script.Scores, script.score
 TEXTS = ["the old cat likes milk every day", "a young fox, a small bee"] * 5
 SENTENCES = [
     "the old cat likes milk every day",
