@@ -33,6 +33,8 @@ def peak(way: str, size: str) -> float:
 )
 def test_peak_memory(benchmark, results, way, size, at_most):
     if benchmark.disabled:
+        if size != "distilbert":
+            pytest.skip("the toy is the same for each size")
         assert peak(way, "toy") > 100
         return
     mine, other = benchmark.pedantic(lambda: (peak(way, size), peak("defaults", size)))

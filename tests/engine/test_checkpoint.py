@@ -655,6 +655,7 @@ def fill(disk: Path) -> Path:
     return ballast
 
 
+@pytest.mark.torture
 def test_a_run_goes_on_without_the_checkpoints_that_a_full_disk_costs(toy, tmp_path, small_disk, tally):
     flags = toy.flags(small_disk / "run", max_train_steps=900, checkpointing_steps=5, save_total_limit=2,
                       on_save_error="continue", eval_on_start="false", eval_steps=10_000)  # fmt: skip

@@ -230,7 +230,9 @@ def test_torchrun_passes_sigterm_on(toy, tmp_path, whole):
     check_it_goes_on(toy, folder, TORCHRUN, whole)
 
 
-@pytest.mark.parametrize("launcher", [ACCELERATE, TORCHRUN], ids=["accelerate launch", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(ACCELERATE, marks=pytest.mark.torture), TORCHRUN], ids=["accelerate launch", "torchrun"]
+)
 def test_a_worker_whose_launcher_is_gone_stops_in_order(toy, tmp_path, whole, launcher, tally):
     folder = tmp_path / "run"
     process = start(launcher, flags(toy, folder))
