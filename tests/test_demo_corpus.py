@@ -87,6 +87,7 @@ def test_a_text_that_is_given_is_left_alone(flag, tmp_path):
     assert not (tmp_path / "stores").exists()
 
 
+@pytest.mark.torture
 def test_processes_that_start_together_train_on_the_same_file(tmp_path):
     code = (
         "import sys; sys.path.insert(0, 'scripts'); from demo_corpus import with_demo_corpus\n"

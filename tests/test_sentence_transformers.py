@@ -42,7 +42,7 @@ def package(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_an_adapted_model_is_a_sentence_transformer_by_its_name_alone(toy, package, tmp_path):
     """With the mean over tokens that the search task measures, and without anything of this project."""
     train(toy.config(tmp_path / "run", max_train_steps=3))

@@ -57,7 +57,7 @@ def test_a_waiting_run_takes_over_from_one_that_is_killed(world):
     assert world.workspaces() == set()
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 @kinds
 def test_after_a_run_that_is_killed_at_any_moment_the_next_builds_at_once(kind, tmp_path, tally):
     def world_and_run(name):

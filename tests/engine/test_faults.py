@@ -179,7 +179,7 @@ def test_auto_halves_the_micro_batches_where_memory_runs_out_and_changes_nothing
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["len(input_ids) > 3", "calls == 5"])
+@pytest.mark.parametrize("when", [pytest.param("len(input_ids) > 3", marks=pytest.mark.torture), "calls == 5"])
 def test_memory_that_runs_out_in_one_process_halves_the_micro_batches_of_all(toy, tmp_path, when, tally):
     """A process that tried again alone would hang the others, who wait in the reduction of gradients."""
     flags, program = short_of_memory(toy, tmp_path / "run", when, train_batch_size=11)

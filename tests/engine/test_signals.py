@@ -246,6 +246,7 @@ def test_a_worker_whose_launcher_is_gone_stops_in_order(toy, tmp_path, whole, la
     tally("`kill -9` of the launcher", 1, "its workers stop at one step; resumed, no step lost")
 
 
+@pytest.mark.torture
 def test_a_launcher_that_goes_while_the_run_starts_is_noticed(toy, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(f"""
