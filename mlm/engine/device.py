@@ -85,8 +85,7 @@ def make_accelerator(
         atexit.register(leave_group)
         if accelerator.num_processes > 1:
             watch(accelerator)
-            # One that ended at once would close a connection that another still makes.
-            dist.barrier(host_group(accelerator))
+            dist.barrier(host_group(accelerator))  # one that ended at once would close what another is connecting to
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get(AGENTS_STORE) == "True":
             log.warning("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it; %s", WHY)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":

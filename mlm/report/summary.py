@@ -50,6 +50,7 @@ def describe(
         ],
         "dropout": config.model.dropout,
         "mixed_precision": str(update.accelerator.mixed_precision),
+        "tf32": config.device.tf32,
         "max_seq_length": batches.chunks.chunk_size,
         "line_by_line": config.chunks.line_by_line,
         "train_batch_size": batches.global_batch,
