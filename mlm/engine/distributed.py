@@ -23,7 +23,7 @@ from mlm.errors import UserError, one_line
 # The others wait, in the host's group alone, for one process that tokenises or analyses, as long as that takes. If it
 # dies its machine closes its connections, which ends their wait; watch.py does where a machine or its network is lost.
 PATIENCE = timedelta(days=30)
-BUCKET = 2**21  # gradients that travel together
+BUCKET = 2**20  # gradients that travel together: the first ones early, and few left when the backward pass ends
 # What gloo and NCCL say when a process is gone and its machine has closed its sockets.
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
 
