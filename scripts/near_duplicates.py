@@ -9,6 +9,7 @@ much else, resembles it too little to be found.
 Memory is for the documents that are looked for; the large text passes by once.
 """
 
+import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ WORD = re.compile(rf"{UNSPACED}|[^\W{UNSPACED[1:]}+")
 def check_leaks(source: CorpusConfig, task: Task | None, stores: dict[str, TokenStore]) -> dict[str, Any]:
     """How many held-out documents, and texts of a task, stand in the training split, or nearly; printed.
 
-    Raises UserError where there is no training split, and as `near_duplicates` does.
+    Raises UserError where there is no training split.
     """
     if "train" not in stores:
         raise UserError("--check_leaks: there is no training text to look in; give --train_file or --dataset_name")
@@ -41,15 +42,21 @@ def check_leaks(source: CorpusConfig, task: Task | None, stores: dict[str, Token
     sought = {"held-out documents": few(read.documents("validation"))}
     equal = {"held-out documents": stores["validation"].header["leaks"]}
     if task:
-        sought["texts of the task"] = few([text for texts in task.texts for text in texts])
-        equal["texts of the task"] = task.seen(stores["train"])
-    near = near_duplicates([text for texts in sought.values() for text in texts], read.documents("train"))
+        own = [text for texts in task.texts for text in texts]
+        sought["texts of the task"], equal["texts of the task"] = few(own), int(stand_in(own, stores["train"]).sum())
+    documents = [text for texts in sought.values() for text in texts]
+    near = near_duplicates(documents, read.documents("train")) & ~stand_in(documents, stores["train"])
     figures = {}
     for what, own in zip(sought, np.split(near, [len(sought["held-out documents"])]), strict=False):
         figures[what] = {"equal": equal[what], "looked_for": len(own), "near": int(own.sum())}
-        near_ones = f"of {len(own):,} looked for, {own.sum():,} have a near-duplicate there"
+        near_ones = f"of {len(own):,} looked for, {own.sum():,} more have a near-duplicate there"
         print(f"{what}: {equal[what]:,} stand in the training split; {near_ones}")
     return figures
+
+
+def stand_in(texts: Sequence[str], train: TokenStore) -> np.ndarray:
+    """Which texts stand in the training split, up to case and white space: [n] bool."""
+    return np.isin(np.fromiter(map(corpus.text_hash, texts), np.uint64), train.text_hashes)
 
 
 def few(documents: Iterable[str]) -> list[str]:
@@ -69,12 +76,15 @@ def shingles(text: str) -> list[bytes]:
     return [" ".join(words[i : i + RUN]).encode() for i in range(max(len(words) - RUN + 1, 1))]
 
 
+def need_library() -> None:
+    """Raises UserError where datasketch is not installed."""
+    if not importlib.util.find_spec("datasketch"):
+        raise UserError("--check_leaks needs a package that is not installed: pip install datasketch")
+
+
 def near_duplicates(documents: Sequence[str], text: Iterable[str]) -> np.ndarray:
-    """Of which documents the text has a near-duplicate: [n] bool. Raises UserError where the library is missing."""
-    try:
-        from datasketch import MinHash, MinHashLSH
-    except ImportError:
-        raise UserError("--check_leaks needs a package that is not installed: pip install datasketch") from None
+    """Of which documents the text has a near-duplicate: [n] bool."""
+    from datasketch import MinHash, MinHashLSH
 
     def hashed(texts: Iterable[str]) -> Iterable[Any]:
         return MinHash.generator(map(shingles, texts), num_perm=HASHES, hashfunc=xxhash.xxh32_intdigest)

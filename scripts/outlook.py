@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from mlm.config import Config
 from mlm.data.token_store import TokenStore
 from mlm.data.tokenizer import TokenizerInfo, spell
-from mlm.engine.device import make_accelerator
 from mlm.errors import printable
 from mlm.evaluation.eval_set import EvalSet, one_by_one, open_eval_sets
 from mlm.evaluation.evaluate import evaluate
@@ -27,10 +27,16 @@ from mlm.model.load import load_trained, position_limit
 RECORDS = Path(__file__).parents[1] / "benchmarks" / "results" / "outlook.json"
 DOCUMENTS = 50  # that the base is measured on; words are counted in twenty times as many
 CUT = 12  # words
+ALIKE = 10  # a recorded run whose tokens a parameter or perplexity differ by a larger factor says nothing of this one
 
 
 def outlook(
-    config: Config, tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo, stores: dict[str, TokenStore], length: int
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    info: TokenizerInfo,
+    stores: dict[str, TokenStore],
+    length: int,
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
     """The figures, printed as they are found. length: of a chunk
 
@@ -52,7 +58,7 @@ def outlook(
         found["words_cut_most"] = cut
         print(f"  {'words cut most':<22} {printable(', '.join(cut))}")
     if config.model.model_name_or_path:
-        found |= measured(config, tokenizer, eval_sets, store)
+        found |= measured(config, tokenizer, eval_sets, store, accelerator)
     return found
 
 
@@ -81,10 +87,13 @@ def most_cut(store: TokenStore, tokenizer: PreTrainedTokenizerBase, info: Tokeni
 
 
 def measured(
-    config: Config, tokenizer: PreTrainedTokenizerBase, eval_sets: dict[str, EvalSet], store: TokenStore
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_sets: dict[str, EvalSet],
+    store: TokenStore,
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
     """The base's perplexity on the texts and its spread over documents, and the tokens a parameter; printed."""
-    accelerator = make_accelerator(None)
     model = load_trained(config.model, tokenizer, accelerator.device, eval_sets["held_out"].chunks.chunk_size)
     parameters = sum(p.numel() for p in model.parameters())
     found: dict[str, Any] = {"tokens_a_parameter": store.header["tokens"] / parameters}
@@ -115,9 +124,11 @@ def expected(found: dict[str, Any]) -> str:
     keys = ("tokens_a_parameter", "perplexity")
 
     def unlike(record: dict[str, Any]) -> float:
-        return sum(math.log(record[key] / found[key]) ** 2 for key in keys)
+        return max(abs(math.log(record[key] / found[key])) for key in keys)
 
     near = min(records, key=unlike)
+    if unlike(near) > math.log(ALIKE):
+        return f"none of {len(records)} recorded runs has tokens a parameter and a perplexity like these"
     low, high = near["gain_interval"]
     task = ""
     if own := near["classifier"]:

@@ -6,7 +6,7 @@ Several that run at once, on machines that share --token_store, share the work.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,21 @@ from startup import quick_imports
 
 with quick_imports():
     import numpy as np
-    from accelerate import Accelerator
-    from near_duplicates import check_leaks
+    from near_duplicates import check_leaks, need_library
     from outlook import outlook
     from transformers import PreTrainedTokenizerBase
 
     from mlm import cli
-    from mlm.config import Config, TrainConfig
+    from mlm.config import Config
     from mlm.data.batches import mask_chunks
-    from mlm.data.chunks import ChunkConfig, Chunks, chunk_length, cut_into_chunks
-    from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
+    from mlm.data.chunks import Chunks, chunk_length, cut_into_chunks
     from mlm.data.masking import MaskingConfig, make_recipe
-    from mlm.data.order import ReplayConfig
-    from mlm.data.task import TaskConfig, read_task
-    from mlm.data.token_store import TokenStore, TokenStoreConfig
+    from mlm.data.task import read_task
+    from mlm.data.token_store import TokenStore
     from mlm.data.tokenizer import TokenizerInfo, readable
-    from mlm.engine.update import UpdateConfig
+    from mlm.engine.device import make_accelerator
     from mlm.errors import at_least, printable
-    from mlm.model.load import ModelConfig, open_corpus, position_limit
+    from mlm.model.load import open_corpus, position_limit
     from mlm.train import make_batches, select
 
 
@@ -50,25 +47,27 @@ class ShowConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "show")
+        if self.check_leaks:
+            need_library()
 
 
-PARTS = {
-    **{"model": ModelConfig, "corpus": CorpusConfig, "replay": ReplayConfig, "token_store": TokenStoreConfig},
-    **{"out_of_domain": OutOfDomainConfig, "task": TaskConfig},
-    **{"chunks": ChunkConfig, "masking": MaskingConfig, "train": TrainConfig, "update": UpdateConfig},
-}
+@dataclass(frozen=True)
+class PrepareConfig(Config):
+    """A run, and what of its text is shown before it."""
+
+    show: ShowConfig = field(default_factory=ShowConfig)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    *parts, show, _ = cli.parse([*PARTS.values(), ShowConfig], argv, cli.command(__doc__))
-    config = Config(**dict(zip(PARTS, parts, strict=True)))
+    config = cli.parse_config(PrepareConfig, argv, __doc__)
+    show, accelerator = config.show, make_accelerator("no")  # also where stores are built for GPUs elsewhere
     task = read_task(config.task, config.corpus)
     chunking, masking, seed = config.chunks, config.masking, config.train.seed % 2**64
     tokenizer, info, stores = open_corpus(config)
     length = chunk_length(chunking, position_limit(config.model))
     epochs = {}
     if "train" in stores:
-        batches, steps = make_batches(config, info, stores, length, Accelerator(cpu=True))
+        batches, steps = make_batches(config, info, stores, length, accelerator)
         epochs = batches.epochs(steps)
         epochs["train"] = epochs.pop("domain")
         print(f"A run of one process with these flags takes {steps:,} steps of {batches.global_batch:,} chunks.")
@@ -97,9 +96,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             print(f"\n{split} chunk {number}: {masked}")
     if show.show:
         print("\nto be predicted: ‹word› became the mask token, ‹word→other› another token, ‹word=› stays")
-    summary["outlook"] = outlook(config, tokenizer, info, stores, length)
     if show.check_leaks:
         summary["leaks"] = check_leaks(config.corpus, task, stores)
+    summary["outlook"] = outlook(config, tokenizer, info, stores, length, accelerator)
     return {"token_store": str(Path(next(iter(stores.values())).ids.filename).parents[1]), **summary}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import AutoTokenizer, BertConfig, BertForPreTraining
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertForPreTraining
 
 from mlm.data.corpus import CorpusConfig
 from mlm.data.task import TaskConfig, read_task
@@ -55,6 +55,20 @@ def test_a_model_that_is_the_base_is_exactly_as_good_and_both_learn(toy, labelle
     printed = capsys.readouterr().out
     assert "difference 0 points (no prediction differs)" in printed
     assert "95% interval" not in printed, "of no width"
+
+
+def test_the_difference_is_that_of_the_model_to_the_one_it_is_compared_with(toy, labelled, tmp_path):
+    """Here to one of zeros, which sees nothing and learns nothing."""
+    blind = BertForMaskedLM.from_pretrained(toy.checkpoint)
+    with torch.no_grad():
+        for parameter in blind.parameters():
+            parameter.zero_()
+    blind.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(toy.checkpoint).save_pretrained(tmp_path)
+    figures = script.main(flags(toy, labelled, compare=tmp_path))
+    assert figures["accuracy_before"] <= 0.6 < 0.8 <= figures["accuracy"]
+    assert figures["accuracy_difference"] == pytest.approx(figures["accuracy"] - figures["accuracy_before"])
+    assert 0 < figures["accuracy_low"] < figures["accuracy_high"]
 
 
 def test_head_and_pooler_start_as_the_same_tensors_whichever_checkpoint_has_them(toy, base, labelled):

@@ -72,6 +72,13 @@ def test_what_to_expect_is_what_the_record_says_of_the_run_that_is_most_alike():
         assert ("a classifier of its features gained" in said) == bool(record["classifier"])
 
 
+@pytest.mark.parametrize(
+    "found", [{"tokens_a_parameter": 100.0, "perplexity": 130.0}, {"tokens_a_parameter": 0.1, "perplexity": 1.2}]
+)
+def test_a_run_unlike_all_that_are_recorded_is_told_nothing(found):
+    assert "recorded runs has tokens a parameter and a perplexity like these" in script.expected(found)
+
+
 def test_without_a_record_or_a_perplexity_nothing_is_expected(monkeypatch, tmp_path):
     assert script.expected({"perplexity": math.nan}) == "there is no recorded run to compare with"
     monkeypatch.setattr(script, "RECORDS", tmp_path / "none.json")

@@ -166,9 +166,9 @@ def test_a_mistake_in_a_source_is_said_in_a_line(toy, tmp_path, flags, reason):
 
 
 def test_preparing_lists_the_sources_and_the_epochs_that_the_run_sees(toy, general, capsys):
-    flags = [flag for flag in toy.flags("none") if "output_dir" not in flag and "dropout" not in flag]
-    flags = [flag for flag in flags if "learning_rate" not in flag]
-    found = load_script("prepare").main([*flags, "--replay_file", *general, "--replay_share", "0.1", "0.25"])
+    found = load_script("prepare").main(
+        [*toy.flags("none"), "--replay_file", *general, "--replay_share", "0.1", "0.25"]
+    )
     printed = capsys.readouterr().out
     assert "takes 12 steps of 8 chunks" in printed
     assert found.keys() == {"token_store", "train", "validation", "replay_1", "replay_2", "outlook"}

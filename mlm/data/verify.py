@@ -39,6 +39,9 @@ def find_fault(folder: Path, header: dict[str, Any], arrays: dict[str, np.ndarra
         verified = dict(json.loads(record.read_text()))
     if not again and verified.get(machine) == stamps:
         return None
+    if verified.pop(machine, None):  # nobody believes the store meanwhile, nor after a fault
+        with suppress(OSError):
+            write_json(record, verified)
     for name, expected in header["checksums"].items():
         if checksum(folder / f"{name}.npy") != expected:
             return f"{name}.npy is not what was written"
@@ -52,7 +55,6 @@ def find_fault(folder: Path, header: dict[str, Any], arrays: dict[str, np.ndarra
     parts = (offsets[first : first + PART + 1] for first in range(0, len(offsets), PART))  # so that memory is bounded
     if offsets[0] != 0 or offsets[-1] != len(ids) or any((part[1:] <= part[:-1]).any() for part in parts):
         return f"document_offsets.npy does not rise from 0 to {len(ids)}"
-    verified.pop(machine, None)
     with suppress(OSError):  # of a store that this user cannot write to, each run reads everything
         write_json(record, dict([*verified.items()][1 - MACHINES :]) | {machine: stamps})
     return None

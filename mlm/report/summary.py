@@ -53,6 +53,7 @@ def describe(
         "tf32": config.device.tf32,
         "max_seq_length": batches.chunks.chunk_size,
         "line_by_line": config.chunks.line_by_line,
+        "remainder": config.chunks.remainder,
         "train_batch_size": batches.global_batch,
         "chunks": batches.num_chunks,
         "steps": last_step,

@@ -28,6 +28,7 @@ from mlm.data.token_store import TokenStoreConfig, Unusable, check_words, open_s
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
 from mlm.data.verify import checksum
 from mlm.errors import UserError
+from mlm.files import write_json
 from tests.conftest import REPOSITORY
 from tests.data.stores import CHINESE, TEXTS, TOKENIZERS, built, documents_of, kinds, slow_tokenizer
 from tests.oracles import tokens_of
@@ -490,6 +491,22 @@ def test_a_file_that_changes_after_it_was_verified_is_read_again(world, read):
     read.clear()
     world.prepare()
     assert sorted(set(read)) == [name for name in ALL_ARRAYS if name.startswith("train")]
+
+
+def test_damage_that_no_stamp_shows_is_found_and_mended_when_a_store_is_verified(world, caplog):
+    """A bit flips on the disk: sizes, times and inodes stay."""
+    expected = documents_of(world.prepare()["train"])
+    (path,) = world.folder.glob("*/train/ids.npy")
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\1")
+    record = path.with_name("verified.json")
+    [machine] = json.loads(record.read_text())
+    stamps = {file: verify.stamp(path.with_name(file)) for file in json.loads(record.read_text())[machine]}
+    write_json(record, {machine: stamps})
+    assert documents_of(world.prepare()["train"]) != expected, "nobody looks"
+    assert documents_of(world.prepare(verify_store=True)["train"]) == expected
+    assert "ids.npy is not what was written; building it anew" in caplog.text
 
 
 CUT = "was cut short while in use; run again, which builds the token store anew"

@@ -104,6 +104,7 @@ def interrupted(toy, folder, at=5, **loop):
         ({"learning_rate": 1.0}, "learning_rate 1.0"),
         ({"max_train_steps": 20}, "steps 20 (the checkpoint: 12)"),
         ({"max_train_samples": 30}, "chunks 30"),
+        ({"remainder": "pad"}, "remainder pad (the checkpoint: drop)"),
     ],
 )
 def test_another_experiment_is_not_resumed(toy, tmp_path, change, words):
