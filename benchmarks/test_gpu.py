@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from tests.processes import server
 from tests.scripts import load_script
 
 REPOSITORY = Path(__file__).parents[1]
@@ -17,8 +18,7 @@ results = load_script("results")
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be measured")
 def test_without_a_gpu_nothing_is_measured():
-    command = [sys.executable, "benchmarks/gpu.py"]
-    output = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
+    output, _ = server().start(["benchmarks/gpu.py"]).communicate()
     assert output.startswith("no GPU here: nothing is measured")
 
 

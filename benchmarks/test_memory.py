@@ -33,8 +33,8 @@ def peak(way: str, size: str) -> float:
 )
 def test_peak_memory(benchmark, results, way, size, at_most):
     if benchmark.disabled:
-        if size != "distilbert":
-            pytest.skip("the toy is the same for each size")
+        if (way, size) != ("ours, bf16, micro-batches of 4", "distilbert"):
+            pytest.skip("one way and a toy show that it is measured")
         assert peak(way, "toy") > 100
         return
     mine, other = benchmark.pedantic(lambda: (peak(way, size), peak("defaults", size)))

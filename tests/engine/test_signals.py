@@ -17,6 +17,7 @@ from tests.runs import (
     ONE,
     PYTHON,
     TORCHRUN,
+    TWO,
     assert_each_step_once,
     assert_same_bits,
     finish,
@@ -57,11 +58,11 @@ def check_it_goes_on(toy, folder, launcher, whole):
     assert status == 0, errors
     assert [line["step"] for line in metrics(folder, "start")] == [0, stopped_at]
     assert_each_step_once(folder)
-    if launcher is not TORCHRUN:  # two processes add up in another order than one
+    if launcher in (ONE, ACCELERATE):  # two processes add up in another order than one
         assert_same_bits(weights(folder), whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.torture)])
 def test_a_signalled_run_writes_a_checkpoint_says_how_to_go_on_and_exits_with_it(toy, tmp_path, whole, number, tally):
     folder = tmp_path / "run"
     process = start(ONE, flags(toy, folder))
@@ -204,7 +205,9 @@ def test_a_signal_during_an_evaluation_gives_it_up_and_it_is_made_up_for(toy, tm
 
 
 @pytest.mark.parametrize(
-    "launcher", [pytest.param(ACCELERATE, marks=pytest.mark.torture), TORCHRUN], ids=["accelerate launch", "torchrun"]
+    "launcher",
+    [TWO, *(pytest.param(launcher, marks=pytest.mark.torture) for launcher in (ACCELERATE, TORCHRUN))],
+    ids=["two processes", "accelerate launch", "torchrun"],
 )
 def test_a_worker_that_is_signalled_stops_the_run_whoever_launched_it(toy, tmp_path, whole, launcher, tally):
     """Of two processes the second is signalled, and both stop at the same step."""
@@ -271,6 +274,7 @@ cli.run(lambda argv: loop.train(cli.parse_config(loop.Config, argv)).results)
     assert errors.count("stopped by SIGTERM after step 1;") == 1
 
 
+@pytest.mark.torture
 def test_a_run_started_with_nohup_outlives_its_shell(toy, tmp_path):
     """Only where a launcher was is a parent that is gone a reason to stop."""
     folder = tmp_path / "run"
