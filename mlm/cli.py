@@ -4,10 +4,8 @@
     command line:         --mlm_probability 0.2
 
 `--config FILE.yaml` sets flags, and the command line wins. Its values pass as text through argparse, so that `5e-5` is
-a number and `no` is what the flag makes of it (YAML reads a string and a boolean).
-
-Others need as much code around them: tyro 1.0 has no configuration file, jsonargparse 4.53 takes no comment as help,
-HfArgumentParser knows no `int | Literal["auto"]`."""
+a number and `no` is what the flag makes of it (YAML reads a string and a boolean). Others need as much code:
+tyro 1.0 has no such file, jsonargparse 4.53 no comments as help, HfArgumentParser no `int | Literal["auto"]`."""
 
 import argparse
 import ast
@@ -173,8 +171,6 @@ def _mistake(error: Exception) -> str | None:
         return f"process {os.environ.get('RANK', '0')} ends because {reason}; {resumes}"
     if isinstance(error, OSError) and error.errno is not None:  # too long a name, a loop of links, no permission, …
         return f"{one_line(error.filename or 'a file or standard output')}: {error.strerror}"
-    if isinstance(error, RecursionError):
-        return "a file of JSON, YAML or the like is nested too deeply"
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
         return str(error)
     return str(error) if isinstance(error, UserError) else None

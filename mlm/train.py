@@ -30,7 +30,7 @@ from mlm.engine.update import Update
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import open_eval_sets
 from mlm.evaluation.evaluate import Evaluations
-from mlm.model.load import ModelConfig, load_model, open_corpus
+from mlm.model.load import load_model, open_corpus
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import max_positions
 from mlm.report.metrics import Progress
@@ -94,9 +94,8 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     progress, before, extra_state = Progress(), Evaluations(), {}
     experiment = describe(config, update, eval_sets, stores, last_step)
     run.keeps(net, update, progress, before, extra_state, experiment)
-    if results := run.finished():
-        trained = load_model(ModelConfig(str(run.folder)), tokenizer, seed=0) if run.is_main else net
-        return Result(trained, tokenizer, results, run.folder)
+    if results := run.finished(tokenizer):
+        return Result(net, tokenizer, results, run.folder)
     with run:
         run.resume(sizes(stores, eval_sets))
         run.log.print(plan(config, update, eval_sets, last_step))

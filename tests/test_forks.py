@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib.util
+import shutil
 import sys
 
 import numpy as np
@@ -125,6 +126,19 @@ def test_a_flag_that_a_fork_cannot_obey_is_refused(toy, tmp_path, name, settings
     fork = load_fork(name)
     with pytest.raises(UserError, match=reason):
         fork.train(configured(fork, toy, tmp_path / "run", **settings))
+
+
+def test_a_teacher_that_was_trained_anew_in_its_folder_is_another_experiment(toy, tmp_path):
+    fork = load_fork("distillation")
+    shutil.copytree(toy.checkpoint.parent / "teacher", tmp_path / "teacher")
+    config = configured(fork, toy, tmp_path / "run", checkpointing_steps=6)
+    config = dataclasses.replace(config, distillation=fork.TeacherConfig(str(tmp_path / "teacher")))
+    fork.train(config)
+    (tmp_path / "run" / "all_results.json").unlink()
+    shutil.copy(toy.checkpoint / "model.safetensors", tmp_path / "teacher")
+    latest = dataclasses.replace(config, checkpoint=CheckpointConfig(6, resume_from_checkpoint="latest"))
+    with pytest.raises(UserError, match="another experiment, with teacher "):
+        fork.train(latest)
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(toy, tmp_path):

@@ -9,19 +9,20 @@ from collections.abc import Callable
 from types import CodeType, EllipsisType, FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-SIMPLE = (int, float, str, bool, tuple, list, dict, set, type(None))
 PLAIN = (int, float, complex, str, bytes, type(None), EllipsisType, torch.dtype)
+SIMPLE = (*PLAIN, tuple, list, dict, set, frozenset, torch.Tensor, np.ndarray, np.generic)
 
 
 def identity(function: Callable[..., Any]) -> str:
-    """A function by its name and a fingerprint of its code, without comments and docstrings. Functions and constants
-    of its module that it names count; of a functools.partial, arguments that are plain values."""
+    """A function by its name and a fingerprint of its code, less comments and docstrings, what it is closed over, and
+    functions and constants of its module that it names; of a functools.partial, by its plain arguments too."""
     if isinstance(function, functools.partial):
-        arguments = _simple(function.keywords)
+        arguments = _simple(dict(enumerate(function.args)) | function.keywords)
         return f"{identity(function.func)} {_text(arguments)}" if arguments else identity(function.func)
     digest = hashlib.sha256("\n".join(_parts(function, set())).encode()).hexdigest()[:12]
     return f"{getattr(function, '__name__', type(function).__name__)} {digest}"
@@ -31,12 +32,16 @@ def _parts(function: Any, seen: set[Any]) -> list[str]:
     if not isinstance(function, FunctionType) or function in seen:
         return [repr(type(function))]
     seen.add(function)
-    parts = [_code(function)]
-    for name in function.__code__.co_names:
-        value = function.__globals__.get(name)
+    codes, known = [function.__code__], function.__globals__
+    for code in codes:  # and those of lambdas, comprehensions and functions in it
+        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    own = {name: known[name] for code in codes for name in code.co_names if name in known}
+    own |= inspect.getclosurevars(function).nonlocals
+    parts = [_code(function), _text([function.__defaults__, function.__kwdefaults__])]
+    for name, value in own.items():
         if isinstance(value, FunctionType) and value.__module__ == function.__module__:
             parts += _parts(value, seen)
-        elif isinstance(value, SIMPLE) and name in function.__globals__:
+        elif isinstance(value, SIMPLE):
             parts.append(f"{name} = {_text(value)}")
     return parts
 
@@ -88,9 +93,11 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, CodeType):
-        return f"{value.co_code!r} {_text(value.co_consts)}"
+        return f"{value.co_code!r} {value.co_names} {_text(value.co_consts)}"
     if isinstance(value, torch.Tensor):
-        return repr(value.cpu())  # wherever it lies; the device synchronises here
+        value = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()  # the device synchronises here
+    if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     name = type(value).__name__
     return f"{name} {_schedule(value)}" if isinstance(value, LRScheduler) else name
 

@@ -46,7 +46,7 @@ Objective = Callable[[SparseMaskedLM, Batch], torch.Tensor | tuple[torch.Tensor,
 class UpdateConfig:
     """One optimizer step: its global batch, and how that is cut."""
 
-    train_batch_size: int | None = None  # A step has this many chunks (default: the next two × processes).
+    train_batch_size: int | None = None  # A step has this many chunks (default: the next two, times the processes).
     per_device_train_batch_size: int | Literal["auto"] = 8  # Set a micro-batch's chunks (auto: what fits).
     gradient_accumulation_steps: int = 1  # A step has this many micro-batches (or use --train_batch_size).
     max_grad_norm: float = 1.0  # Scale gradients of a larger norm down to this one (0: never).
@@ -201,7 +201,7 @@ class Update:
         self.micro_batch //= 2
         self._zero_grad()
         release_memory()
-        log.warning("step %d: out of memory; from here on micro-batches of %d chunks", step, self.micro_batch)
+        log.warning("step %d: out of memory; from here on micro-batches of %d chunks", step + 1, self.micro_batch)
 
     def _apply(self, sums: torch.Tensor) -> bool:
         """Steps the optimizers, where the gradient is finite. False: fp16 overflowed, take the step again."""

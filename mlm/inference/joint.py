@@ -33,10 +33,6 @@ class _Hypothesis(NamedTuple):
     left: list[int]  # positions of the masks that are not filled in
     log_probability: float
 
-    def with_filler(self, position: int, token: int, log_probability: float) -> "_Hypothesis":
-        row = [*self.row[:position], token, *self.row[position + 1 :]]
-        return _Hypothesis(row, [p for p in self.left if p != position], self.log_probability + log_probability)
-
 
 def fill_jointly(
     model: SparseMaskedLM,
@@ -62,8 +58,12 @@ def fill_jointly(
         grown: dict[int, list[_Hypothesis]] = {i: [] for i, _ in growing}
         for (i, hypothesis), positions, ranked in zip(growing, places, best, strict=True):
             # `max` takes the first of equals
-            position, fillers = max(zip(positions, ranked, strict=True), key=lambda at: at[1][0][0])
-            grown[i] += [hypothesis.with_filler(position, token, p) for p, token in zip(*fillers, strict=True)]
+            at, fillers = max(zip(positions, ranked, strict=True), key=lambda pair: pair[1][0][0])
+            row, left, so_far = hypothesis
+            left = [p for p in left if p != at]
+            grown[i] += [
+                _Hypothesis([*row[:at], t, *row[at + 1 :]], left, so_far + p) for p, t in zip(*fillers, strict=True)
+            ]
         for i, hypotheses in grown.items():
             beams[i] = sorted(hypotheses, key=lambda h: -h.log_probability)[:num_beams]  # stable
     before, after = map(len, template(tokenizer))

@@ -27,6 +27,7 @@ from mlm.evaluation.compare import nothing_learnt
 from mlm.evaluation.eval_set import EvalSet
 from mlm.evaluation.evaluate import Evaluations, evaluate_all
 from mlm.figures import figure, flat
+from mlm.model.load import ModelConfig, load_model
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.model.vocabulary import check_encoder
 from mlm.report.environment import environment, versions
@@ -84,12 +85,16 @@ class Run:
         check_same(self.experiment, self.accelerator)
         broadcast(checkpoint.tensors(model).values(), self.accelerator)  # other processors draw other last bits
 
-    def finished(self) -> dict[str, Any] | None:
-        """The results of this very experiment, where --resume_from_checkpoint latest finds it finished."""
+    def finished(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+        """The results of this experiment, and its weights, where --resume_from_checkpoint latest finds it finished."""
         if self.config.checkpoint.resume_from_checkpoint != "latest":
             return None
         results = on_main(lambda: self.directory.finished(self.experiment), self.accelerator)
         if results:
+            if self.is_main:
+                saved = ModelConfig(str(self.folder), trust_remote_code=self.config.model.trust_remote_code)
+                self.model.load_state_dict(load_model(saved, tokenizer, seed=0).state_dict())
+            broadcast(checkpoint.tensors(self.model).values(), self.accelerator)
             self._publish(results)  # an upload that has failed is made up for
             done = f"{results['steps']} steps, held-out perplexity {figure(results['perplexity'])}"
             self.log.print(f"{self.folder} is finished: {done}; give --overwrite_output_dir to train anew")

@@ -37,7 +37,7 @@ def describe(
         "seed": batches.seed,
         "order of chunks": order.VERSION,
         "max_grad_norm": config.update.max_grad_norm,
-        "reduce_dtype": config.update.reduce_dtype if batches.world > 1 else "fp32",
+        "reduce_dtype": config.update.reduce_dtype,  # of one process too, which others may join
         "model": fingerprint(update.model.model),
         "tokenizer": eval_sets["held_out"].info.fingerprint,
         "masks": batches.recipe.digest,

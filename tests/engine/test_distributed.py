@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.runs import TWO, assert_same_bits, run, weights
+from tests.runs import ONE, TWO, assert_same_bits, run, weights
 
 pytestmark = pytest.mark.slow
 
@@ -137,3 +137,5 @@ def test_gradients_sent_in_another_type_are_another_experiment(toy, tmp_path):
     status, _, errors = run(TWO, [*flags, "--resume_from_checkpoint=latest"])
     assert status != 0
     assert "reduce_dtype fp32 (the checkpoint: bf16)" in errors
+    status, _, errors = run(ONE, [*flags, "--reduce_dtype=bf16", "--resume_from_checkpoint=latest"])
+    assert status == 0, "one process that is left goes on: " + errors

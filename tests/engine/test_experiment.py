@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import lr_scheduler
@@ -114,3 +115,35 @@ def test_differences_name_both_values():
         "old None (the checkpoint: 2)",
         "seed 3 (the checkpoint: 1)",
     ]
+
+
+WEIGHTS = torch.ones(3000)
+ARRAY = np.zeros(4)
+
+
+def weighted(x, by=WEIGHTS):
+    return sum(part / TEMPERATURE for part in x), (lambda: ARRAY)()
+
+
+def bound(factor):
+    return lambda x: x * factor
+
+
+def test_what_inner_functions_read_and_defaults_and_closures_count(monkeypatch):
+    before = identity(weighted)
+    assert identity(weighted) == before
+    for name, value in (("TEMPERATURE", 3.0), ("ARRAY", np.eye(2))):
+        with monkeypatch.context() as changed:
+            changed.setitem(globals(), name, value)
+            assert identity(weighted) != before, name
+    other = WEIGHTS.clone()
+    other[1500] = 1 + 1e-6  # which a tensor's repr does not show
+    monkeypatch.setattr(weighted, "__defaults__", (other,))
+    assert identity(weighted) != before
+    assert identity(bound(1)) == identity(bound(1)) != identity(bound(2))
+
+
+def test_of_a_partial_positional_arguments_and_tensors_count():
+    ones = [identity(functools.partial(objective, argument)) for argument in (1, 1, 2, WEIGHTS, 2 * WEIGHTS)]
+    assert ones[0] == ones[1]
+    assert len(set(ones)) == 4

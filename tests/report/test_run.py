@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForMaskedLM
 
 from mlm.engine.checkpoint import CheckpointConfig, damaged, snapshot
 from mlm.engine.signals import Stopped, StopSignals
@@ -120,12 +121,17 @@ from mlm.train import train
 for name in "ab":
     flags = {toy.flags(tmp_path, max_train_steps=3)!r} + ["--output_dir={tmp_path}/" + name]
     train(cli.parse_config(Config, flags))
+finished = train(cli.parse_config(Config, flags + ["--resume_from_checkpoint=latest"]))
+print("weights:", sum(p.double().sum().item() for p in finished.model.parameters()), flush=True)
 assert dist.is_initialized() and dist.get_world_size() == 2
 assert threads() or sys.platform != "linux"
 """)
     status, output, errors = run(TWO, [], str(program))
     assert status == 0, errors
     assert output.count("left: []") == 2
+    sums = [float(line.split()[1]) for line in output.splitlines() if line.startswith("weights: ")]
+    parameters = AutoModelForMaskedLM.from_pretrained(tmp_path / "b").parameters()
+    assert sums == 2 * [sum(p.double().sum().item() for p in parameters)], "both have the weights that were saved"
     assert_same_bits(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert len(metrics(tmp_path / "b", "end")) == 1
 
