@@ -21,8 +21,9 @@ from benchmarks.masked_batches import MODEL_INPUTS, SEED, MaskedBatches
 from mlm.data.chunks import concatenate
 from mlm.data.encode import Encoder
 from mlm.data.shards import build_shards, read_shards
-from mlm.data.token_store import ARRAYS, build, open_store, write
+from mlm.data.token_store import ARRAYS, open_store, write
 from mlm.data.tokenizer import text_encoder
+from tests.data.stores import build
 from tests.oracles import chunks_of
 
 T, B, MAP_BATCH = 128, 64, 1000  # tokens a chunk, chunks a batch, documents a batch of a map

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ZEROS = "\0" * 64  # of a damaged disk, or of one that lost its power: a block, of 512 bytes or more
 SPACE = bytes(code for code in range(128) if chr(code).isspace())
+SPACE_BEYOND = re.compile(r"[^\S\x00-\x7f]")  # beyond ASCII
 READ = 1 << 24  # bytes of text that are read at a time, unless a document has more
 SHARD = 1 << 23  # bytes of text in a shard, until its last document begins: seconds of tokenising, on one core
 KNOWN = f"{', '.join(READERS)}, each also with .gz"
@@ -183,7 +184,7 @@ def read(
 
 def text_hash(text: str) -> int:
     """64 bits, the same for texts that differ in case and white space alone."""
-    lower = text.lower() if text.isascii() else re.sub(r"[^\S\x00-\x7f]", "", text.lower())  # white space beyond ASCII
+    lower = text.lower() if text.isascii() else SPACE_BEYOND.sub("", text.lower())
     return int.from_bytes(blake2b(lower.encode().translate(None, SPACE), digest_size=8).digest(), "little")
 
 

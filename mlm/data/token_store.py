@@ -34,7 +34,7 @@ from mlm.data import corpus
 from mlm.data.cache import build_once, key
 from mlm.data.corpus import CorpusConfig
 from mlm.data.encode import Encoder
-from mlm.data.shards import COUNTS, FORMAT_VERSION, Part, build_shards, read_shards, tokenise
+from mlm.data.shards import COUNTS, FORMAT_VERSION, Part, build_shards, read_shards
 from mlm.data.tokenizer import TokenizerInfo
 from mlm.data.verify import check_mapped, checksum, find_fault
 from mlm.errors import UserError, at_least, at_most, one_line
@@ -214,14 +214,6 @@ def open_store(folder: Path, tokenizer_fingerprint: str, verify: bool = False) -
     return TokenStore(header, **arrays)
 
 
-def build(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo, folder: Path, origin: dict[str, Any]
-) -> TokenStore:
-    """Tokenises `texts` into `folder`; those without a token (of control characters, say) are left out."""
-    write(tokenise(texts, Encoder(tokenizer, info)), info, folder, origin)
-    return open_store(folder, info.fingerprint)
-
-
 def write(parts: Iterable[Part], info: TokenizerInfo, folder: Path, origin: dict[str, Any], hashes: Any = ()) -> None:
     """Joins a split's parts to a store in `folder`, whose header repeats `origin`; hashes: [D] by corpus.text_hash."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -256,6 +248,10 @@ def write(parts: Iterable[Part], info: TokenizerInfo, folder: Path, origin: dict
         "bytes": _sizes(folder),
         "checksums": {name: checksum(folder / f"{name}.npy") for name in ARRAYS},
         "seconds": counts.pop("ns") / 1e9,  # of all processes together
+        "documents": int(document_lengths.sum()),
+        "tokens": tokens,
+        "maskable_tokens": int(token_counts[info.maskable].sum()),
+        "unknown_tokens": 0 if info.unknown_id is None else int(token_counts[info.unknown_id]),
         **counts,
         "words": counts["words"] if info.has_words else None,
         **origin,
