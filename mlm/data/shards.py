@@ -23,7 +23,7 @@ from tqdm import tqdm
 from xxhash import xxh3_128_digest
 
 from mlm.data.cache import build_once, key
-from mlm.data.corpus import SPACE, SPACE_BEYOND, Corpus, Documents
+from mlm.data.corpus import SPACE, SPACE_BEYOND, Corpus
 from mlm.data.encode import Encoder, Piece
 from mlm.data.pieces import cut
 
@@ -84,12 +84,11 @@ def build_shards(
 ) -> dict[str, list[Job]]:
     """Builds the shards that `folder` lacks, in so many processes, beside other runs, which may still be at some when
     it returns the shards of each split, in order. Raises UserError as tokenising and writing do."""
-    made_of = [FORMAT_VERSION, encoder.info.fingerprint, corpus.strip_html]
     shards: dict[str, list[Job]] = {split: [] for split in splits}
     for split, made in shards.items():
         for documents, texts in corpus.shards[split]:
-            place = folder / f"{key([*made_of, texts])}.shard"
-            made.append((place, partial(_write_shard, corpus, split, documents, encoder)))
+            name = key([FORMAT_VERSION, encoder.info.fingerprint, corpus.splits[split].strip_html, texts])
+            made.append((folder / f"{name}.shard", partial(_write_shard, corpus, split, documents, encoder)))
     jobs, workers = [job for made in shards.values() for job in made], []
     with suppress(OSError):  # which is said where the store itself cannot be written
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +136,7 @@ def _work(jobs: list[Job], parent: int) -> None:
 
 
 def _write_shard(corpus: Corpus, split: str, documents: range, encoder: Encoder, path: Path) -> None:
-    texts, file = Documents(corpus.splits[split].select(documents), corpus.strip_html), io.BytesIO()
+    texts, file = corpus.splits[split][documents.start : documents.stop], io.BytesIO()
     for part in tokenise(texts, encoder):
         for array in part:
             np.save(file, array)

@@ -90,10 +90,6 @@ class TokenStore:
         return self.header["maskable_tokens"] / self.header["words"] if self.header["words"] else float("inf")
 
     @property
-    def sees_words(self) -> bool:
-        return self.why_no_words is None
-
-    @property
     def why_no_words(self) -> str | None:
         """Why whole words cannot be masked here; None where they can."""
         if self.header["words"] is None:
@@ -135,7 +131,7 @@ def prepare(
             log.warning("%s: %s; building it anew", folder, reason)
     if not stores:
         # Before the lock: a mistake in the corpus leaves nothing on disk, and reading takes less than tokenising.
-        read = corpus.load(source, config.overwrite_cache)
+        read = corpus.load(source)
         splits = [split for split in read.splits if only in (None, split)]
         shards = partial(build_shards, read, splits, Encoder(tokenizer, info), config.processes)
 
@@ -152,7 +148,7 @@ def prepare(
     if whole_words:
         for store in stores.values():
             check_words(store)
-    elif unsegmented := [s for s in stores.values() if s.header["words"] and not s.sees_words]:
+    elif unsegmented := [s for s in stores.values() if s.header["words"] and s.why_no_words]:
         longest = max(unsegmented, key=lambda store: store.mean_word)
         log.warning("%s; tokens can be masked, whole words cannot", longest.why_no_words)
     if "train" in stores and (leaks := stores["validation"].header["leaks"]) and not source.allow_leaks:

@@ -72,7 +72,7 @@ class Joined:
         self.folder, self.written = folder, []
         self.read = corpus.load(CorpusConfig(train_file=str(folder / "train.txt")))
         self.encoder = Encoder(TOKENIZER, INFO)
-        build(self.read.documents("train"), TOKENIZER, INFO, folder / "expected", {})
+        build(self.read.splits["train"], TOKENIZER, INFO, folder / "expected", {})
         self.expected = contents(folder / "expected")
         write_shard = shards._write_shard
 
