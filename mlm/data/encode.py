@@ -86,7 +86,7 @@ def _unpack(encodings: list[Encoding] | Tokens) -> Tokens:
     if isinstance(encodings, Tokens):
         return encodings
     ids, words = _flat(e.ids for e in encodings), _flat(e.word_ids for e in encodings)
-    return Tokens(ids, np.diff(words, prepend=-1) != 0, np.array([len(e) for e in encodings]))
+    return Tokens(ids, np.append(True, words[1:] != words[:-1])[: len(ids)], np.array([len(e) for e in encodings]))
 
 
 def _flat(rows: Iterable[list[int]]) -> np.ndarray:
