@@ -24,10 +24,11 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.compare import compare
 from benchmarks.reviews import read
-from mlm.data.token_store import TokenStore, build
+from mlm.data.token_store import TokenStore
 from mlm.data.tokenizer import TokenizerInfo, load_tokenizer, tokenizer_info
 from mlm.files import write_json
 from mlm.report.environment import environment
+from tests.data.stores import build
 from tests.tokenizers_for_tests import wordpiece
 
 REVIEWS, MADE_UP = 4000, 1200

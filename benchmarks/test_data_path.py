@@ -21,8 +21,9 @@ from benchmarks.masked_batches import MODEL_INPUTS, SEED, MaskedBatches
 from mlm.data.chunks import concatenate
 from mlm.data.encode import Encoder
 from mlm.data.shards import build_shards, read_shards
-from mlm.data.token_store import ARRAYS, build, open_store, write
+from mlm.data.token_store import ARRAYS, open_store, write
 from mlm.data.tokenizer import text_encoder
+from tests.data.stores import build
 from tests.oracles import chunks_of
 
 T, B, MAP_BATCH = 128, 64, 1000  # tokens a chunk, chunks a batch, documents a batch of a map
@@ -34,14 +35,16 @@ T, B, MAP_BATCH = 128, 64, 1000  # tokens a chunk, chunks a batch, documents a b
 @pytest.fixture
 def make_store(corpus, tmp_path):
     """make_store(processes, bytes a shard): the store of the texts, as `prepare` makes it once it has read them."""
-    texts = {"train": corpus.dataset}
+    texts = mlm.data.corpus.Source(corpus.name, [corpus.dataset])
 
     def make(processes, size):
         shutil.rmtree(tmp_path / "made", ignore_errors=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mlm.data.corpus, "SHARD", size)
-            shards = {"train": mlm.data.corpus._cut(*mlm.data.corpus._scan(corpus.dataset)[1:3])}
-        read = mlm.data.corpus.Corpus(texts, {}, shards, strip_html=False, hashes={}, leaks=None)
+            found, _ = mlm.data.corpus._scan(texts)
+            shards = {"train": mlm.data.corpus._cut(*found[1:3])}
+        splits = {"train": mlm.data.corpus.Documents(texts, found[0].view(np.int64), found[1], strip_html=False)}
+        read = mlm.data.corpus.Corpus(splits, {}, shards, hashes={}, leaks=None)
         encoder = Encoder(corpus.tokenizer, corpus.info)
         made = build_shards(read, ["train"], encoder, processes, tmp_path / "made" / "shards")
         write(read_shards(made["train"]), corpus.info, tmp_path / "made" / "train", {"split": "train"})

@@ -39,13 +39,13 @@ def check_leaks(source: CorpusConfig, task: Task | None, stores: dict[str, Token
     if "train" not in stores:
         raise UserError("--check_leaks: there is no training text to look in; give --train_file or --dataset_name")
     read = corpus.load(source)
-    sought = {"held-out documents": few(read.documents("validation"))}
+    sought = {"held-out documents": few(read.splits["validation"])}
     equal = {"held-out documents": stores["validation"].header["leaks"]}
     if task:
         own = [text for texts in task.texts for text in texts]
         sought["texts of the task"], equal["texts of the task"] = few(own), int(stand_in(own, stores["train"]).sum())
     documents = [text for texts in sought.values() for text in texts]
-    near = near_duplicates(documents, read.documents("train")) & ~stand_in(documents, stores["train"])
+    near = near_duplicates(documents, read.splits["train"]) & ~stand_in(documents, stores["train"])
     figures = {}
     for what, own in zip(sought, np.split(near, [len(sought["held-out documents"])]), strict=False):
         figures[what] = {"equal": equal[what], "looked_for": len(own), "near": int(own.sum())}

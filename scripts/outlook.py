@@ -64,7 +64,7 @@ def outlook(
 
 def pieces_a_word(store: TokenStore) -> float | None:
     """None where the tokenizer sees no words."""
-    return store.mean_word if store.sees_words else None
+    return None if store.why_no_words else store.mean_word
 
 
 def unknown_share(store: TokenStore) -> float:
@@ -74,7 +74,7 @@ def unknown_share(store: TokenStore) -> float:
 
 def most_cut(store: TokenStore, tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo) -> list[str]:
     """The words, in pieces, that cost most tokens beyond one each, in a sample of documents."""
-    if not store.sees_words:
+    if store.why_no_words:
         return []
     documents, words = store.header["documents"], Counter()
     chosen = np.random.default_rng(0).choice(documents, min(documents, 20 * DOCUMENTS), replace=False)

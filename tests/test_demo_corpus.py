@@ -72,9 +72,9 @@ def test_without_a_text_the_demo_trains_on_its_own_the_same_each_time(documents,
         Config.of(token_store=str(tmp_path / "stores"), text_column="review", allow_leaks=True)
     )
     read = load(config.corpus)
-    in_validation = set(read.documents("validation"))
-    assert list(read.documents("train")) == [text for text in documents if text not in in_validation]
-    assert list(read.documents("validation")) == [text for text in documents if text in in_validation]
+    in_validation = set(read.splits["validation"])
+    assert list(read.splits["train"]) == [text for text in documents if text not in in_validation]
+    assert list(read.splits["validation"]) == [text for text in documents if text in in_validation]
     name = identify(config.corpus)
     again = Config.of(token_store=str(tmp_path / "stores"), allow_leaks=True)
     assert identify(script.with_demo_corpus(again).corpus) == name, "it is written once"

@@ -1,21 +1,20 @@
 """Text in, documents out: the one module that imports the datasets library, and only where text is read.
 
-A corpus is a Hub dataset, a folder or local files. `identify` names it by some `stat` calls; `load` reads it."""
+A corpus is a Hub dataset, a folder or local files. `identify` names it by some `stat` calls; `load` reads it, to see
+what is in it, and its documents are read again where they are needed: both where it lies, without a copy on disk."""
 
-import errno
 import html
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import escape
 from hashlib import blake2b
 from itertools import chain, pairwise
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,12 +22,9 @@ from mlm.data.faults import READERS, find_bad_row, find_bomb, find_fault, reader
 from mlm.errors import UserError, explain_load_failure, one_line
 from mlm.files import stamp
 
-if TYPE_CHECKING:
-    import datasets
-
 ZEROS = "\0" * 64  # of a damaged disk, or of one that lost its power: a block, of 512 bytes or more
 SPACE = bytes(code for code in range(128) if chr(code).isspace())
-READ = 1 << 24  # bytes of text that are read at a time, unless a document has more
+SPACE_BEYOND = re.compile(r"[^\S\x00-\x7f]")  # beyond ASCII
 SHARD = 1 << 23  # bytes of text in a shard, until its last document begins: seconds of tokenising, on one core
 KNOWN = f"{', '.join(READERS)}, each also with .gz"
 
@@ -75,26 +71,52 @@ class OutOfDomainConfig:
 
 @dataclass(frozen=True)
 class Corpus:
-    splits: "datasets.DatasetDict"  # "train" and/or "validation": one column, "text", as it was read
+    splits: dict[str, "Documents"]  # "train" and/or "validation"
     dropped: dict[str, int]  # empty, whitespace and null documents left out, for each split
     shards: dict[str, list[tuple[range, str]]]  # of each split: which documents, and a fingerprint of their texts
-    strip_html: bool
     hashes: dict[str, np.ndarray]  # of the documents of each split, by `text_hash`: [n] uint64
     leaks: int | None  # held-out documents that stand in the training split; None: there is no such split
 
-    def documents(self, split: str) -> "Documents":
-        return Documents(self.splits[split], self.strip_html)
+
+class Source:
+    """The texts of several datasets, each read from the first on, or on from where the last reader left them."""
+
+    def __init__(self, origin: str, datasets: list[Any]) -> None:
+        self.origin, self.datasets = origin, datasets
+        self.left: tuple[int, int, Any] = 0, -1, None  # by which process, at which text, and those behind it
+
+    def __iter__(self) -> Iterator[str | None]:
+        with _explained(self.origin):
+            for dataset in self.datasets:
+                yield from texts(dataset)
+
+    def at(self, places: np.ndarray, hashes: np.ndarray) -> Iterator[str]:
+        """The texts at `places`, int64[n], ascending. Raises UserError where they have other hashes, [n] uint64."""
+        (process, last, behind), self.left = self.left, (0, -1, None)
+        if process != os.getpid() or last >= places[0]:  # open files are not shared with a parent
+            behind = enumerate(self)
+        for place, known in zip(places.tolist(), hashes.tolist(), strict=True):
+            text = next((text for number, text in behind if number == place), None)
+            if text is None or _hash(text.encode()) != known:
+                raise UserError(f"{self.origin} changed while it was read; run again")
+            yield text
+        self.left = os.getpid(), place, behind
 
 
 @dataclass(frozen=True)
 class Documents:
     """The documents of a split, in order, none of them empty. They are read anew in each iteration."""
 
-    dataset: "datasets.Dataset"
+    source: Source
+    places: np.ndarray  # [n] int64, in the source
+    hashes: np.ndarray  # [n] uint64, of the texts there
     strip_html: bool
 
+    def __getitem__(self, part: slice) -> "Documents":
+        return replace(self, places=self.places[part], hashes=self.hashes[part])
+
     def __iter__(self) -> Iterator[str]:
-        return map(strip_html, texts(self.dataset)) if self.strip_html else texts(self.dataset)
+        return map(strip_html if self.strip_html else str, self.source.at(self.places, self.hashes))
 
 
 def several(value: Any) -> list[Any]:
@@ -124,67 +146,58 @@ def identify(config: CorpusConfig) -> dict[str, Any]:
     return identity
 
 
-def load(config: CorpusConfig, overwrite_cache: bool = False) -> Corpus:
-    """Read the corpus into splits of one string column, "text", memory-mapped from the datasets cache.
+def load(config: CorpusConfig) -> Corpus:
+    """Read the corpus, to know which documents are in which split.
 
     Validation documents come from `validation_file`, else from the dataset's "validation" split, else from the
     training documents, by `held_out`. With `validation_file` alone there is no training split. Those that stand in the
     training split, up to case and white space, are left out, unless `config` allows such leaks.
 
-    overwrite_cache: convert files anew, even if the datasets cache has them
-
     Raises UserError for files and datasets that cannot be had or read, for a text column that is missing or holds no
     strings, for a split without a document, and as `held_out` does where it is needed."""
-    sources = read(config, overwrite_cache=overwrite_cache)
-    with _quiet_datasets() as datasets:
-        kept, dropped = {}, {}
-        for split, source in sources.items():
-            where = origin(config, split)
-            with _explained(where):
-                kept[split] = _scan(source, config.strip_html)  # uint64[4, n]
-            dropped[split] = len(source) - kept[split].shape[1]
-            if dropped[split] == len(source):
-                raise UserError(f"{where} holds no {split} document: {len(source)} empty ones were dropped")
+    sources = {s: Source(origin(config, s), parts) for s, parts in read(config, stream=True).items()}
+    kept, dropped = {}, {}
+    for split, source in sources.items():
+        with _quiet_datasets(), _explained(source.origin):
+            kept[split], dropped[split] = _scan(source, config.strip_html)  # uint64[4, n]
+        if not kept[split].size:
+            raise UserError(f"{source.origin} holds no {split} document: {dropped[split]} empty ones were dropped")
 
-        if "validation" not in sources:
-            out = held_out(kept["train"][1], config.validation_split_percentage)  # bool[n]
-            sources["validation"], dropped["validation"] = sources["train"], 0
-            kept = {"train": kept["train"][:, ~out], "validation": kept["train"][:, out]}
-        leaked = np.isin(kept["validation"][3], kept["train"][3]) if "train" in kept else None  # bool[n]
-        if leaked is not None and not config.allow_leaks:
-            if leaked.all():
-                name = origin(config, "validation")
-                raise UserError(f"{name}: every held-out document is in the training split, too (--allow_leaks)")
-            kept["validation"] = kept["validation"][:, ~leaked]
-        splits = {split: source.select(kept[split][0].astype(np.int64)) for split, source in sources.items()}
-        shards = {split: _cut(*kept[split][1:3]) for split in splits}
-        hashes, leaks = {split: kept[split][3] for split in splits}, None if leaked is None else int(leaked.sum())
-        return Corpus(datasets.DatasetDict(splits), dropped, shards, config.strip_html, hashes, leaks)
+    if "validation" not in sources:
+        out = held_out(kept["train"][1], config.validation_split_percentage)  # bool[n]
+        sources["validation"], dropped["validation"] = sources["train"], 0
+        kept = {"train": kept["train"][:, ~out], "validation": kept["train"][:, out]}
+    leaked = np.isin(kept["validation"][3], kept["train"][3]) if "train" in kept else None  # bool[n]
+    if leaked is not None and not config.allow_leaks:
+        if leaked.all():
+            name = origin(config, "validation")
+            raise UserError(f"{name}: every held-out document is in the training split, too (--allow_leaks)")
+        kept["validation"] = kept["validation"][:, ~leaked]
+    splits = {s: Documents(sources[s], kept[s][0].view(np.int64), kept[s][1], config.strip_html) for s in sources}
+    shards = {split: _cut(*kept[split][1:3]) for split in splits}
+    hashes, leaks = {split: kept[split][3] for split in splits}, None if leaked is None else int(leaked.sum())
+    return Corpus(splits, dropped, shards, hashes, leaks)
 
 
-def read(
-    config: CorpusConfig, also: tuple[str, ...] = (), overwrite_cache: bool = False
-) -> "dict[str, datasets.Dataset]":
-    """The splits, "train" and/or "validation", as they stand in the files: a column "text", and those of `also` that
-    are there. Raises UserError as `load` does, though not for text that is empty."""
+def read(config: CorpusConfig, also: tuple[str, ...] = (), stream: bool = False) -> dict[str, list[Any]]:
+    """The splits, "train" and/or "validation", as they stand in the files: datasets with a column "text", and those of
+    `also` that are there; with `stream` iterable ones, of which the datasets library keeps no copy in its cache.
+    Raises UserError as `load` does, though not for text that is empty."""
     _check(config)
     for file in [*chain(*config.files.values()), *_files_of(config.dataset_name or "")]:
         if reader_of(file) and (fault := find_bomb(file)):
             raise UserError(f"{file}: {fault}")
-    with _quiet_datasets() as datasets:
-        sources = _read_dataset(config, also, overwrite_cache) if config.dataset_name else {}
+    with _quiet_datasets():
+        sources = _read_dataset(config, also, stream) if config.dataset_name else {}
         for flag, files in config.files.items():
-            parts = [_read_file(file, config, also, overwrite_cache) for file in files]
-            if len({str(part.features) for part in parts}) > 1:  # Parquet may hold large strings
-                parts = [part.cast_column("text", datasets.Value("large_string")) for part in parts]
-            sources[flag.removesuffix("_file")] = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+            sources[flag.removesuffix("_file")] = [_read_file(file, config, also, stream) for file in files]
     return sources
 
 
 def text_hash(text: str) -> int:
     """64 bits, the same for texts that differ in case and white space alone."""
-    lower = text.lower() if text.isascii() else re.sub(r"[^\S\x00-\x7f]", "", text.lower())  # white space beyond ASCII
-    return int.from_bytes(blake2b(lower.encode().translate(None, SPACE), digest_size=8).digest(), "little")
+    lower = text.lower() if text.isascii() else SPACE_BEYOND.sub("", text.lower())
+    return _hash(lower.encode().translate(None, SPACE))
 
 
 def keep_apart(config: CorpusConfig, flag: str, folder: str | Path) -> None:
@@ -210,11 +223,10 @@ def out_of_domain(config: OutOfDomainConfig, domain: CorpusConfig) -> CorpusConf
     )
 
 
-def texts(dataset: "datasets.Dataset") -> Iterator[str | None]:
-    """The documents of a split, in order. They are read in small batches, since one may be a book."""
-    rows = READ * dataset.data.num_rows // max(dataset.data.nbytes, 1)
-    for table in dataset.with_format("arrow").iter(batch_size=min(max(rows, 1), 100)):
-        yield from table["text"].to_pylist()
+def texts(dataset: Any) -> Iterator[str | None]:
+    """The texts of a dataset, in order. They are read in small batches, since one may be a book."""
+    for table in dataset.with_format("arrow").iter(batch_size=100):
+        yield from (text.as_py() for text in table["text"])
 
 
 def strip_html(text: str) -> str:
@@ -278,7 +290,7 @@ def origin(config: CorpusConfig, split: str) -> str:
     return ", ".join(files) or config.dataset_name or ", ".join(config.files["train_file"])
 
 
-def _read_dataset(config: CorpusConfig, also: tuple[str, ...], overwrite: bool) -> dict[str, "datasets.Dataset"]:
+def _read_dataset(config: CorpusConfig, also: tuple[str, ...], stream: bool) -> dict[str, list[Any]]:
     import datasets
 
     name = config.dataset_name
@@ -290,14 +302,14 @@ def _read_dataset(config: CorpusConfig, also: tuple[str, ...], overwrite: bool) 
             splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         else:
             path = os.path.abspath(name) if os.path.isdir(name) else name
-            splits = _convert(path, config, overwrite, name=config.dataset_config_name)
-    used = [split for split in ("train", "validation") if split in splits]
-    if not used:
-        raise UserError(f"{name} has neither a train nor a validation split, only {', '.join(splits)}")
-    return {split: _chosen(splits[split], f"{name} ({split})", config.text_column, also) for split in used}
+            splits = _convert(path, config, stream, name=config.dataset_config_name)
+        used = [split for split in ("train", "validation") if split in splits]
+        if not used:
+            raise UserError(f"{name} has neither a train nor a validation split, only {', '.join(splits)}")
+        return {split: [_chosen(splits[split], f"{name} ({split})", config.text_column, also)] for split in used}
 
 
-def _read_file(file: str, config: CorpusConfig, also: tuple[str, ...], overwrite: bool) -> "datasets.Dataset":
+def _read_file(file: str, config: CorpusConfig, also: tuple[str, ...], stream: bool) -> Any:
     import datasets
 
     reader, path = reader_of(file), os.path.abspath(file)
@@ -306,11 +318,11 @@ def _read_file(file: str, config: CorpusConfig, also: tuple[str, ...], overwrite
             # The unpacked copy is cached by path alone: unpack again, the file may have changed in place.
             fresh = datasets.DownloadConfig(force_extract=True)
             path = datasets.DownloadManager(download_config=fresh).extract(path)
-        dataset = _convert(reader, config, overwrite, data_files={"train": escape(path)})["train"]
-    return _chosen(dataset, file, "text" if reader == "text" else config.text_column, also)
+        dataset = _convert(reader, config, stream, data_files={"train": escape(path)})["train"]
+        return _chosen(dataset, file, "text" if reader == "text" else config.text_column, also)
 
 
-def _convert(path: str, config: CorpusConfig, overwrite: bool, **where: Any) -> "datasets.DatasetDict":
+def _convert(path: str, config: CorpusConfig, stream: bool, **where: Any) -> dict[str, Any]:
     """`load_dataset`, with those of our options that the reader it picks has."""
     import datasets
 
@@ -323,35 +335,43 @@ def _convert(path: str, config: CorpusConfig, overwrite: bool, **where: Any) -> 
     # other settings it would turn gaps in the other columns to strings, and their types would clash.
     options = {"sample_by": config.sample_by, "converters": {config.text_column: str}}
     has = {name: value for name, value in options.items() if hasattr(reader.config, name)}
-    mode = "reuse_cache_if_exists" if overwrite else None  # converts anew, what was downloaded stays
-    return datasets.load_dataset(path, **where, **has, download_mode=mode)
+    return datasets.load_dataset(path, **where, **has, streaming=stream)
 
 
-def _chosen(dataset: "datasets.Dataset", origin: str, column: str, also: tuple[str, ...]) -> "datasets.Dataset":
+def _chosen(dataset: Any, origin: str, column: str, also: tuple[str, ...]) -> Any:
     """The text, as "text", and those of the columns `also` that are there."""
-    if column not in (there := dataset.column_names):
+    import datasets
+
+    if not (there := dataset.features):  # of a stream they are known when it is read
+        there = datasets.Features.from_arrow_schema(next(dataset.with_format("arrow").iter(1)).schema)
+    if column not in there:
         raise UserError(f"{origin} has no column {column!r}, but {', '.join(there)}: name the text with --text_column")
-    kind = getattr(dataset.features[column], "dtype", type(dataset.features[column]).__name__)
+    kind = getattr(there[column], "dtype", type(there[column]).__name__)
     if kind not in ("string", "large_string", "null"):
         raise UserError(f"{origin}: column {column!r} holds {kind}, no text: choose with --text_column")
     dataset = dataset.select_columns([column, *(name for name in also if name in there)])
     return dataset if column == "text" else dataset.rename_column(column, "text")
 
 
-def _scan(dataset: "datasets.Dataset", without_html: bool = False) -> np.ndarray:
+def _scan(source: Iterable[str | None], without_html: bool = False) -> tuple[np.ndarray, int]:
     """Of the n documents with more than whitespace the positions; hashes and bytes of the text as it was read, so that
-    a document's side does not depend on `without_html`; `text_hash` of what is trained on: uint64[4, n]."""
-    positions, hashes, sizes, folded = array("Q"), array("Q"), array("Q"), array("Q")
-    for position, text in enumerate(texts(dataset)):
+    a document's side does not depend on `without_html`; `text_hash` of what is trained on: uint64[4, n]. And how many
+    texts there are besides."""
+    positions, hashes, sizes, folded, position = array("Q"), array("Q"), array("Q"), array("Q"), -1
+    for position, text in enumerate(source):
         if text and "\0" in text and (ZEROS in text or not text.strip("\0")):
             raise ValueError(f"document {position} holds zeros in the place of text")
         if text and (clean := strip_html(text) if without_html else text).strip():
             data = text.encode()
             positions.append(position)
-            hashes.append(int.from_bytes(blake2b(data, digest_size=8).digest(), "little"))
+            hashes.append(_hash(data))
             sizes.append(len(data))
             folded.append(text_hash(clean))
-    return np.stack([positions, hashes, sizes, folded])
+    return np.stack([positions, hashes, sizes, folded]), position + 1 - len(positions)
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
 def _cut(hashes: np.ndarray, sizes: np.ndarray) -> list[tuple[range, str]]:
@@ -416,19 +436,18 @@ def _named(*files: str) -> list[Any]:
 
 
 @contextmanager
-def _quiet_datasets() -> Iterator[ModuleType]:
-    """The datasets library, which inside logs nothing and shows no bars. Nor does it count a use of its readers on the
-    Hub, which takes seconds where there is no network."""
+def _quiet_datasets() -> Iterator[None]:
+    """Inside, the datasets library logs nothing and shows no bars. Nor does it count a use of its readers on the Hub,
+    which takes seconds where there is no network."""
     import datasets
-    from datasets import utils
 
-    counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    counts, utils = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.utils
     verbosity, had_bars = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     utils.logging.set_verbosity(utils.logging.CRITICAL)  # what it logs as an error it raises as well
     utils.disable_progress_bars()
     try:
-        yield datasets
+        yield
     finally:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         utils.logging.set_verbosity(verbosity)
@@ -447,14 +466,5 @@ def _explained(origin: str) -> Iterator[None]:
         for file in _files_of(origin) if os.path.isdir(origin) else origin.split(", "):
             if os.path.isfile(file) and (fault := find_fault(file)):
                 raise UserError(f"{file}: {fault}") from error
-        import datasets
-
         cause = error.__cause__ or error  # the library's own error says less than what it was raised from
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            cache = datasets.config.HF_DATASETS_CACHE
-            raise UserError(f"{cache}: cannot write the converted text there ({cause.strerror})") from error
-        words = one_line(f"{type(cause).__name__}: {cause}")
-        if not type(error).__module__.startswith("datasets"):  # those are of what the library was given
-            cache = f"its copy in {datasets.config.HF_DATASETS_CACHE} is damaged"
-            words += f"; if {cache}, --overwrite_cache makes that anew, as does removing the folder"
-        raise UserError(f"cannot read {origin}: {words}") from error
+        raise UserError(f"cannot read {origin}: {one_line(f'{type(cause).__name__}: {cause}')}") from error

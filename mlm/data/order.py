@@ -43,6 +43,8 @@ class ReplayConfig:
         files, shares = several(self.replay_file), several(self.replay_share)
         if not (min(shares) >= 1 / FINEST and sum(shares) <= 1 - 1 / FINEST):
             raise UserError(f"--replay_share {self.replay_share}: more than 0 each, and less than 1 together")
+        if not files and self.replay_share != type(self).replay_share:
+            raise UserError(f"--replay_share {self.replay_share}: of which text? give --replay_file")
         if files and len(shares) not in (1, len(files)):
             raise UserError(f"--replay_share: {len(shares)} shares of {len(files)} files; give one, or one for each")
 

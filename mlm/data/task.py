@@ -63,7 +63,7 @@ def read_task(config: TaskConfig, domain: CorpusConfig) -> Task | None:
     with in_words_of("task"):
         where = config.task_dataset_name, config.task_dataset_config_name, config.task_file
         splits = corpus.read(CorpusConfig(*where, text_column=column), also)
-    rows = splits.get("train", splits.get("validation"))
+    [rows] = splits.get("train", splits.get("validation"))
     if lacks := [c for c in also if c not in rows.column_names]:
         raise UserError(f"{name} has no column {lacks[0]!r}: name it with --task_label_column or --task_pair_column")
     kinds = {c: getattr(rows.features[c], "dtype", "several labels a document") for c in also}  # lists have none

@@ -34,7 +34,7 @@ from mlm.data import corpus
 from mlm.data.cache import build_once, key
 from mlm.data.corpus import CorpusConfig
 from mlm.data.encode import Encoder
-from mlm.data.shards import COUNTS, FORMAT_VERSION, Part, build_shards, read_shards, tokenise
+from mlm.data.shards import COUNTS, FORMAT_VERSION, Part, build_shards, read_shards
 from mlm.data.tokenizer import TokenizerInfo
 from mlm.data.verify import check_mapped, checksum, find_fault
 from mlm.errors import UserError, at_least, at_most, one_line
@@ -90,10 +90,6 @@ class TokenStore:
         return self.header["maskable_tokens"] / self.header["words"] if self.header["words"] else float("inf")
 
     @property
-    def sees_words(self) -> bool:
-        return self.why_no_words is None
-
-    @property
     def why_no_words(self) -> str | None:
         """Why whole words cannot be masked here; None where they can."""
         if self.header["words"] is None:
@@ -135,7 +131,7 @@ def prepare(
             log.warning("%s: %s; building it anew", folder, reason)
     if not stores:
         # Before the lock: a mistake in the corpus leaves nothing on disk, and reading takes less than tokenising.
-        read = corpus.load(source, config.overwrite_cache)
+        read = corpus.load(source)
         splits = [split for split in read.splits if only in (None, split)]
         shards = partial(build_shards, read, splits, Encoder(tokenizer, info), config.processes)
 
@@ -152,7 +148,7 @@ def prepare(
     if whole_words:
         for store in stores.values():
             check_words(store)
-    elif unsegmented := [s for s in stores.values() if s.header["words"] and not s.sees_words]:
+    elif unsegmented := [s for s in stores.values() if s.header["words"] and s.why_no_words]:
         longest = max(unsegmented, key=lambda store: store.mean_word)
         log.warning("%s; tokens can be masked, whole words cannot", longest.why_no_words)
     if "train" in stores and (leaks := stores["validation"].header["leaks"]) and not source.allow_leaks:
@@ -214,14 +210,6 @@ def open_store(folder: Path, tokenizer_fingerprint: str, verify: bool = False) -
     return TokenStore(header, **arrays)
 
 
-def build(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo, folder: Path, origin: dict[str, Any]
-) -> TokenStore:
-    """Tokenises `texts` into `folder`; those without a token (of control characters, say) are left out."""
-    write(tokenise(texts, Encoder(tokenizer, info)), info, folder, origin)
-    return open_store(folder, info.fingerprint)
-
-
 def write(parts: Iterable[Part], info: TokenizerInfo, folder: Path, origin: dict[str, Any], hashes: Any = ()) -> None:
     """Joins a split's parts to a store in `folder`, whose header repeats `origin`; hashes: [D] by corpus.text_hash."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -256,6 +244,10 @@ def write(parts: Iterable[Part], info: TokenizerInfo, folder: Path, origin: dict
         "bytes": _sizes(folder),
         "checksums": {name: checksum(folder / f"{name}.npy") for name in ARRAYS},
         "seconds": counts.pop("ns") / 1e9,  # of all processes together
+        "documents": int(document_lengths.sum()),
+        "tokens": tokens,
+        "maskable_tokens": int(token_counts[info.maskable].sum()),
+        "unknown_tokens": 0 if info.unknown_id is None else int(token_counts[info.unknown_id]),
         **counts,
         "words": counts["words"] if info.has_words else None,
         **origin,

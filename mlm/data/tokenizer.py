@@ -100,22 +100,18 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(engine.to_str()), **specials)
 
 
-def corpus_tokenizer(
-    source: CorpusConfig, vocab_size: int, folder: Path, overwrite_cache: bool = False
-) -> PreTrainedTokenizerBase:
+def corpus_tokenizer(source: CorpusConfig, vocab_size: int, folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer trained on the corpus's training documents, kept in `folder` for later runs. Raises UserError
     where there are no training documents, or `folder` cannot be written."""
     corpus.keep_apart(source, "--token_store", folder)
     place = folder / f"tokenizer-{key([corpus.identify(source), vocab_size])}"
     found = partial(os.path.isdir, place)  # false where it cannot be looked for, which `build_once` explains
     if not found():
-        read = corpus.load(source, overwrite_cache)
+        read = corpus.load(source)
         if "train" not in read.splits:
             raise UserError("no text to learn a vocabulary from: give --train_file, or --tokenizer_name")
-        text = read.documents("train")
-        build_once(
-            place, partial(os.path.isdir, place), lambda path: train_tokenizer(text, vocab_size).save_pretrained(path)
-        )
+        text = read.splits["train"]
+        build_once(place, found, lambda path: train_tokenizer(text, vocab_size).save_pretrained(path))
     return load_tokenizer(str(place))
 
 

@@ -29,7 +29,7 @@ def breakdowns(eval_set: EvalSet, before: Evaluation, after: Evaluation, counts:
         sizes = np.bincount(tenth[eval_set.info.maskable], minlength=10)
         names = [f"{i} ({size:,} tokens)" for i, size in enumerate(sizes, start=1)]
         groups["frequency"] = names, tenth[before.target]
-    if eval_set.store.sees_words:
+    if not eval_set.store.why_no_words:
         place = eval_set.chunks.places(before.chunk, before.column)
         starts = eval_set.store.word_starts
         ends = (place + 1 == len(starts)) | starts[(place + 1) % len(starts)]  # the end of the text ends a word
@@ -69,7 +69,7 @@ def by_word(
 ) -> dict[str, Rows] | None:
     """As `by_token` for words, equal where all their ids are; None where the tokenizer sees no words. `count` is of
     places in the text under a mask seed, whether one or all of the word's tokens were masked."""
-    if not eval_set.store.sees_words:
+    if eval_set.store.why_no_words:
         return None
     ids = np.asarray(eval_set.store.ids)  # a slice of a memory map would be ten times as slow
     place = eval_set.chunks.places(before.chunk, before.column)

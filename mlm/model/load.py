@@ -166,7 +166,7 @@ def open_corpus(config: Any) -> tuple[PreTrainedTokenizerBase, TokenizerInfo, di
         tokenizer = load_tokenizer(name, config.model.trust_remote_code)
     else:
         size, kept = model_config(config.model).get_text_config().vocab_size, config.token_store
-        tokenizer = corpus_tokenizer(config.corpus, size, store_folder(kept), kept.overwrite_cache)
+        tokenizer = corpus_tokenizer(config.corpus, size, store_folder(kept))
     info = tokenizer_info(tokenizer)
     settings = config.token_store, config.masking.whole_word_mask
     stores = prepare(config.corpus, tokenizer, info, *settings)

@@ -200,7 +200,7 @@ class World:
 
     def finished(self) -> set[str]:
         """The files of the shards that are there."""
-        return {path.name for path in self.kept.glob("*.shards/*.npz")}
+        return {path.name for path in self.kept.glob("*.shards/*.shard")}
 
     def workspaces(self) -> set[str]:
         return {path.name for path in self.kept.iterdir()} - {self.place.name, self.lock.name}

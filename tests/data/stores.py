@@ -6,7 +6,9 @@ import pytest
 from hypothesis import settings
 from transformers.models.esm.tokenization_esm import EsmTokenizer
 
-from mlm.data.token_store import build
+from mlm.data.encode import Encoder
+from mlm.data.shards import tokenise
+from mlm.data.token_store import open_store, write
 from mlm.data.tokenizer import tokenizer_info
 from tests.tokenizers_for_tests import byte_level_bpe, unigram, wordpiece
 
@@ -23,6 +25,12 @@ def documents_of(store):
     """[(ids, word_starts)] of the documents in a store, as lists."""
     spans = pairwise(store.document_offsets)
     return [(store.ids[a:b].tolist(), store.word_starts[a:b].tolist()) for a, b in spans]
+
+
+def build(texts, tokenizer, info, folder, origin):
+    """The store of `texts`, made without shards; texts without a token (of control characters, say) are left out."""
+    write(tokenise(texts, Encoder(tokenizer, info)), info, folder, origin)
+    return open_store(folder, info.fingerprint)
 
 
 def built(texts, tokenizer, folder):

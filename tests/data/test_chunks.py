@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from mlm.data import chunks
 from mlm.data.chunks import ChunkConfig, chunk_length, concatenate, cut_into_chunks, line_by_line
-from mlm.data.token_store import build
 from mlm.data.tokenizer import tokenizer_info
 from mlm.errors import UserError
-from tests.data.stores import few
+from tests.data.stores import build, few
 from tests.oracles import chunks_of, course_chunks
 from tests.tokenizers_for_tests import wordpiece
 

@@ -13,10 +13,9 @@ from tokenizers.normalizers import Prepend, Replace, Sequence
 from transformers import PreTrainedTokenizerFast
 
 from mlm.data import encode, pieces, shards, token_store
-from mlm.data.token_store import build
 from mlm.data.tokenizer import tokenizer_info
 from tests.conftest import REPOSITORY
-from tests.data.stores import TEXTS, TOKENIZERS, built, documents_of, few, kinds, slow_tokenizer
+from tests.data.stores import TEXTS, TOKENIZERS, build, built, documents_of, few, kinds, slow_tokenizer
 from tests.oracles import tokens_of
 from tests.tokenizers_for_tests import wordpiece
 
@@ -194,8 +193,7 @@ def short_pieces(monkeypatch):
         return iter(found)
 
     whole = pieces.cut
-    for module in (pieces, shards):
-        monkeypatch.setattr(module, "PIECE", 600)
+    monkeypatch.setattr(pieces, "PIECE", 600)
     monkeypatch.setattr(shards, "BATCH_CHARACTERS", 1500)
     monkeypatch.setattr(shards, "cut", counted)
     return counts
@@ -247,8 +245,8 @@ def test_a_long_document_without_a_place_to_cut_is_one_piece(tmp_path, short_pie
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from mlm.data.token_store import build
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
+from tests.data.stores import build
 tokenizer = load_tokenizer(sys.argv[1])
 info, line = tokenizer_info(tokenizer), "the old fox likes grapes, unlikely 12345. "
 build([line * 100], tokenizer, info, Path(sys.argv[2], "small"), {})

@@ -59,10 +59,10 @@ def files(tmp_path):
 
 def test_held_out_documents_that_are_trained_on_are_left_out_and_counted(files):
     read = load(CorpusConfig(**files))
-    assert list(read.documents("validation")) == ["the cow", "an owl ."]
+    assert list(read.splits["validation"]) == ["the cow", "an owl ."]
     assert read.leaks == 2
     kept = load(CorpusConfig(**files, allow_leaks=True))
-    assert len([*kept.documents("validation")]) == 4
+    assert len([*kept.splits["validation"]]) == 4
     assert kept.leaks == 2
 
 
@@ -82,10 +82,10 @@ def test_a_split_that_is_made_is_looked_through_as_well(tmp_path):
     texts = [f"document {i}" for i in range(200)]
     path = write(tmp_path / "a.jsonl", [*texts, *map(str.upper, texts)])
     read = load(CorpusConfig(train_file=path, validation_split_percentage=20))
-    held_out = {text.lower() for text in read.documents("validation")}
+    held_out = {text.lower() for text in read.splits["validation"]}
     assert read.leaks > 20
     assert held_out
-    assert not held_out & {text.lower() for text in read.documents("train")}
+    assert not held_out & {text.lower() for text in read.splits["train"]}
 
 
 def test_a_text_that_leaks_as_a_whole_is_refused(tmp_path):

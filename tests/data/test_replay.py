@@ -1,6 +1,7 @@
 """A mixture of sources is exact: which chunk of which source a place sees is a function of (seed, place) alone."""
 
 import dataclasses
+import re
 from fractions import Fraction
 from itertools import accumulate
 
@@ -181,6 +182,12 @@ def test_shares_are_exact_and_one_share_is_that_of_all_files(settings, shares):
 def test_shares_that_cannot_be_are_refused(settings, reason):
     with pytest.raises(UserError, match=reason):
         ReplayConfig(replay_file="a", **settings)
+
+
+@pytest.mark.parametrize("share", [0.2, (0.1, 0.2)])
+def test_a_share_of_no_text_is_refused(share):
+    with pytest.raises(UserError, match=re.escape(f"--replay_share {share}: of which text? give --replay_file")):
+        ReplayConfig(replay_share=share)
 
 
 def test_one_source_alone_is_taken_as_a_view():

@@ -18,11 +18,11 @@ from mlm.data import corpus, shards, token_store
 from mlm.data.corpus import CorpusConfig
 from mlm.data.encode import Encoder
 from mlm.data.shards import build_shards, read_shards
-from mlm.data.token_store import TokenStoreConfig, build, limit_threads, prepare, write
+from mlm.data.token_store import TokenStoreConfig, limit_threads, prepare, write
 from mlm.data.tokenizer import tokenizer_info
 from mlm.errors import UserError
 from tests.data.runs import TEXTS, World, until
-from tests.data.stores import TOKENIZERS
+from tests.data.stores import TOKENIZERS, build
 
 TOKENIZER = TOKENIZERS["wordpiece"]
 INFO = tokenizer_info(TOKENIZER)
@@ -72,7 +72,7 @@ class Joined:
         self.folder, self.written = folder, []
         self.read = corpus.load(CorpusConfig(train_file=str(folder / "train.txt")))
         self.encoder = Encoder(TOKENIZER, INFO)
-        build(self.read.documents("train"), TOKENIZER, INFO, folder / "expected", {})
+        build(self.read.splits["train"], TOKENIZER, INFO, folder / "expected", {})
         self.expected = contents(folder / "expected")
         write_shard = shards._write_shard
 
@@ -167,7 +167,7 @@ def same(parts, others) -> bool:
 def test_the_store_has_the_same_bytes_from_any_number_of_processes(processes, joined):
     kept = joined.folder / f"of {processes}"
     assert joined.join(kept, processes) == joined.expected
-    assert len(list(kept.glob("*.npz"))) == TRAIN
+    assert len(list(kept.glob("*.shard"))) == TRAIN
 
 
 def test_shards_of_another_tokenizer_format_or_treatment_of_markup_are_others(joined, monkeypatch):
@@ -224,7 +224,7 @@ def accident(world: World, workers: int, wait: float) -> tuple[int, int]:
     run.kill()
     run.join()
     there, finished = world.place.exists(), world.finished()
-    before = {name: path.stat().st_mtime_ns for path in world.kept.glob("*.shards/*.npz") if (name := path.name)}
+    before = {name: path.stat().st_mtime_ns for path in world.kept.glob("*.shards/*.shard") if (name := path.name)}
     assert set(before) >= finished
     world.ended(world.start("next", shard=SMALL, workers=workers))
     again = Counter(world.begun("next"))
@@ -341,7 +341,7 @@ def test_what_fails_is_said_by_the_run_itself_and_leaves_what_is_finished(
     with pytest.raises(UserError, match=r"^the tokenizer fails$"):
         given_texts(processes)
     assert capfd.readouterr().err == ""
-    kept = {path.name: path.stat().st_ino for path in tmp_path.glob("stores/*.shards/*.npz")}
+    kept = {path.name: path.stat().st_ino for path in tmp_path.glob("stores/*.shards/*.shard")}
     assert 0 < len(kept) < ALL
     built = []
     monkeypatch.setattr(shards, "tokenise", lambda texts, encoder: built.append(1) or tokenise(texts, encoder))
@@ -354,7 +354,7 @@ def test_shards_that_are_left_are_removed_by_a_run_that_finds_the_store(given_te
     place = Path(given_texts()["train"].ids.filename).parents[1]
     left = place.with_name(f"{place.name}.shards")
     left.mkdir()
-    (left / "0.npz").touch()
+    (left / "0.shard").touch()
     given_texts()
     assert not left.exists()
 
@@ -366,7 +366,7 @@ def test_what_is_built_anew_does_not_use_the_shards_that_are_there(given_texts, 
     monkeypatch.setattr(shutil, "rmtree", lambda *given, **options: None)
     shutil.move(place, tmp_path / "away")
     given_texts()
-    assert (len(written), len(list(tmp_path.glob("stores/*.shards/*.npz")))) == (ALL, ALL)
+    assert (len(written), len(list(tmp_path.glob("stores/*.shards/*.shard")))) == (ALL, ALL)
     given_texts(overwrite_cache=True)
     assert len(written) == 2 * ALL
 

@@ -17,7 +17,6 @@ from transformers.models.esm.tokenization_esm import EsmTokenizer
 
 from mlm.data import corpus
 from mlm.data.corpus import CorpusConfig
-from mlm.data.token_store import build
 from mlm.data.tokenizer import (
     corpus_tokenizer,
     load_tokenizer,
@@ -27,6 +26,7 @@ from mlm.data.tokenizer import (
     train_tokenizer,
 )
 from mlm.errors import UserError
+from tests.data.stores import build
 from tests.tokenizers_for_tests import byte_level_bpe, unigram, wordpiece
 
 TEXTS = ["the old fox likes grapes", "the young owl likes mice", "a small unlikely fox"] * 5

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from benchmarks.interval_coverage import POPULATIONS, coverage
 from mlm.data.chunks import ChunkConfig
 from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
-from mlm.data.token_store import TokenStoreConfig, build
+from mlm.data.token_store import TokenStoreConfig
 from mlm.data.tokenizer import tokenizer_info
 from mlm.engine.checkpoint import CheckpointConfig
 from mlm.errors import UserError
@@ -30,6 +30,7 @@ from mlm.model.load import ModelConfig
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.run_directory import RunConfig
 from mlm.train import train
+from tests.data.stores import build
 from tests.scripts import load_script
 from tests.test_pipeline import script
 from tests.tokenizers_for_tests import wordpiece

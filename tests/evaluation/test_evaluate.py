@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from mlm.data.chunks import ChunkConfig
 from mlm.data.masking import corrupt, draw, select_fold, select_tokens
-from mlm.data.token_store import build, prepare
+from mlm.data.token_store import prepare
 from mlm.data.tokenizer import load_tokenizer, tokenizer_info
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import EvaluateConfig, make_eval_set
@@ -25,6 +25,7 @@ from mlm.evaluation.evaluate import measure as of_text
 from mlm.model.predict import cross_entropy
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.train import train
+from tests.data.stores import build
 from tests.runs import TWO, run
 from tests.tokenizers_for_tests import wordpiece
 
