@@ -168,9 +168,10 @@ def test_what_places_cost_in_memory_depends_on_neither_the_chunks_nor_the_proces
 
 def test_what_a_caller_writes_into_places_is_not_kept():
     own = batches(90, 13)
-    first, again = (own.places(0)[0] for _ in range(2))
-    first[:] = -1
-    assert own.places(0)[0].tolist() == again.tolist()
+    seen, _ = own.places(0)
+    before = seen.tolist()
+    seen[:] = -1
+    assert own.places(0)[0].tolist() == before
 
 
 @given(rate=st.floats(0.02, 1), G=st.integers(1, 500), length=st.integers(4, 60), pad=st.booleans())
