@@ -37,7 +37,7 @@ from mlm.config import Config
 from mlm.data.batches import Batches
 from mlm.data.cache import key
 from mlm.data.masking import draw
-from mlm.data.order import chunks_seen, subset
+from mlm.data.order import AT_ONCE, chunks_seen, subset
 from mlm.data.token_store import prepare
 from mlm.data.tokenizer import tokenizer_info
 from mlm.engine.update import Step, Update
@@ -161,7 +161,7 @@ def run(given: dict[str, Any], began: float) -> dict[str, float]:
     ended.set()
     watcher.join()
     names = "first_step_seconds", "first_step_cpu_seconds", "end_seconds", "end_cpu_seconds"
-    first, second = 1e3 * np.mean(loads[1:], axis=0)  # a block of places has been computed for loads[0]
+    first, second = 1e3 * np.mean(loads[1:], axis=0)  # loads[0] has computed the places of all steps
     batch = {"load_cpu_ms": second, "map_cpu_ms": first - second}
     return {"memory_mib": max(memory), **batch, **dict(zip(names, figures, strict=True))}
 
@@ -175,13 +175,13 @@ def measure(folder: Path, size: str, layout: str) -> dict[str, float]:
 
 
 def order(n: int, sorts: bool) -> dict[str, Any]:
-    """Seconds and bytes of the first batch of an epoch of n chunks, of the whole epoch, and of sorting it."""
+    """Seconds and bytes of the places that the first batch of n chunks computes, of a whole epoch's, of sorting it."""
 
     def whole() -> None:
         for first in range(0, n, 1 << 16):
-            chunks_seen(0, first, min(1 << 16, n - first), n, n)
+            chunks_seen(0, np.arange(first, min(first + (1 << 16), n)), n, n)
 
-    work: dict[str, Callable[[], Any]] = {"first batch": lambda: chunks_seen(1, 0, BATCH, n, n)}
+    work: dict[str, Callable[[], Any]] = {"first batch": lambda: chunks_seen(1, np.arange(AT_ONCE), n, n)}
     if sorts:
         work["whole epoch"] = whole
         work["sorting"] = lambda: np.argsort(draw(0, 0, np.zeros(1, np.int64), n)[0], kind="stable")
@@ -191,10 +191,7 @@ def order(n: int, sorts: bool) -> dict[str, Any]:
         call()
         seconds = time.perf_counter() - began
         tracemalloc.start()
-        if name == "first batch":
-            chunks_seen(2, 0, BATCH, n, n)  # another block than the one that is kept
-        else:
-            call()
+        call()
         measured[name] = {"seconds": seconds, "bytes": tracemalloc.get_traced_memory()[1]}
         tracemalloc.stop()
     return {"chunks": n, **measured}

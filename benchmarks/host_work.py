@@ -1,8 +1,10 @@
 """Host work of a process for a step, by the number of processes.
 
 Workload: the batches of the middle one of 1, 8, 64 and 512 simulated processes, 64 chunks of 128 random words each,
-out of the same 65,536 chunks, masked as training does, by an order of the epoch that is made before; processor time,
-in turn, `--n` rounds of 16 steps of each, medians. Peer: one process. Ceiling: its time, as its share is no smaller.
+out of the same 65,536 chunks, masked as training does. Each of `--n` rounds times consecutive steps that none has
+taken before, of each number of processes in turn: 64 of them, the steps whose places a process computes by one call,
+so that every mean has one such call in it. Processor time a step, medians. Not in it: `agree`, in which each process
+gathers a few small integers from every other. Peer: one process. Ceiling: its time, as its share is no smaller.
 
     python benchmarks/host_work.py        writes benchmarks/results/host_work.json
 """
@@ -20,21 +22,22 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.compare import row
 from benchmarks.made_up import random_words
 from mlm.data.batches import Batches
+from mlm.data.order import AT_ONCE
 from mlm.files import write_json
 from mlm.report.environment import environment
 
 SHARE, LENGTH, VOCABULARY, CHUNKS = 64, 128, 30_522, 65_536
-STEPS = (0, 1) * 8  # of the first epoch, which for 512 processes has no more
+STEPS = AT_ONCE // SHARE  # a round, whose places are computed together
 WORLDS, AT_MOST = (1, 8, 64, 512), 1.1
 
 
-def seconds(batches: Batches) -> float:
-    """Of processor time for a step: its share loaded, what is counted and expected of it."""
+def seconds(batches: Batches, number: int) -> float:
+    """Of processor time for a step of a round: its share loaded, what is counted and expected of it."""
     began = time.process_time()
-    for step in STEPS:
+    for step in range(number * STEPS, (number + 1) * STEPS):
         share, _ = batches.load(step, SHARE)
         batches.expected(step), sum(batch.tokens for batch in share)
-    return (time.process_time() - began) / len(STEPS)
+    return (time.process_time() - began) / STEPS
 
 
 def main() -> None:
@@ -44,9 +47,8 @@ def main() -> None:
     args = parser.parse_args()
     words = random_words(CHUNKS, LENGTH, VOCABULARY, SHARE)
     worlds = [replace(words, global_batch=SHARE * world, rank=world // 2, world=world) for world in WORLDS]
-    for batches in worlds:
-        seconds(batches)
-    one, *others = zip(*([seconds(batches) for batches in worlds] for _ in range(args.n)), strict=True)
+    rounds = [[seconds(batches, number) for batches in worlds] for number in range(args.n + 1)]
+    one, *others = zip(*rounds[1:], strict=True)  # the first one warms up
     rows = [
         row(
             f"the batches of one of {world} processes",

@@ -6,8 +6,8 @@ epochs            | epoch 0: 2 4 0 3 1 | epoch 1: 3 4 1 0 2 | …    a permutati
 global batches    | 2 4 0 3 | 1 3 4 1 | 0 2 …                      step s takes places 4s … 4s + 3
 rank 0, rank 1    | 2 4, 0 3 | 1 3, 4 1 | …                        contiguous shares, as even as they come
 
-A chunk's masks are keyed by the epoch in which it is seen, so that it has new ones in each. A process takes and masks
-its own share alone: what it costs a process does not grow with their number.
+A chunk's masks are keyed by the epoch in which it is seen, so that it has new ones in each. A process computes, takes
+and masks its own share alone: what it costs a process does not grow with their number.
 Replay, three more chunks in a share of a quarter, takes every fourth place, and has epochs and orders of its own:
 
 domain, replay    | 2 4 0 7 | 3 1 3 5 | 4 1 0 6 | …           numbers 5 … 7, so that no draws are those of the domain
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from mlm.data.chunks import Chunks, Mixture
-from mlm.data.masking import SOURCE, Recipe, corrupt, draw, stream_key
-from mlm.data.order import chunks_seen, seen_before
+from mlm.data.masking import Recipe, corrupt, draw
+from mlm.data.order import AT_ONCE, mixture_seen, seen_before
 
 
 class Batch(NamedTuple):
@@ -61,18 +61,15 @@ def mask_chunks(
     recipe: Recipe,
     select: SelectAtRate,
 ) -> Batch:
-    """Takes chunks [B] from the store and masks them; epochs [B] int64: in which each is seen.
-
-    maskable: [V] bool, 1: may be masked"""
+    """Takes chunks [B] from the store and masks them. epochs: [B] int64, in which each is seen; maskable: [V] bool"""
     ids, word_starts, lengths = chunks.take(chunk_ids)
     draws, allowed = draw(seed, epochs, chunk_ids, ids.shape[1]), maskable[ids]
     selected = select(allowed, draws, word_starts)
     if selected.shape != allowed.shape or selected.dtype != bool:
         raise ValueError(f"select returned {selected.dtype} {selected.shape}, it has to be bool {allowed.shape}")
     corrupted = corrupt(ids, selected & allowed, draws, recipe)  # special and unused tokens never
-    attention_mask = None
-    if lengths is not None and (lengths < ids.shape[1]).any():
-        attention_mask = torch.from_numpy((np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64))
+    padded = lengths is not None and (lengths < ids.shape[1]).any()
+    attention_mask = torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]).long() if padded else None
     return Batch(*map(torch.from_numpy, corrupted), attention_mask)
 
 
@@ -116,22 +113,17 @@ class Batches:
     def due(self, every: int | Literal["epoch"] | None, step: int) -> bool:
         """Whether something done every so many steps (or after every epoch) is due after `step` steps."""
         if every == "epoch":
-            done, before = (int(self.epochs(s)["domain"]) for s in (step, step - 1))
-            return done > before
+            return int(self.epochs(step)["domain"]) > int(self.epochs(step - 1)["domain"])
         return every is not None and step % every == 0
 
     def places(self, step: int, begin: int = 0, end: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The chunk ids [n] int64, of `mixture`, at places begin … end - 1 (default: all) of a step's global batch,
         and the epoch [n] int64 of each."""
-        first, count = step * self.global_batch + begin, (self.global_batch if end is None else end) - begin
-        before = seen_before(np.arange(first, first + count + 1), [*self.shares.values()])  # [1 + K, n + 1]
-        (chunk_ids, epochs), begins = np.empty((2, count), np.int64), 0
-        for k, chunks in enumerate(self.mixture.sources):
-            own, n = np.diff(before[k]) > 0, len(chunks)  # [n] bool, 1: a place of this source
-            seed, samples = (stream_key(self.seed, k, SOURCE), n) if k else (self.seed, self.num_chunks)
-            seen, epochs[own] = chunks_seen(seed, before[k, 0], own.sum(), n, samples)
-            chunk_ids[own], begins = begins + seen, begins + n
-        return chunk_ids, epochs
+        G, n = self.global_batch, (self.global_batch if end is None else end) - begin
+        steps = max(AT_ONCE // max(n, 1), 1)  # of so many, these places are computed together, and kept
+        first = step // steps * steps * G + begin
+        given = self.seed, (*map(len, self.mixture.sources),), self.num_chunks, (*self.shares.values(),)
+        return tuple(mixture_seen(*given, range(first, first + steps * G, G), n)[:, step % steps].copy())
 
     def load(self, step: int, micro_batch: int) -> tuple[list[Batch], int]:
         """This process's share of a step, and the number of masked tokens in it. The share is cut into micro-batches
@@ -144,9 +136,8 @@ class Batches:
 
     def mask(self, step: int, chunk_ids: np.ndarray, epochs: np.ndarray) -> Batch:
         """Masks chunks at the rate of a step. chunk_ids, epochs: [B] int64, as in `mask_chunks`"""
-        rate, given = self.rate(step), (chunk_ids, epochs, self.seed, self.maskable, self.recipe)
-        take_from = self.mixture
-        batch = mask_chunks(take_from, *given, lambda allowed, draws, words: self.select(allowed, draws, rate, words))
-        source = torch.from_numpy(take_from.locate(chunk_ids)[0])  # [B]
-        sources = source[batch.positions // batch.input_ids.shape[1]] if self.replay else None
-        return batch._replace(sources=sources)
+        rate, mixture = self.rate(step), self.mixture
+        given = mixture, chunk_ids, epochs, self.seed, self.maskable, self.recipe
+        batch = mask_chunks(*given, lambda allowed, draws, words: self.select(allowed, draws, rate, words))
+        source = torch.from_numpy(mixture.locate(chunk_ids)[0])  # [B]
+        return batch._replace(sources=source[batch.positions // batch.input_ids.shape[1]] if self.replay else None)

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 
 from mlm.data.corpus import CorpusConfig, Files, several
-from mlm.data.masking import ORDER, SUBSET, draw, mix_int64, shift
+from mlm.data.masking import ORDER, SOURCE, SUBSET, draw, mix_int64, shift, stream_key
 from mlm.errors import UserError
 
 VERSION = 2  # a checkpoint of another order is not resumed; the first one sorted the chunks by their draws
 ROUNDS = 5  # two Feistel rounds each
 SIDE = 4  # rows and columns at least: on a smaller grid not all permutations are equally likely
-BLOCK = 4096  # places that are computed at a time
+AT_ONCE = 4096  # places to compute by one call, of as many steps as that takes
 FINEST = 10**9  # shares of sources are multiples of one over it: no product overflows
 
 
@@ -95,16 +95,16 @@ def subset(seed: int, n: int, samples: int | None) -> np.ndarray | range:
     return np.sort(permute(np.arange(samples), n, order_keys(seed, np.zeros(samples, np.int64), SUBSET)))
 
 
-def chunks_seen(seed: int, first: int, count: int, n: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """The chunk ids [count] int64 at these places of the endless stream of epochs, and the epoch [count] of each. An
-    epoch sees a sample of `samples` of the n chunks. Time and memory depend on neither."""
-    blocks = range(first // BLOCK, -(-(first + max(count, 1)) // BLOCK))  # one for an empty share too
-    seen = np.concatenate([_block(seed, block, n, samples) for block in blocks])[first % BLOCK :][:count]
-    return seen, np.arange(first, first + count) // samples
+def chunks_seen(seed: int, places: np.ndarray, n: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """The chunk ids [P] int64 at these places [P] of the endless stream of epochs, and the epoch [P] of each. An epoch
+    sees a sample of `samples` of the n chunks. Time and memory depend on neither."""
+    epochs, places = np.divmod(places, samples)
+    seen = permute(places, samples, order_keys(seed, epochs))
+    return seen if samples == n else permute(seen, n, order_keys(seed, np.zeros_like(seen), SUBSET)), epochs
 
 
 def seen_before(places: np.ndarray, shares: Sequence[Fraction]) -> np.ndarray:
-    """How many chunks of each source come before these places [P] of the stream that they share: [1 + K, P] int64.
+    """How many chunks of each source come before these places […] of the stream that they share: [1 + K, …] int64.
 
     shares: of sources 1 … K, the rest is of source 0. Source K has the places p with ⌊(p + 1) · share⌋ > ⌊p · share⌋,
     and so on with what is left: over places in a row, two sources have their shares to less than one chunk each, and a
@@ -117,8 +117,17 @@ def seen_before(places: np.ndarray, shares: Sequence[Fraction]) -> np.ndarray:
     return np.stack(counts)
 
 
-@lru_cache(maxsize=8)  # a step can reach from one block into the next, of each source
-def _block(seed: int, block: int, n: int, samples: int) -> np.ndarray:
-    epochs, places = np.divmod(np.arange(block * BLOCK, (block + 1) * BLOCK), samples)
-    seen = permute(places, samples, order_keys(seed, epochs))
-    return seen if samples == n else permute(seen, n, order_keys(seed, np.zeros_like(seen), SUBSET))
+@lru_cache(maxsize=8)  # several `Batches` can take turns
+def mixture_seen(
+    seed: int, sizes: tuple[int, ...], samples: int, shares: tuple[Fraction, ...], firsts: range, count: int
+) -> np.ndarray:
+    """The chunk ids, numbered on from source to source, and the epochs, at `count` places from each of the first ones
+    [S] on: [2, S, count] int64. The sources have these sizes, the first one a sample, the others these shares."""
+    places = np.array(firsts)[:, None] + np.arange(count)  # [S, count]
+    before, after = (seen_before(each, shares) for each in (places, places + 1))  # [1 + K, S, count]
+    (chunk_ids, epochs), begins = np.empty((2, *places.shape), np.int64), 0
+    for k, (n, drawn) in enumerate(zip(sizes, (samples, *sizes[1:]), strict=True)):
+        own, key = after[k] > before[k], stream_key(seed, k, SOURCE) if k else seed  # own [S, count] bool
+        seen, epochs[own] = chunks_seen(key, before[k][own], n, drawn)
+        chunk_ids[own], begins = begins + seen, begins + n
+    return np.stack([chunk_ids, epochs])

@@ -1,15 +1,18 @@
 """Which chunks a step sees is a pure function of (seed, step), however the work is cut."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlm.data import order
 from mlm.data.batches import Batches, mask_chunks
 from mlm.data.chunks import Chunks
 from mlm.data.masking import Recipe, select_tokens
-from mlm.data.order import subset
+from mlm.data.order import AT_ONCE, mixture_seen, subset
 from tests.oracles import slow_order
 
 MASKABLE = np.arange(100) > 4
@@ -106,6 +109,69 @@ def test_a_process_takes_and_masks_its_own_share_alone_however_many_there_are():
         own = dataclasses.replace(own, chunks=Counted(**vars(own.chunks)), select=counted)
         assert len(own.load(5, 2)[0]) == 2
         assert taken == selected == [2, 1]
+
+
+def own_places(own, step):
+    """The chunk ids and epochs of a process's share, which is as large as each other's."""
+    share = own.global_batch // own.world
+    return own.places(step, own.rank * share, (own.rank + 1) * share)
+
+
+@pytest.mark.parametrize(
+    ("seed", "n", "samples", "world", "at_1023", "at_1024"),
+    [
+        (1, 5, None, 2, ([4, 1, 1, 0], [1637, 1637, 1638, 1638]), ([0, 4, 3, 1], [1639] * 4)),
+        (7, 10**6, None, 64, ([376904, 187074, 369597, 259487], [0] * 4), ([998843, 673082, 705943, 543245], [0] * 4)),
+        (7, 10**6, 40, 512,
+         ([305654, 483111, 506137, 819642], [52403] * 4), ([567166, 750952, 1918, 187801], [52454] * 4)),
+    ],
+)  # fmt: skip
+def test_the_places_of_a_share_are_those_that_checkpoints_were_trained_on(seed, n, samples, world, at_1023, at_1024):
+    """As computed one step after the other; from step 1024 on, shares of four are in another group of steps."""
+    own = dataclasses.replace(batches(5, seed, 4 * world, rank=world // 2, world=world), samples=samples)
+    own = dataclasses.replace(own, chunks=dataclasses.replace(own.chunks, num_chunks=n))
+    for step, expected in ((1023, at_1023), (1024, at_1024), (1023, at_1023)):
+        assert tuple(each.tolist() for each in own_places(own, step)) == expected
+
+
+def test_a_process_computes_the_places_of_its_own_share_alone_however_many_there_are(monkeypatch):
+    def counted(places, n, keys):
+        computed.append(len(places))
+        return permute(places, n, keys)
+
+    permute = order.permute
+    monkeypatch.setattr(order, "permute", counted)
+    for share, world in ((64, 1), (64, 8), (64, 64), (64, 512), (1, 4096), (3 * AT_ONCE, 2)):
+        computed, own = [], batches(90, 11, share * world, rank=world // 2, world=world)
+        steps = 2 * max(AT_ONCE // share, 1)
+        for step in range(steps):
+            own_places(own, step)
+        assert sum(computed) == steps * share
+        assert len(computed) == 2, "and by few calls"
+
+
+def test_what_places_cost_in_memory_depends_on_neither_the_chunks_nor_the_processes():
+    def memory(n, world):
+        own = batches(5, 12, 32 * world, rank=world // 2, world=world)
+        own = dataclasses.replace(own, chunks=dataclasses.replace(own.chunks, num_chunks=n))
+        mixture_seen.cache_clear()
+        tracemalloc.start()
+        own_places(own, 10**6)
+        try:
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    memory(10, 1)
+    assert memory(10**9, 4096) < 1.1 * memory(10**4, 1)
+
+
+def test_what_a_caller_writes_into_places_is_not_kept():
+    own = batches(90, 13)
+    seen, _ = own.places(0)
+    before = seen.tolist()
+    seen[:] = -1
+    assert own.places(0)[0].tolist() == before
 
 
 @given(rate=st.floats(0.02, 1), G=st.integers(1, 500), length=st.integers(4, 60), pad=st.booleans())

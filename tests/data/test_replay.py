@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import pytest
@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from mlm.config import TrainConfig
 from mlm.data.chunks import Chunks, Mixture, concatenate, line_by_line
-from mlm.data.masking import draw
+from mlm.data.masking import SOURCE, draw, stream_key
 from mlm.data.order import ReplayConfig, chunks_seen, seen_before
 from mlm.errors import UserError
 from tests.data.test_batches import batches, chunks
 from tests.data.test_chunks import INFO
+from tests.oracles import slow_order
 
 few_shares = st.lists(st.integers(1, 10**9 - 1).map(lambda n: Fraction(n, 10**9)), min_size=1, max_size=4)
 
@@ -75,7 +76,43 @@ def test_each_source_is_read_epoch_by_epoch_in_an_order_of_its_own(sizes, G, see
         for epoch in range(len(mine) // n):
             assert sorted(mine[epoch * n : (epoch + 1) * n]) == list(range(n))
         assert own.epochs(steps)[("domain", "replay_0", "replay_1")[k]] == len(mine) / n
-    assert seen[source == 0].tolist() == chunks_seen(seed, 0, (source == 0).sum(), sizes[0], sizes[0])[0].tolist()
+    assert (
+        seen[source == 0].tolist() == chunks_seen(seed, np.arange((source == 0).sum()), sizes[0], sizes[0])[0].tolist()
+    )
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    G=st.integers(1, 12),
+    world=st.integers(1, 5),
+    seed=st.integers(0, 5),
+    step=st.integers(0, 3),
+)
+@example(sizes=[9, 5, 2], G=1, world=1, seed=1, step=4096)  # the first step of the second group
+def test_each_process_sees_what_the_definition_says_place_by_place(sizes, G, world, seed, step):
+    shares = [Fraction(1, 4), Fraction(1, 10)][: len(sizes) - 1]
+    before, expected = [0] * len(sizes), []
+    for place in range((step + 1) * G):
+        k = slow_source(place, shares)
+        epoch, there = divmod(before[k], sizes[k])
+        before[k] += 1
+        if place >= step * G:
+            key = stream_key(seed, k, SOURCE) if k else seed
+            expected.append((sum(sizes[:k]) + slow_order(key, epoch, sizes[k])[there], epoch))
+    own, cuts = mixed(sizes, shares, seed=seed, global_batch=G), [-(-G * rank // world) for rank in range(world + 1)]
+    found = [zip(*own.places(step, begin, end), strict=True) for begin, end in pairwise(cuts)]
+    assert [*chain(*found)] == expected
+
+
+def test_the_places_of_a_share_are_those_that_checkpoints_were_trained_on():
+    """As computed one step after the other; from step 1024 on, shares of four are in another group of steps."""
+    own = mixed([90, 20, 7], [Fraction(1, 4), Fraction(1, 10)], seed=3, global_batch=256, samples=50)
+    for step, seen, epochs in (
+        (1023, [31, 33, 99, 110], [3406, 3406, 3275, 3743]),
+        (1024, [53, 62, 88, 97], [3409, 3409, 3409, 3278]),
+        (10**6, [6, 111, 0, 90], [3328001, 3657144, 3328001, 3200001]),
+    ):
+        assert [each.tolist() for each in own.places(step, 128, 132)] == [seen, epochs]
 
 
 def test_the_worked_example_of_the_module():
