@@ -96,7 +96,8 @@ def measured(
     """The base's perplexity on the texts and its spread over documents, and the tokens a parameter; printed."""
     model = load_trained(config.model, tokenizer, accelerator.device, eval_sets["held_out"].chunks.chunk_size)
     parameters = sum(p.numel() for p in model.parameters())
-    found: dict[str, Any] = {"tokens_a_parameter": store.header["tokens"] / parameters}
+    seen = (config.train.max_train_samples or math.inf) * eval_sets["held_out"].chunks.chunk_size
+    found: dict[str, Any] = {"tokens_a_parameter": min(store.header["tokens"], seen) / parameters}
     print(f"  {'tokens a parameter':<22} {figure(found['tokens_a_parameter'])}, of {parameters:,} parameters")
     for name, eval_set in eval_sets.items():
         prefix = "general_" if name == "general" else ""
@@ -109,8 +110,8 @@ def measured(
         found[f"{prefix}perplexity_of_documents"] = [low, middle, high]
         rows = "documents" if whole else "chunks"
         print(
-            f"  {prefix.replace('_', ' ') + 'perplexity':<22} {figure(evaluation.perplexity)}; of four {rows} in five "
-            f"{figure(low)} to {figure(high)}"
+            f"  {prefix.replace('_', ' ') + 'perplexity':<22} {figure(evaluation.perplexity)}, {rows} one by one; of "
+            f"four in five {figure(low)} to {figure(high)}"
         )
     print(f"  {expected(found)}")
     return finite(found)

@@ -29,7 +29,7 @@ def test_the_base_s_perplexity_is_that_of_documents_one_by_one_in_a_run(toy, pre
     found, printed = prepare()
     results = train(toy.config(tmp_path / "run", max_train_steps=1, max_eval_samples=script.DOCUMENTS)).results
     assert found["perplexity"] == pytest.approx(results["documents_perplexity_before"])
-    assert f"perplexity             {found['perplexity']:.4g}; of four documents in five" in printed
+    assert f"perplexity             {found['perplexity']:.4g}, documents one by one; of four in five" in printed
     low, middle, high = found["perplexity_of_documents"]
     assert low < middle < high
 
@@ -40,6 +40,8 @@ def test_tokens_are_counted_by_parameter(toy, prepare):
     tokens = int(re.search(r"train\n(?:.*\n)*?  tokens +([\d,]+)", printed)[1].replace(",", ""))
     assert found["tokens_a_parameter"] == tokens / parameters
     assert f"of {parameters:,} parameters" in printed
+    few, _ = prepare("--max_train_samples", "5")
+    assert few["tokens_a_parameter"] == 5 * 16 / parameters, "those that the run sees"
 
 
 def test_general_text_stands_beside_that_of_the_domain(prepare, tmp_path):

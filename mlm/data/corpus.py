@@ -162,7 +162,6 @@ def load(config: CorpusConfig) -> Corpus:
             kept[split], dropped[split] = _scan(source, config.strip_html)  # uint64[4, n]
         if not kept[split].size:
             raise UserError(f"{source.origin} holds no {split} document: {dropped[split]} empty ones were dropped")
-
     if "validation" not in sources:
         out = held_out(kept["train"][1], config.validation_split_percentage)  # bool[n]
         sources["validation"], dropped["validation"] = sources["train"], 0

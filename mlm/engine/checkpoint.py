@@ -367,13 +367,6 @@ def find_best(checkpoints: Path) -> tuple[Path, dict[str, float]] | None:
     return min(evaluated, key=lambda kept: kept[1]["eval_loss"], default=None)
 
 
-def load_best(checkpoints: Path, model: torch.nn.Module, accelerator: Accelerator) -> None:
-    """Gives every process the weights of the lowest evaluation loss, if there are any; the main one reads them."""
-    if accelerator.is_main_process and (best := find_best(checkpoints)):
-        load_weights(best[0], model)
-    broadcast(tensors(model).values(), accelerator)
-
-
 def _on_host(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in named.items()}
 

@@ -285,8 +285,10 @@ class Run:
         step, checkpoints = self.progress.step, self.directory.checkpoints
         # The weights of the last step need not be read back where they are the best, nor be on the disk.
         if self.config.train.load_best_model_at_end and from_main(self.writer.best_step != step, self.accelerator):
-            checkpoint.load_best(checkpoints, self.model, self.accelerator)
             kept = checkpoint.find_best(checkpoints) if self.is_main else None
+            if kept:
+                checkpoint.load_weights(kept[0], self.model)
+            broadcast(checkpoint.tensors(self.model).values(), self.accelerator)
             if self.is_main and (kept[1]["eval_loss"] if kept else math.inf) > self.writer.best_loss:
                 whose = kept[0].name.removeprefix("best_") if kept else step
                 lost = f"the best weights, of held-out loss {self.writer.best_loss:.4f}, are lost"

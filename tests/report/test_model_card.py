@@ -95,3 +95,12 @@ def test_names_are_shown_letter_for_letter(toy, run, tmp_path):
     for part in (prose, after):
         assert not re.search(r"(?<!\\)[<`\[*_$&]", part)
     assert json.loads(re.search(r'"fill-mask", (.*)\)', code)[1]) == card.data.model_name
+
+
+def test_the_card_says_what_was_replayed(toy, tmp_path):
+    general = tmp_path / "general_text.txt"
+    general.write_text("a young owl and a small fox like every old day .\n" * 40)
+    train(toy.config(tmp_path / "run", replay_file=str(general), replay_share=0.25))
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "Of the chunks that it was trained on, 25% are from general" in card
+    assert str(tmp_path) not in card
