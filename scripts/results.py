@@ -554,26 +554,27 @@ def _times(times: list[dict[str, Any]]) -> list[str]:
 
 
 def _recipes(runs: list[dict[str, Any]], domain: str, passes: float) -> list[str]:
-    """The table of a domain and a number of passes, the lowest mean first."""
-    by_recipe = records.losses(runs, domain, passes)
-    choosing = records.losses(runs, domain, passes, "choosing_loss")
-    default = by_recipe.get(records.FIRST, {})
-    first = {record.recipe: record for record in records.records(runs, domain, passes)}
+    """The table of a domain and a number of passes, in the order by which recipes are chosen."""
+    losses, choosing = (records.losses(runs, domain, passes, figure) for figure in ("loss", "choosing_loss"))
+    default, first = losses.get(records.FIRST, {}), {r.recipe: r for r in records.records(runs, domain, passes)}
     track = f"{domain}, {_passes(passes)}"
     lines = [
-        f"| {track} | n | mean loss | lowest to highest | to the default's | p | record | choosing |",
+        f"| {track} | to choose by | n | loss | lowest to highest | to the default's | p | record |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for recipe, own in sorted(by_recipe.items(), key=lambda item: statistics.mean(item[1].values())):
-        seeds, p, spread, to_default = records.shared(own, default), "", "", ""
-        if len(own) > 1:
-            spread = f"{min(own.values()):.4f} to {max(own.values()):.4f}"
-        if recipe != records.FIRST and seeds:
-            to_default = f"{statistics.mean(own[seed] - default[seed] for seed in seeds):+.4f}"
-            p = "" if len(seeds) < 2 else f"{records.p_value(own, default):.2g}"
-        record = f"from {first[recipe].before}, p = {first[recipe].p:.2g}" if recipe in first else ""
-        mean, other = (statistics.mean(of.values()) for of in (own, choosing[recipe]))
-        cells = (recipe, len(own), f"{mean:.4f}", spread, to_default, p, record, f"{other:.4f}")
+    for recipe, other in sorted(choosing.items(), key=lambda item: statistics.mean(item[1].values())):
+        own, record = losses[recipe], first.get(recipe)
+        seeds = records.shared(own, default) if recipe != records.FIRST else []
+        cells = [
+            recipe,
+            f"{statistics.mean(other.values()):.4f}",
+            len(own) or "",
+            f"{statistics.mean(own.values()):.4f}" if own else "",
+            f"{min(own.values()):.4f} to {max(own.values()):.4f}" if len(own) > 1 else "",
+            f"{statistics.mean(own[seed] - default[seed] for seed in seeds):+.4f}" if seeds else "",
+            f"{records.p_value(own, default):.2g}" if len(seeds) > 1 else "",
+            f"from {record.before}, p = {record.p:.2g}" if record else "",
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 

@@ -1,5 +1,6 @@
 """benchmarks/speedrun: recipes resume as exactly as the loop does, data are frozen, chance seldom sets a record."""
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -206,3 +207,16 @@ def test_a_recipe_counts_with_its_last_settings_alone():
     for row in new:
         row["settings"] = {"dropout": 0.0}
     assert losses(old + new, "imdb", 1) == {"a": {1: LOWER[0], 2: LOWER[1]}}
+
+
+def test_a_run_is_not_repeated_unless_its_documents_to_report_on_were_not_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "freeze", lambda *_: {})
+    args = argparse.Namespace(
+        domains=["imdb"], data=None, passes=[1], seeds=[1, 2], recipes=["default", "wsd"], choose=True
+    )
+    done = [{**job.key, "loss": None, "choosing_loss": 4.0} for job in run.jobs(args, [], tmp_path / "a")][:3]
+    assert [job.seed for job in run.jobs(args, done, tmp_path / "b")] == [2]
+    args.choose, done[0]["loss"] = False, 4.1
+    asked = [(job.seed, job.recipe) for job in run.jobs(args, done, tmp_path / "c")]
+    assert asked == [(1, "wsd"), (2, "default"), (2, "wsd")]
+    assert losses(done, "imdb", 1) == {"default": {1: 4.1}, "wsd": {}}

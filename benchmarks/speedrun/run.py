@@ -4,7 +4,7 @@ Workload: 2,000 documents to train on, in chunks of 128 tokens: IMDb's reviews w
 bert-tiny-wikitext, and hotel reviews in simplified Chinese with ckip-albert-tiny-chinese. Documents are drawn with a
 fixed seed from files whose SHA-256 is checked. A run sees them in exactly `--passes` passes. The loss is that of the
 weights that it ends with, in nats a token: each token of 300 held-out documents is predicted once (7 folds). Recipes
-are chosen by 300 other held-out documents, of which the first fold is predicted.
+are chosen by 300 other held-out documents, of which the first fold is predicted (`--choose` looks at no others).
 
 Peer: `default`, the course's settings at the learning rate that suits the English base, with the same seeds. A recipe
 is a YAML file of flags in `recipes/`, for the loop `loop.py`: mlm/train.py with the flags of `ingredients.py`.
@@ -100,6 +100,7 @@ class Job(NamedTuple):
     seed: int
     files: dict[str, str]  # as `freeze` gives them
     folder: Path  # of the domain
+    reports: bool  # whether the documents to report on are looked at
 
     @property
     def key(self) -> dict[str, Any]:
@@ -116,6 +117,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS))
     parser.add_argument("--passes", type=float, nargs="+", default=[1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of --track time: its rounds")
+    parser.add_argument("--choose", action="store_true", help="measure on the documents to choose by alone")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of OMP_NUM_THREADS threads each")
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "results" / "speedrun.json")
     args = parser.parse_args()
@@ -163,14 +165,15 @@ def inputs(job: Job) -> dict[str, Any]:
     return {**files, "max_seq_length": LENGTH, "seed": job.seed}
 
 
-def measure(config: loop.Config, choose_by: str, model: PreTrainedModel | None = None) -> dict[str, float]:
+def measure(config: loop.Config, job: Job, model: PreTrainedModel | None = None) -> dict[str, float | None]:
     """The losses on both held-out samples, in nats a token, of `model`, or else of the one that `config` names."""
-    by_folds, other = EvaluateConfig(eval_mask_folds=FOLDS), OutOfDomainConfig(out_of_domain_file=choose_by)
-    measured, accelerator = replace(config, evaluate=by_folds, out_of_domain=other), make_accelerator()
+    by_folds, accelerator = EvaluateConfig(eval_mask_folds=FOLDS), make_accelerator()
+    other = OutOfDomainConfig(out_of_domain_file=job.files["choose_by"])
+    measured = replace(config, evaluate=by_folds, out_of_domain=other)
     tokenizer, info, stores = open_corpus(measured)
     eval_sets = open_eval_sets(measured, tokenizer, info, stores["validation"], LENGTH)
     net = SparseMaskedLM(model or load_model(measured.model, tokenizer, seed=0), LENGTH).to(accelerator.device)
-    loss = evaluate(net, eval_sets["held_out"], accelerator).loss
+    loss = evaluate(net, eval_sets["held_out"], accelerator).loss if job.reports else None
     return {"loss": loss, "choosing_loss": evaluate(net, eval_sets["general"], accelerator, complete=False).loss}
 
 
@@ -182,7 +185,7 @@ def run(job: Job) -> dict[str, Any]:
         config = cli.parse_config(loop.Config, flags(job.recipe, {**given, "output_dir": f"{folder}/run"}))
         result = loop.train(config)
         trained = time.perf_counter()
-        measured = measure(config, job.files["choose_by"], result.model)
+        measured = measure(config, job, result.model)
     ended, own = time.perf_counter(), {name: result.results[name] for name in ("steps", "train_seconds")}
     return {**job.key, **measured, **own, "evaluation_seconds": ended - trained, "seconds": ended - started}
 
@@ -208,20 +211,21 @@ def race(job: Job) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         trained = {**inputs(job), "model_name_or_path": f"{folder}/run", "token_store": job.folder / "stores"}
         words = [f"--{name}={value}" for name, value in trained.items()]
-        return {**job.key, **measure(cli.parse_config(loop.Config, words), job.files["choose_by"]), "seconds": seconds}
+        return {**job.key, **measure(cli.parse_config(loop.Config, words), job), "seconds": seconds}
 
 
 def jobs(args: argparse.Namespace, done: list[dict[str, Any]], folder: Path) -> Iterator[Job]:
     """What is not measured yet: all recipes under a seed, then all under the next."""
     for domain in args.domains:
         own = folder / domain
-        own.mkdir()
+        own.mkdir(parents=True)
         files = freeze(DOMAINS[domain], args.data, own)
         for passes in args.passes:
             for seed in args.seeds:
                 for recipe in args.recipes:
-                    job = Job(domain, passes, recipe, seed, files, own)
-                    if not any(job.key.items() <= row.items() for row in done):
+                    job = Job(domain, passes, recipe, seed, files, own, reports=not args.choose)
+                    same = (row for row in done if job.key.items() <= row.items())
+                    if not any(row["loss"] is not None or args.choose for row in same):
                         yield job
 
 
