@@ -220,3 +220,20 @@ def test_a_run_is_not_repeated_unless_its_documents_to_report_on_were_not_looked
     asked = [(job.seed, job.recipe) for job in run.jobs(args, done, tmp_path / "c")]
     assert asked == [(1, "wsd"), (2, "default"), (2, "wsd")]
     assert losses(done, "imdb", 1) == {"default": {1: 4.1}, "wsd": {}}
+
+
+@pytest.mark.slow
+def test_both_sides_of_the_time_track_end_with_the_losses_of_what_they_have_trained(toy, tmp_path, monkeypatch):
+    files = {"model_name_or_path": str(toy.checkpoint)}
+    for name, source in (("train_file", toy.train_file), ("validation_file", toy.validation_file)):
+        files[name] = str(tmp_path / f"{name}.parquet")
+        texts = [f"{line} {name}" for line in source.read_text().splitlines()]  # none stands in both
+        pq.write_table(pa.table({"text": texts}), files[name])
+    files["choose_by"] = files["validation_file"]
+    (tmp_path / "steps.yaml").write_text("max_train_steps: 3\ntrain_batch_size: 8\n")
+    monkeypatch.setattr(run, "RECIPES", tmp_path)
+    monkeypatch.setattr(run, "LENGTH", 16)
+    for recipe in ("steps", run.PEER):
+        row = run.race(run.Job("toy", 1, recipe, 1, files, tmp_path, reports=True))
+        assert 0 < row["loss"] < 10 and 0 < row["choosing_loss"] < 10 and row["seconds"] > 0
+        assert row["settings"] == run.settings(recipe) and row["recipe"] == recipe
