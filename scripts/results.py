@@ -4,10 +4,13 @@ import ast
 import html
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.speedrun import records
 from mlm import cli
 
 REPOSITORY = Path(__file__).parents[1]
@@ -66,6 +69,7 @@ def page() -> str:
         *([probe()] if (BENCHMARKS / "results" / "probe.json").exists() else []),
         *([replay()] if (BENCHMARKS / "results" / "replay.json").exists() else []),
         *([outlook()] if (BENCHMARKS / "results" / "outlook.json").exists() else []),
+        *([speedrun()] if (BENCHMARKS / "results" / "speedrun.json").exists() else []),
         checkpoints(),
         *([corpus_size()] if (BENCHMARKS / "results" / "corpus_size.json").exists() else []),
         faults(),
@@ -494,6 +498,85 @@ def corpus_size() -> str:
                 memory = f"{cost['bytes'] / 2**20:,.1f} MiB"
                 lines.append(f"| {row['chunks']:,} | {name} | {_figure(cost['seconds'])} | {memory} |")
     return "\n".join(lines) + "\n"
+
+
+def speedrun() -> str:
+    """What recipes reach on frozen data, against the default seed by seed, and which of them set a record."""
+    stored = _stored("speedrun")
+    runs = stored["runs"]
+    tracks = sorted({(run["domain"], run["passes"]) for run in runs}, key=lambda track: (track[1], track[0]))
+    best = [text for domain, passes in tracks if (text := _best(domain, records.losses(runs, domain, passes), passes))]
+    command = "python benchmarks/speedrun/run.py --data FOLDER RECIPE…"
+    result = "; ".join(best) or "no recipe has seeds enough yet"
+    lines = [section("Recipes", "speedrun/run.py", result, stored["environment"], command)]
+    for domain, passes in tracks:
+        lines += [*_recipes(runs, domain, passes), ""]
+    if stored["times"]:
+        lines += [*_times(stored["times"]), ""]
+    log = "[the log of experiments](speedrun/LOG.md)"
+    lines.append(f"Runs are of several commits, on as many threads as each says in `results/speedrun.json`; {log}.\n")
+    return "\n".join(lines)
+
+
+def _best(domain: str, by_recipe: dict[str, dict[int, float]], passes: float) -> str:
+    """The lowest mean of those with seeds enough, against the default's."""
+    means = {recipe: statistics.mean(own.values()) for recipe, own in by_recipe.items() if len(own) >= records.SEEDS}
+    if records.FIRST not in means:
+        return ""
+    name = min(means, key=means.get)
+    return f"{domain}, {_passes(passes)}: {means[name]:.3f} by {name}, {means[records.FIRST]:.3f} by {records.FIRST}"
+
+
+def _passes(passes: float) -> str:
+    return f"{passes:g} pass{'' if passes == 1 else 'es'}"
+
+
+def _times(times: list[dict[str, Any]]) -> list[str]:
+    """The time track: each side's seconds and loss, with the ratios to the default's of the same round."""
+    sides: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in times:
+        sides.setdefault(row["recipe"], {})[row["seed"]] = row
+    target, default = sides["run_mlm_no_trainer"], sides["default_to_target"]
+    lines = [
+        "| time to target | rounds | steps | seconds | of the default's | rounds at or below the target |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, rounds in sides.items():
+        seconds = statistics.median(row["seconds"] for row in rounds.values())
+        ratios = [row["seconds"] / default[seed]["seconds"] for seed, row in rounds.items() if seed in default]
+        reached = sum(row["loss"] <= target[seed]["loss"] for seed, row in rounds.items() if seed in target)
+        steps = next(iter(rounds.values()))["settings"].get("max_train_steps", "a pass")
+        lines.append(
+            f"| {name} | {len(rounds)} | {steps} | {seconds:.1f} | {statistics.median(ratios):.2f} "
+            f"({min(ratios):.2f} to {max(ratios):.2f}) | {reached} |"
+        )
+    return lines
+
+
+def _recipes(runs: list[dict[str, Any]], domain: str, passes: float) -> list[str]:
+    """The table of a domain and a number of passes, in the order by which recipes are chosen."""
+    losses, choosing = (records.losses(runs, domain, passes, figure) for figure in ("loss", "choosing_loss"))
+    default, first = losses.get(records.FIRST, {}), {r.recipe: r for r in records.records(runs, domain, passes)}
+    track = f"{domain}, {_passes(passes)}"
+    lines = [
+        f"| {track} | to choose by | n | loss | lowest to highest | to the default's | p | record |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for recipe, other in sorted(choosing.items(), key=lambda item: statistics.mean(item[1].values())):
+        own, record = losses[recipe], first.get(recipe)
+        seeds = records.shared(own, default) if recipe != records.FIRST else []
+        cells = [
+            recipe,
+            f"{statistics.mean(other.values()):.4f}",
+            len(own) or "",
+            f"{statistics.mean(own.values()):.4f}" if own else "",
+            f"{min(own.values()):.4f} to {max(own.values()):.4f}" if len(own) > 1 else "",
+            f"{statistics.mean(own[seed] - default[seed] for seed in seeds):+.4f}" if seeds else "",
+            f"{records.p_value(own, default):.2g}" if len(seeds) > 1 else "",
+            f"from {record.before}, p = {record.p:.2g}" if record else "",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def faults() -> str:

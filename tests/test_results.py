@@ -32,7 +32,7 @@ def test_each_stored_result_says_where_it_was_measured():
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RESULTS.glob("*.json") if path.stem != "faults"))
 def test_each_benchmark_states_its_workload_its_peer_and_its_ceiling(name):
-    files = (RESULTS.parent / f"{stem}.py" for stem in (name, f"test_{name}"))
+    files = (RESULTS.parent / file for file in (f"{name}.py", f"test_{name}.py", f"{name}/run.py"))
     file = next(file for file in files if file.exists())
     docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
     for word in ("Workload:", "Peer", "Ceiling"):

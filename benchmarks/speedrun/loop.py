@@ -1,0 +1,177 @@
+"""A fork in which each ingredient of a recipe is a flag (ingredients.py); without them it is mlm/train.py.
+
+    accelerate launch benchmarks/speedrun/loop.py --config RECIPE.yaml --model_name_or_path MODEL …
+
+The first three functions are what most forks change: the loss, how many tokens a step masks, and which."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.speedrun.ingredients import Config, make_average, make_optimizer, make_scheduler, recut
+from mlm import cli
+from mlm.data.batches import Batch, Batches
+from mlm.data.chunks import chunk_length, cut_into_chunks
+from mlm.data.masking import MaskingConfig, make_recipe, select_tokens, select_words
+from mlm.data.token_store import TokenStore
+from mlm.data.tokenizer import TokenizerInfo
+from mlm.engine.device import make_accelerator
+from mlm.engine.distributed import local_main_process_first
+from mlm.engine.update import Update
+from mlm.errors import UserError
+from mlm.evaluation.eval_set import open_eval_sets
+from mlm.evaluation.evaluate import Evaluations
+from mlm.model.load import load_model, open_corpus
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.model.vocabulary import max_positions
+from mlm.report.metrics import Progress
+from mlm.report.run import Run
+from mlm.report.summary import conclude_run, describe, outcome, plan, sizes
+from scripts.forks.span_masking import select as select_spans
+
+
+def objective(model: SparseMaskedLM, batch: Batch) -> torch.Tensor | tuple[torch.Tensor, dict]:
+    """The losses of a micro-batch's masked tokens, [M] float32, or their sum. With a dict of sums behind them, `return
+    losses, {"agreement": …}`, these are logged beside the loss."""
+    logits = model(batch.input_ids, batch.positions, batch.attention_mask)  # [M, V]: the masked tokens alone
+    return F.cross_entropy(logits.float(), batch.targets, reduction="none")
+
+
+def mask_rate(step: int, last_step: int, masking: MaskingConfig, start: float | None) -> float:
+    """The share of tokens that optimizer step `step`, in 0 … last_step - 1, predicts."""
+    if start is None:
+        return masking.mlm_probability
+    return start + step / max(last_step - 1, 1) * (masking.mlm_probability - start)
+
+
+def select(
+    maskable: np.ndarray, draws: np.ndarray, rate: float, word_starts: np.ndarray, masking: MaskingConfig
+) -> np.ndarray:
+    """Which tokens of B chunks are predicted: [B, T] bool, 1: predicted.
+
+    maskable:    [B, T] bool, 1: no special or unused token
+    draws:       [B, T] uint64, 64 random bits for each token: a function of (seed, epoch, chunk, position)
+    word_starts: [B, T] bool, 1: a word begins here"""
+    if masking.whole_word_mask:
+        return select_words(maskable, draws, rate, word_starts)
+    return select_tokens(maskable, draws, rate)
+
+
+@dataclass(frozen=True)
+class Result:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    results: dict[str, Any]  # as in all_results.json
+    output_dir: Path
+
+
+def train(config: Config, accelerator: Accelerator | None = None) -> Result:
+    """Runs `config`. Raises UserError where it cannot be done, or the loss is not finite any more, and Stopped where a
+    signal asked for that and a checkpoint has been written."""
+    accelerator = accelerator or make_accelerator(**asdict(config.device), report_to=config.run.trackers)
+    run = Run(config, accelerator)
+    # Data and model. One process of a machine tokenises the corpus, once; the others find its token store.
+    with local_main_process_first(accelerator, config) as own:
+        tokenizer, info, stores = open_corpus(own)
+        net = load_model(own.model, tokenizer, config.train.seed)
+        length = chunk_length(config.chunks, max_positions(net.config))
+        eval_sets = open_eval_sets(own, tokenizer, info, stores["validation"], length)
+    model = SparseMaskedLM(net, length).to(accelerator.device)
+    batches, last_step = make_batches(config, info, stores, length, accelerator)
+    if config.ingredients.recut_epochs:
+        batches = recut(batches)
+
+    # Update: any optimizers, each with its schedule.
+    optimizers = [make_optimizer(model.named_parameters(), config)]
+    schedulers = [make_scheduler(optimizer, config, last_step) for optimizer in optimizers]
+    update = Update(model, objective, batches, optimizers, schedulers, accelerator, config.update)
+
+    # Resume. A fork names here what it adds: anything with a state_dict and a load_state_dict.
+    average = make_average(net, config, last_step)
+    progress, before, extra_state = Progress(), Evaluations(), {"average": average} if average else {}
+    experiment = describe(config, update, eval_sets, stores, last_step)
+    run.keeps(net, update, progress, before, extra_state, experiment)
+    if results := run.finished(tokenizer):
+        return Result(net, tokenizer, results, run.folder)
+    with run:
+        run.resume(sizes(stores, eval_sets))
+        run.log.print(plan(config, update, eval_sets, last_step))
+        if progress.step == 0 and config.train.eval_on_start:
+            before.update(run.measure(model, eval_sets, complete=True))
+        elif run.missed_evaluation(last_step):
+            run.measure(model, eval_sets, complete=False)
+
+        model.train()
+        progress.restart()
+        while progress.step < last_step:
+            applied = update(progress.step, run.requests())
+            progress.add(applied)
+            if average:
+                average.update_parameters(net)
+            evaluates, saves, logs = run.due(progress.step, last_step)
+            if not (evaluates or saves or logs or any(applied.requests)):
+                continue
+            run.report(stores, tokenizer)  # the host waits for the device here, not in each step
+            run.obey(applied.requests)
+            if evaluates:
+                run.measure(model, eval_sets, complete=False)
+            if saves:
+                run.save()
+            progress.restart()
+
+        if average:
+            net.load_state_dict(average.module.state_dict())
+        # Save the model, then measure it and report: from here on nothing can cost what was trained.
+        run.save_model(tokenizer)
+        with run.analysis():
+            after = before if progress.step == 0 and before else run.measure(model, eval_sets, complete=True)
+            results = conclude_run(run, eval_sets, before, after, tokenizer, stores["train"])
+        run.finish(results)
+    return Result(net, tokenizer, results, run.folder)
+
+
+def make_batches(
+    config: Config, info: TokenizerInfo, stores: dict[str, TokenStore], length: int, accelerator: Accelerator
+) -> tuple[Batches, int]:
+    """The training batches of this process, a pure function of (seed, step), and the number of steps."""
+    if "train" not in stores:
+        raise UserError("--validation_file alone leaves nothing to train on; give --train_file too")
+    names = ("train", *config.replay.shares)
+    chunks, *replay = (cut_into_chunks(stores[name], config.chunks, length, info) for name in names)
+    global_batch = config.update.global_batch(accelerator.num_processes)
+    last_step = config.train.steps(len(chunks), global_batch * (1 - sum(config.replay.shares.values())))
+    return Batches(
+        chunks=chunks,
+        recipe=make_recipe(info, config.masking.mask_replace_prob, config.masking.random_replace_prob),
+        maskable=info.maskable,
+        select=partial(select_spans if config.ingredients.mask_spans else select, masking=config.masking),
+        rate=partial(
+            mask_rate, last_step=last_step, masking=config.masking, start=config.ingredients.mlm_probability_start
+        ),
+        seed=config.train.seed,
+        global_batch=global_batch,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        samples=config.train.max_train_samples,
+        replay=replay,
+        shares=config.replay.shares,
+    ), last_step
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    result = train(cli.parse_config(Config, argv, __doc__))
+    return {"output_dir": str(result.output_dir), **result.results}
+
+
+if __name__ == "__main__":
+    cli.run(main, outcome)

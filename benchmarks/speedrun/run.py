@@ -1,0 +1,253 @@
+"""The lowest held-out loss that a recipe reaches on frozen data in two domains, and the time to a given loss.
+
+Workload: 2,000 documents to train on, in chunks of 128 tokens: IMDb's reviews without markup with
+bert-tiny-wikitext, and hotel reviews in simplified Chinese with ckip-albert-tiny-chinese. Documents are drawn with a
+fixed seed from files whose SHA-256 is checked. A run sees them in exactly `--passes` passes. The loss is that of the
+weights that it ends with, in nats a token: each token of 300 held-out documents is predicted once (7 folds). Recipes
+are chosen by 300 other held-out documents, of which the first fold is predicted (`--choose` looks at no others).
+
+Peer: `default`, the course's settings at the learning rate that suits the English base, with the same seeds. A recipe
+is a YAML file of flags in `recipes/`, for the loop `loop.py`: mlm/train.py with the flags of `ingredients.py`.
+
+Rule: `default` holds the record of a domain and number of passes until another recipe, in the order in which they
+were measured, has a lower loss at p < 0.01 by a paired one-sided t-test over at least five seeds, and is not worse, at
+p < 0.01, in the other domain. One in a hundred recipes that do nothing would pass such a test. Ceiling: none is known.
+
+    python benchmarks/speedrun/run.py --data FOLDER default no_dropout --seeds 1 2 3 4 5 --passes 1
+
+Time to target, `--track time`: seconds from the start of a process to its end for the loss that run_mlm_no_trainer's
+recipe (no_trainer_recipe.py: batch 8, learning rate 5e-5) reaches in one pass under the same seed. Each side runs in
+turn on all cores, from an empty token store and cache; a recipe names its `max_train_steps`, found beforehand on the
+documents to choose by, and evaluates once, by folds. The same evaluation shows whether it has reached the target.
+
+FOLDER holds imdb/, zh-hotel-reviews/ and models/. What benchmarks/results/speedrun.json has is not measured again.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stdout
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from transformers import PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.reviews import read
+from benchmarks.speedrun import loop
+from mlm import cli
+from mlm.data.corpus import OutOfDomainConfig
+from mlm.engine.device import make_accelerator
+from mlm.errors import UserError
+from mlm.evaluation.eval_set import EvaluateConfig, open_eval_sets
+from mlm.evaluation.evaluate import evaluate
+from mlm.files import write_json
+from mlm.model.load import load_model, open_corpus
+from mlm.model.sparse_head import SparseMaskedLM
+from mlm.report.environment import environment
+
+BENCHMARKS, RECIPES = Path(__file__).parents[1], Path(__file__).parent / "recipes"
+TRAIN, HELD_OUT, LENGTH, FOLDS = 2000, 300, 128, 7
+WHERE = ("commit", "mlm", "torch", "transformers", "processor", "threads")  # of the environment, beside each run
+# A run of the fixed-data track is measured after its end, by `measure`: its own figures are of a few chunks.
+CHEAP = {"eval_on_start": "false", "eval_steps": 10**9, "max_eval_samples": 32}
+PEER = "run_mlm_no_trainer"
+PEERS = {"per_device_train_batch_size": 8, "learning_rate": 5e-5, "num_train_epochs": 1}  # its settings
+
+
+class Domain(NamedTuple):
+    """Frozen files, and the first 16 digits of their SHA-256."""
+
+    train: tuple[str, str]
+    held_out: tuple[str, str]
+    model: tuple[str, str]
+
+
+DOMAINS = {
+    "imdb": Domain(
+        ("imdb/train.parquet", "5fcb2fb48c810da8"),
+        ("imdb/test.parquet", "92710970e7720ea9"),
+        ("models/bert-tiny-wikitext/model.safetensors", "c711574d36170dda"),
+    ),
+    "hotel": Domain(
+        ("zh-hotel-reviews/train.parquet", "627e791a9d8c68c8"),
+        ("zh-hotel-reviews/validation.parquet", "4878591be6b8963b"),
+        ("models/ckip-albert-tiny-chinese/model.safetensors", "558b10cf40ab8bdb"),
+    ),
+}
+
+
+class Job(NamedTuple):
+    """A run, or a side of a round of the time track, to be measured."""
+
+    domain: str
+    passes: float
+    recipe: str
+    seed: int
+    files: dict[str, str]  # as `freeze` gives them
+    folder: Path  # of the domain
+    reports: bool  # whether the documents to report on are looked at
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What a run is known by."""
+        named = {"domain": self.domain, "passes": self.passes, "recipe": self.recipe, "seed": self.seed}
+        return {**named, "settings": settings(self.recipe)}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipes", nargs="+", help=f"names of files in recipes/; {PEER} is a side of --track time")
+    parser.add_argument("--data", type=Path, required=True, help="folder of imdb, zh-hotel-reviews and models")
+    parser.add_argument("--track", choices=("data", "time"), default="data")
+    parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS))
+    parser.add_argument("--passes", type=float, nargs="+", default=[1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of --track time: its rounds")
+    parser.add_argument("--choose", action="store_true", help="measure on the documents to choose by alone")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of OMP_NUM_THREADS threads each")
+    parser.add_argument("--out", type=Path, default=BENCHMARKS / "results" / "speedrun.json")
+    args = parser.parse_args()
+    for recipe in args.recipes:
+        if (recipe == PEER or "max_train_steps" in settings(recipe)) != (args.track == "time"):
+            parser.error(f"{recipe}: --track time wants max_train_steps in a recipe, --track data wants none")
+    return args
+
+
+def checked(data: Path, frozen: tuple[str, str]) -> Path:
+    """A frozen file. Raises UserError where it is another one."""
+    path, digest = data / frozen[0], frozen[1]
+    if (found := hashlib.sha256(path.read_bytes()).hexdigest()[:16]) != digest:
+        raise UserError(f"{path}: its SHA-256 begins with {found}, not {digest}")
+    return path
+
+
+def freeze(domain: Domain, data: Path, folder: Path) -> dict[str, str]:
+    """Writes a domain's three samples of documents to `folder`: the files as flags, and `choose_by`."""
+    train, held_out = (read(checked(data, file)) for file in (domain.train, domain.held_out))
+    apart = sorted(set(held_out) - set(train))  # no document stands in two samples
+    chosen = np.random.default_rng(0).choice(len(apart), 2 * HELD_OUT, replace=False)
+    samples = {
+        "train_file": [train[i] for i in np.random.default_rng(0).choice(len(train), TRAIN, replace=False)],
+        "validation_file": [apart[i] for i in chosen[:HELD_OUT]],
+        "choose_by": [apart[i] for i in chosen[HELD_OUT:]],
+    }
+    files = {"model_name_or_path": str(checked(data, domain.model).parent)}
+    for name, documents in samples.items():
+        files[name] = str(folder / f"{name}.parquet")
+        pq.write_table(pa.table({"text": documents}), files[name])
+    return files
+
+
+def settings(recipe: str) -> dict[str, Any]:
+    """The flags of a recipe, as they stand in its file."""
+    if recipe == PEER:
+        return PEERS
+    return yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8"))
+
+
+def inputs(job: Job) -> dict[str, Any]:
+    """The flags that all sides of a job share."""
+    files = {name: file for name, file in job.files.items() if name != "choose_by"}
+    return {**files, "max_seq_length": LENGTH, "seed": job.seed}
+
+
+def measure(config: loop.Config, job: Job, model: PreTrainedModel | None = None) -> dict[str, float | None]:
+    """The losses on both held-out samples, in nats a token, of `model`, or else of the one that `config` names."""
+    by_folds, accelerator = EvaluateConfig(eval_mask_folds=FOLDS), make_accelerator()
+    other = OutOfDomainConfig(out_of_domain_file=job.files["choose_by"])
+    measured = replace(config, evaluate=by_folds, out_of_domain=other)
+    tokenizer, info, stores = open_corpus(measured)
+    eval_sets = open_eval_sets(measured, tokenizer, info, stores["validation"], LENGTH)
+    net = SparseMaskedLM(model or load_model(measured.model, tokenizer, seed=0), LENGTH).to(accelerator.device)
+    loss = evaluate(net, eval_sets["held_out"], accelerator).loss if job.reports else None
+    return {"loss": loss, "choosing_loss": evaluate(net, eval_sets["general"], accelerator, complete=False).loss}
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Trains once and measures what came of it, in this process."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=job.folder) as folder, redirect_stdout(io.StringIO()):
+        given = {**inputs(job), **CHEAP, "num_train_epochs": job.passes, "token_store": job.folder / "stores"}
+        config = cli.parse_config(loop.Config, flags(job.recipe, {**given, "output_dir": f"{folder}/run"}))
+        result = loop.train(config)
+        trained = time.perf_counter()
+        measured = measure(config, job, result.model)
+    ended, own = time.perf_counter(), {name: result.results[name] for name in ("steps", "train_seconds")}
+    return {**job.key, **measured, **own, "evaluation_seconds": ended - trained, "seconds": ended - started}
+
+
+def flags(recipe: str, given: dict[str, Any]) -> list[str]:
+    """The command line of loop.py; what is given wins over the recipe."""
+    return [f"--config={RECIPES / recipe}.yaml", *(f"--{name}={value}" for name, value in given.items())]
+
+
+def race(job: Job) -> dict[str, Any]:
+    """A side of a round of the time track: the seconds of its process, and the losses that it has reached."""
+    with tempfile.TemporaryDirectory(dir=job.folder) as folder:
+        given = {**inputs(job), "output_dir": f"{folder}/run"}
+        if job.recipe == PEER:
+            words = [f"--{name}={value}" for name, value in {**given, **PEERS}.items()]
+            command = [BENCHMARKS / "no_trainer_recipe.py", *words]
+        else:
+            once = {"eval_on_start": "false", "eval_steps": 10**9, "eval_mask_folds": FOLDS}
+            command = [loop.__file__, *flags(job.recipe, {**given, **once, "token_store": f"{folder}/stores"})]
+        variables = {**os.environ, "HF_DATASETS_CACHE": f"{folder}/cache"}
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True, env=variables)
+        seconds = time.perf_counter() - started
+        trained = {**inputs(job), "model_name_or_path": f"{folder}/run", "token_store": job.folder / "stores"}
+        words = [f"--{name}={value}" for name, value in trained.items()]
+        return {**job.key, **measure(cli.parse_config(loop.Config, words), job), "seconds": seconds}
+
+
+def jobs(args: argparse.Namespace, done: list[dict[str, Any]], folder: Path) -> Iterator[Job]:
+    """What is not measured yet: all recipes under a seed, then all under the next."""
+    for domain in args.domains:
+        own = folder / domain
+        own.mkdir(parents=True)
+        files = freeze(DOMAINS[domain], args.data, own)
+        for passes in args.passes:
+            for seed in args.seeds:
+                for recipe in args.recipes:
+                    job = Job(domain, passes, recipe, seed, files, own, reports=not args.choose)
+                    same = (row for row in done if job.key.items() <= row.items())
+                    if not any(row["loss"] is not None or args.choose for row in same):
+                        yield job
+
+
+def main() -> None:
+    args = parse_arguments()
+    rows, body = ("runs", run) if args.track == "data" else ("times", race)
+    stored = json.loads(args.out.read_text()) if args.out.exists() else {"runs": [], "times": []}
+    stored["environment"] = environment(make_accelerator())
+    where = {name: stored["environment"][name] for name in WHERE}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool,  # torch's threads do not survive a fork
+    ):
+        asked = {pool.submit(body, job): job for job in jobs(args, stored[rows], Path(folder))}
+        for done in as_completed(asked):
+            if isinstance(done.exception(), UserError):  # such as a loss that is not finite
+                print(f"{asked[done].key}: {done.exception()}", file=sys.stderr)
+                continue
+            stored[rows].append({**done.result(), **where})
+            write_json(args.out, stored)
+            print(json.dumps(stored[rows][-1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
