@@ -77,9 +77,13 @@ def record(what: str, model: Path, files: dict, folder: Path) -> dict:
 def classifier(what: str) -> dict:
     """What probe.py has measured of the same run, if it has."""
     stored = json.loads((Path(__file__).parent / "results" / "probe.json").read_text())
-    rows = [row["accuracy"] for row in stored["probe"]["curve"] if row["classifier"] == "logistic regression"]
-    same = "film reviews" in what and stored["what"].split("over ")[1].split()[0] == what.split()[0]
-    return {"classifier": {key: rows[-1][key] for key in ("difference", "interval")} if same else None}
+    rows = [
+        row["accuracy"]
+        for run in stored["runs"]
+        for row in run["probe"]["curve"]
+        if what.startswith(f"{run['unlabelled']:,} film reviews") and row["classifier"] == "logistic regression"
+    ]
+    return {"classifier": {key: rows[-1][key] for key in ("difference", "interval")} if rows else None}
 
 
 def start(script: str, flags: dict) -> dict:

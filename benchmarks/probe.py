@@ -41,24 +41,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--imdb", type=Path, required=True, help="folder of train.parquet and test.parquet")
     parser.add_argument("--model_name_or_path", type=Path, required=True)
-    parser.add_argument("--run", type=Path, help="a run over the unlabelled reviews that is there already")
-    parser.add_argument("--unlabelled", type=int, default=2000, help="reviews to adapt on")
-    parser.add_argument("--labelled", type=int, default=1000, help="reviews to probe with")
+    parser.add_argument(
+        "--unlabelled", type=int, nargs="+", default=[2000, 20_000], help="reviews to adapt on, a run each"
+    )
+    parser.add_argument("--labelled", type=int, default=3000, help="reviews to probe with")
     parser.add_argument("--labels", type=int, nargs="*", default=[16], help="a class, to fine-tune to")
     parser.add_argument("--seeds", type=int, default=2, help="fine-tunings in each fold")
     parser.add_argument("--samples", type=int, default=200, help="simulated probes")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "probe.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        comparison, perplexities, tuned = measure(args, Path(folder))
+        runs = [measure(args, number, Path(folder)) for number in args.unlabelled]
     write_json(
         args.out,
         {
-            "what": f"one epoch over {args.unlabelled:,} unlabelled IMDb reviews without markup",
+            "what": "one epoch over unlabelled IMDb reviews without markup",
             "model": args.model_name_or_path.name,
-            "perplexities": perplexities,
-            "probe": comparison["task"] | {"text": "IMDb"},
-            "finetuning": tuned,
+            "runs": runs,
             "coverage": coverage(args.samples),
             "samples": args.samples,
             "environment": environment(Accelerator(cpu=True)),
@@ -66,8 +65,8 @@ def main() -> None:
     )
 
 
-def measure(args: argparse.Namespace, folder: Path) -> tuple[dict, list[float], list[dict]]:
-    """The run's comparison, its perplexity before and after, and what fine-tuning says."""
+def measure(args: argparse.Namespace, unlabelled: int, folder: Path) -> dict:
+    """A run over so many reviews: its perplexity before and after, what the probe says, and fine-tuning."""
     reviews = read(args.imdb / "test.parquet")
     labels = pq.read_table(args.imdb / "test.parquet", columns=["label"])["label"].to_pylist()
     order = np.random.default_rng(1).permutation(len(reviews))
@@ -75,11 +74,10 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[dict, list[float], 
     task = folder / "task.parquet"
     pq.write_table(pa.table({"text": [reviews[i] for i in chosen], "label": [labels[i] for i in chosen]}), task)
     pq.write_table(pa.table({"text": [reviews[i] for i in held_out]}), folder / "held_out.parquet")
-    base, run = args.model_name_or_path, args.run or folder / "run"
-    if not args.run:
-        train = sample(args.imdb / "train.parquet", args.unlabelled, folder / "train.parquet")
-        files = {"train_file": train, "validation_file": folder / "held_out.parquet"}
-        start("train.py", {"model_name_or_path": base, **files, **TRAINING, "output_dir": run, "eval_on_start": False})
+    base, run = args.model_name_or_path, folder / f"run of {unlabelled}"
+    train = sample(args.imdb / "train.parquet", unlabelled, folder / "train.parquet")
+    files = {"train_file": train, "validation_file": folder / "held_out.parquet"}
+    start("train.py", {"model_name_or_path": base, **files, **TRAINING, "output_dir": run, "eval_on_start": False})
     models = {"model_name_or_path": run, "compare": base}
     flags = {"validation_file": folder / "held_out.parquet", "max_seq_length": TRAINING["max_seq_length"]}
     start("evaluate.py", {**models, **flags, "task_file": task, "output": folder / "comparison.json"})
@@ -89,7 +87,7 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[dict, list[float], 
         flags = {"task_file": task, "labels": k, "seeds": args.seeds, "learning_rate": 5e-4}
         tuned.append(start("finetune.py", {**models, **flags}))
     perplexities = [comparison["held_out"][when]["perplexity"] for when in ("before", "after")]
-    return comparison, perplexities, tuned
+    return {"unlabelled": unlabelled, "perplexities": perplexities, "probe": comparison["task"], "finetuning": tuned}
 
 
 def start(script: str, flags: dict) -> dict:

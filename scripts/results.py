@@ -348,37 +348,43 @@ def intervals() -> str:
 def probe() -> str:
     """Whether an adaptation helps a classifier, by the probe and by fine-tuning, and how often the interval holds."""
     stored = _stored("probe")
-    task, curve = stored["probe"], stored["probe"]["curve"]
-    most = [row for row in curve if row["classifier"] == "logistic regression"][-1]
+    told, lines = [], []
+    for run in stored["runs"]:
+        task, perplexities = run["probe"], " to ".join(f"{p:.1f}" for p in run["perplexities"])
+        most = [row for row in task["curve"] if row["classifier"] == "logistic regression"][-1]
+        reviews = f"{run['unlabelled']:,} reviews"
+        told.append(f"{_points(most['accuracy'])} of accuracy with {most['k']} labels a class after {reviews}")
+        lines += [
+            f"{_sentence(stored['what'])}, {reviews}, {stored['model']}: perplexity {perplexities}; "
+            f"{task['documents']:,} labelled, {task['splits']} splits.\n",
+            "| labels a class | classifier | accuracy before | after | difference (95% interval) |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for row in task["curve"]:
+            own = row["accuracy"]
+            lines.append(
+                f"| {row['k']} | {row['classifier']} | {own['before']:.1%} | {own['after']:.1%} | {_points(own)} |"
+            )
+        for tuned in run["finetuning"]:
+            interval = [tuned["accuracy_low"], tuned["accuracy_high"]]
+            own = {"difference": tuned["accuracy_difference"], "interval": interval}
+            lines.append(
+                f"| {tuned['labels_a_class']} | fine-tuning, {tuned['splits']} times | {tuned['accuracy_before']:.1%} "
+                f"| {tuned['accuracy']:.1%} | {_points(own)} |"
+            )
+        lines.append("")
     head = section(
         "Whether a task profits",
         "probe.py",
-        f"with {most['k']} labels a class {_points(most['accuracy'])} of accuracy by logistic regression on frozen "
-        f"features, where the perplexity fell from {stored['perplexities'][0]:.1f} to {stored['perplexities'][1]:.1f}",
+        f"by logistic regression on frozen features {'; '.join(told)}",
         stored["environment"],
         "python benchmarks/probe.py --imdb FOLDER --model_name_or_path CHECKPOINT",
     )
-    lines = [
-        f"{_sentence(stored['what'])}, {stored['model']}; {task['documents']:,} labelled, {task['splits']} splits.\n",
-        "| labels a class | classifier | accuracy before | after | difference (95% interval) |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in curve:
-        own = row["accuracy"]
-        lines.append(
-            f"| {row['k']} | {row['classifier']} | {own['before']:.1%} | {own['after']:.1%} | {_points(own)} |"
-        )
-    for tuned in stored["finetuning"]:
-        own = {"difference": tuned["accuracy_difference"], "interval": [tuned["accuracy_low"], tuned["accuracy_high"]]}
-        lines.append(
-            f"| {tuned['labels_a_class']} | fine-tuning, {tuned['splits']} times | {tuned['accuracy_before']:.1%} "
-            f"| {tuned['accuracy']:.1%} | {_points(own)} |"
-        )
     held = ", ".join(f"{share:.1%} with {k} labels a class" for k, share in stored["coverage"].items())
     return (
         f"{head}\n"
         + "\n".join(lines)
-        + f"\n\nThe interval holds the truth in {held}; {stored['samples']:,} samples each.\n"
+        + f"\nThe interval holds the truth in {held}; {stored['samples']:,} samples each.\n"
     )
 
 
@@ -470,7 +476,7 @@ def corpus_size() -> str:
     """What a corpus a thousand times as large costs a process, and what an epoch's order costs."""
     stored = _stored("corpus_size")
     limit, measured, names = stored["at_most"], stored["medians"], stored["measured"]
-    ratios = {layout: {name: large[name] / small[name] for name in names}
+    ratios = {layout: {name: large[name] / small[name] for name in names if name != "map_cpu_ms"}
               for layout, (small, large) in ((layout, by.values()) for layout, by in measured.items())}  # fmt: skip
     worst = max(ratio for by_name in ratios.values() for ratio in by_name.values())
     small, large = next(iter(measured.values()))
@@ -488,8 +494,8 @@ def corpus_size() -> str:
     for layout, by_size in measured.items():
         for name, words in names.items():
             cells = " | ".join(_figure(by_size[size][name]) for size in (small, large))
-            ratio = ratios[layout][name]
-            shown = f"{ratio:.2f}" if ratio <= limit else f"**{ratio:.2f}**"
+            ratio = ratios[layout].get(name)
+            shown = "" if ratio is None else f"{ratio:.2f}" if ratio <= limit else f"**{ratio:.2f}**"
             lines.append(f"| {layout} | {words} | {cells} | {shown} |")
     lines += ["", "| chunks | order of an epoch | seconds | peak memory |", "| --- | --- | --- | --- |"]
     for row in stored["order"]:
