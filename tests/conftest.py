@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -26,6 +27,7 @@ SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 # On the CPU, also where there is a GPU, so that the same bits are compared everywhere; tests marked cuda are the
 # GPU's own. The libraries' progress bars would bury a failure.
 torch.set_num_threads(1)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite that was started with nohup ignores it, as would what it starts
 hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes is no claim
 hypothesis.settings.load_profile("any machine")
 os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error")

@@ -49,7 +49,14 @@ def test_the_loop_changes_at_most_thirty_lines():
     assert 0 < sum(max(end - start, to - since) for kind, start, end, since, to in changes if kind != "equal") <= 30
 
 
-@pytest.mark.parametrize("recipe", NAMES)
+# Other recipes are settings of train.py.
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        name if name == "averaged_weights" else pytest.param(name, marks=pytest.mark.torture)
+        for name in WITH_INGREDIENTS
+    ],
+)
 def test_a_recipe_is_resumed_to_the_bit(toy, tmp_path, recipe):
     whole = loop.train(configured(toy, tmp_path / "whole", recipe)).model.state_dict()
     config = configured(toy, tmp_path / "cut", recipe, checkpointing_steps=5)
@@ -61,6 +68,7 @@ def test_a_recipe_is_resumed_to_the_bit(toy, tmp_path, recipe):
     assert_same_bits(whole, resumed)
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("recipe", WITH_INGREDIENTS)
 def test_an_ingredient_trains_another_model_and_is_a_part_of_the_experiment(toy, tmp_path, recipe):
     with_it = loop.train(configured(toy, tmp_path / "run", recipe, checkpointing_steps=5)).model.state_dict()
@@ -222,7 +230,7 @@ def test_a_run_is_not_repeated_unless_its_documents_to_report_on_were_not_looked
     assert losses(done, "imdb", 1) == {"default": {1: 4.1}, "wsd": {}}
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_both_sides_of_the_time_track_end_with_the_losses_of_what_they_have_trained(toy, tmp_path, monkeypatch):
     files = {"model_name_or_path": str(toy.checkpoint)}
     for name, source in (("train_file", toy.train_file), ("validation_file", toy.validation_file)):
