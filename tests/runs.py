@@ -1,5 +1,7 @@
 """Runs as tests start them, in this process and in others, and how their results are compared."""
 
+import dataclasses
+import difflib
 import json
 import shutil
 import subprocess
@@ -8,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForMaskedLM
 
+from mlm.engine.checkpoint import CheckpointConfig
 from tests.conftest import REPOSITORY
 from tests.processes import Forked, server
 
@@ -130,6 +134,24 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+
+
+def changed_lines(fork: str) -> int:
+    """In how many lines a file, named from the repository's root, differs from mlm/train.py."""
+    texts = [(REPOSITORY / path).read_text().splitlines() for path in ("mlm/train.py", fork)]
+    changes = difflib.SequenceMatcher(None, *texts, autojunk=False).get_opcodes()
+    return sum(max(end - start, to - since) for kind, start, end, since, to in changes if kind != "equal")
+
+
+def cut_and_resumed(train: Callable[[Any], Any], config: Any) -> dict[str, torch.Tensor]:
+    """The weights of a run of 12 steps that was killed at its end and resumed from its last checkpoint, step 10."""
+    train(config)
+    folder = Path(config.run.output_dir)
+    (folder / "all_results.json").unlink()  # as a kill at the end leaves it
+    latest = CheckpointConfig(resume_from_checkpoint="latest")
+    resumed = train(dataclasses.replace(config, checkpoint=latest)).model.state_dict()
+    assert [line["step"] for line in metrics(folder, "start")] == [0, 10]
+    return resumed
 
 
 def assert_same_weights(one, other, rtol=1e-3, atol=5e-5) -> None:

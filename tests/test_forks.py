@@ -1,7 +1,6 @@
 """The worked forks: small, whole, and resumed as exactly as the file that they are copies of."""
 
 import dataclasses
-import difflib
 import importlib.util
 import shutil
 import sys
@@ -15,7 +14,7 @@ from mlm.engine.checkpoint import CheckpointConfig
 from mlm.errors import UserError
 from mlm.train import train as original
 from tests.conftest import REPOSITORY
-from tests.runs import ONE, assert_same_bits, metrics, run, weights
+from tests.runs import ONE, assert_same_bits, changed_lines, cut_and_resumed, metrics, run, weights
 from tests.tokenizers_for_tests import wordpiece
 
 FORKS = sorted(path.stem for path in (REPOSITORY / "scripts" / "forks").glob("*.py"))
@@ -50,10 +49,7 @@ def test_there_are_five_forks():
 
 @pytest.mark.parametrize("name", FORKS)
 def test_a_fork_changes_at_most_thirty_lines(name):
-    texts = [(REPOSITORY / path).read_text().splitlines() for path in ("mlm/train.py", f"scripts/forks/{name}.py")]
-    changes = difflib.SequenceMatcher(None, *texts, autojunk=False).get_opcodes()
-    changed = sum(max(end - start, to - since) for kind, start, end, since, to in changes if kind != "equal")
-    assert 0 < changed <= 30
+    assert 0 < changed_lines(f"scripts/forks/{name}.py") <= 30
 
 
 @pytest.mark.parametrize("name", FORKS)
@@ -63,13 +59,9 @@ def test_a_fork_trains_another_model_and_resumes_it_to_the_bit(toy, tmp_path, na
     plain = original(toy.config(tmp_path / "plain")).model.state_dict()
     assert any(not torch.equal(whole[key], plain[key]) for key in whole), "it does what the original does"
 
-    config = configured(fork, toy, tmp_path / "cut", checkpointing_steps=5)
-    fork.train(config)
-    (tmp_path / "cut" / "all_results.json").unlink()  # as a kill at the end leaves it
-    latest = CheckpointConfig(resume_from_checkpoint="latest")
-    resumed = fork.train(dataclasses.replace(config, checkpoint=latest)).model.state_dict()
-    assert [line["step"] for line in metrics(tmp_path / "cut", "start")] == [0, 10]
-    assert_same_bits(whole, resumed)
+    assert_same_bits(
+        whole, cut_and_resumed(fork.train, configured(fork, toy, tmp_path / "cut", checkpointing_steps=5))
+    )
 
 
 @pytest.mark.parametrize("name", FORKS)

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import math
 
 import numpy as np
@@ -15,11 +14,9 @@ from scipy.stats import t
 from benchmarks.speedrun import loop, run
 from benchmarks.speedrun.records import losses, p_value, records
 from mlm import cli
-from mlm.engine.checkpoint import CheckpointConfig
 from mlm.errors import UserError
 from mlm.train import train as original
-from tests.conftest import REPOSITORY
-from tests.runs import assert_same_bits, metrics
+from tests.runs import assert_same_bits, changed_lines, cut_and_resumed
 
 NAMES = sorted(path.stem for path in run.RECIPES.glob("*.yaml"))
 WITH_INGREDIENTS = [name for name in NAMES if run.settings(name).keys() & vars(loop.Config().ingredients)]
@@ -44,9 +41,7 @@ def test_without_ingredients_the_loop_is_the_original(toy, tmp_path):
 
 
 def test_the_loop_changes_at_most_thirty_lines():
-    texts = [(REPOSITORY / path).read_text().splitlines() for path in ("mlm/train.py", "benchmarks/speedrun/loop.py")]
-    changes = difflib.SequenceMatcher(None, *texts, autojunk=False).get_opcodes()
-    assert 0 < sum(max(end - start, to - since) for kind, start, end, since, to in changes if kind != "equal") <= 30
+    assert 0 < changed_lines("benchmarks/speedrun/loop.py") <= 30
 
 
 # Other recipes are settings of train.py.
@@ -59,13 +54,9 @@ def test_the_loop_changes_at_most_thirty_lines():
 )
 def test_a_recipe_is_resumed_to_the_bit(toy, tmp_path, recipe):
     whole = loop.train(configured(toy, tmp_path / "whole", recipe)).model.state_dict()
-    config = configured(toy, tmp_path / "cut", recipe, checkpointing_steps=5)
-    loop.train(config)
-    (tmp_path / "cut" / "all_results.json").unlink()  # as a kill at the end leaves it
-    latest = CheckpointConfig(resume_from_checkpoint="latest")
-    resumed = loop.train(dataclasses.replace(config, checkpoint=latest)).model.state_dict()
-    assert [line["step"] for line in metrics(tmp_path / "cut", "start")] == [0, 10]
-    assert_same_bits(whole, resumed)
+    assert_same_bits(
+        whole, cut_and_resumed(loop.train, configured(toy, tmp_path / "cut", recipe, checkpointing_steps=5))
+    )
 
 
 @pytest.mark.torture

@@ -94,8 +94,8 @@ def _text(value: Any) -> str:
         return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, CodeType):
         return f"{value.co_code!r} {value.co_names} {_text(value.co_consts)}"
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()  # the device synchronises here
+    if isinstance(value, torch.Tensor):  # the device synchronises here
+        return _text([value.dtype, *value.shape, value.detach().cpu().reshape(-1).view(torch.uint8).numpy()])
     if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
         return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     name = type(value).__name__

@@ -147,3 +147,5 @@ def test_of_a_partial_positional_arguments_and_tensors_count():
     ones = [identity(functools.partial(objective, argument)) for argument in (1, 1, 2, WEIGHTS, 2 * WEIGHTS)]
     assert ones[0] == ones[1]
     assert len(set(ones)) == 4
+    shapes = [WEIGHTS, WEIGHTS.view(2, 1500), WEIGHTS.view(torch.int32)]  # of the same bytes
+    assert len({identity(functools.partial(objective, argument)) for argument in shapes}) == 3
