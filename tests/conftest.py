@@ -50,13 +50,15 @@ def caches(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator(request, monkeypatch):
-    """accelerate keeps its device and precision for the life of a process: each test chooses anew."""
+    """accelerate keeps its device and precision for the life of a process, and torch its threads: each test chooses
+    anew."""
     if request.node.get_closest_marker("cuda"):
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
         monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(1)  # make_accelerator may have taken all cores: sums of another order in the next test
 
 
 def pytest_addoption(parser):

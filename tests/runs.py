@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,8 @@ PYTHON = [sys.executable]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 SCRIPT = str(REPOSITORY / "scripts" / "train.py")
+
+log = logging.getLogger(__name__)  # pytest shows it under a test that failed
 
 
 def half_precision(init_scale):
@@ -54,6 +57,7 @@ def finish(process: subprocess.Popen | Forked, seconds: float = 240) -> tuple[in
     except subprocess.TimeoutExpired:
         kill_all(process)
         raise
+    log.warning("exit status %s\n%s\n%s", process.returncode, output, errors)
     return process.returncode, output, errors
 
 
@@ -133,7 +137,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
+        assert torch.equal(tensor, other[name]), f"{name}: up to {(tensor - other[name]).abs().max()} apart"
 
 
 def changed_lines(fork: str) -> int:
