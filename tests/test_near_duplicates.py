@@ -101,11 +101,14 @@ def test_prepare_counts_equal_and_near_ones_of_held_out_text_and_of_a_task(toy, 
         flags += [f"--{name}", str(tmp_path / f"{name}.jsonl")]
     found = load_script("prepare").main(flags)["leaks"]
     assert found["held-out documents"] == {"equal": 1, "looked_for": 3, "near": 2}
-    assert found["texts of the task"] == {"equal": 1, "looked_for": 20, "near": 1}, "an equal one is no near one"
+    assert found["texts of the task"] == {"equal": 1, "looked_for": 20, "near": 1, "rows": [0]}, (
+        "an equal one is no near one"
+    )
     printed = capsys.readouterr().out
     stand, more = "stand in the training split", "more have a near-duplicate there"
     assert f"held-out documents: 1 {stand}; of 3 looked for, 2 {more}" in printed
     assert f"texts of the task: 1 {stand}; of 20 looked for, 1 {more}" in printed
+    assert "rows of the task with such a text, from 0 on: 0\n" in printed
 
 
 def test_there_has_to_be_training_text_to_look_in(toy, tmp_path):

@@ -1,5 +1,6 @@
 """Labelled documents, or pairs: a task that may profit from the adaptation. train.py trains on no label."""
 
+import logging
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -41,12 +42,14 @@ class Task(NamedTuple):
     texts: list[tuple[str, ...]]  # of n documents, or n pairs of them; of retrieval the queries, then the documents
     labels: np.ndarray | None  # [n] int64, classes by number, FEWEST or more of each; None: a task of retrieval
     pairs: np.ndarray | None = None  # [m, 2] int64, of retrieval: a query and a document to find, as in texts
+    rows: np.ndarray = np.arange(0)  # [n] int64, where in the file each stands, counted from 0
+    of: int = 0  # rows with text and a label, of which MOST are taken
 
-    def seen(self, train: TokenStore) -> int:
-        """How many of the n have a text that stands in the training split, up to case and white space."""
+    def seen(self, train: TokenStore) -> np.ndarray:
+        """Which have a text that stands in the training split, up to case and white space: [n] bool."""
         own = np.array([[*map(corpus.text_hash, texts)] for texts in self.texts], np.uint64)  # [n, 1], or [n, 2]
         place = np.searchsorted(train.text_hashes, own)  # reads a few pages of a memory map
-        return int((train.text_hashes[np.minimum(place, len(train.text_hashes) - 1)] == own).any(axis=1).sum())
+        return (train.text_hashes[np.minimum(place, len(train.text_hashes) - 1)] == own).any(axis=1)
 
 
 def read_task(config: TaskConfig, domain: CorpusConfig) -> Task | None:
@@ -77,23 +80,26 @@ def read_task(config: TaskConfig, domain: CorpusConfig) -> Task | None:
     clean = corpus.strip_html if domain.strip_html else str
     texts = list(zip(*(table[c].to_pylist() for c in ("text", *pair)), strict=True))
     kept = [i for i, own in enumerate(texts) if labels[i] is not None and all(t and t.strip() for t in own)]
-    kept = np.sort(np.random.default_rng(0).permutation(kept)[:MOST]).astype(int).tolist()
+    of, kept = len(kept), np.sort(np.random.default_rng(0).permutation(kept)[:MOST]).astype(int)
+    if of > MOST:
+        logging.getLogger(__name__).warning("%s: %d of its %d rows are taken, drawn by a fixed seed", name, MOST, of)
     texts = [tuple(map(clean, texts[i])) for i in kept]
     if not classes:
-        return search_task(name, texts)
+        return search_task(name, texts, kept, of)
     known, labels, sizes = np.unique([str(labels[i]) for i in kept], return_inverse=True, return_counts=True)
     if len(known) < 2 or sizes.min() < FEWEST:
         rarest = f", {one_line(known[sizes.argmin()], 40)!r} with {sizes.min()}" if len(known) else ""
         found = f"{len(known)} classes in {len(kept)} documents{rarest}"
         raise UserError(f"{name}: {found}; a probe needs two classes or more, with {FEWEST} documents or more each")
-    return Task(name, texts, labels)
+    return Task(name, texts, labels, rows=kept, of=of)
 
 
-def search_task(name: str, pairs: list[tuple[str, ...]]) -> Task:
-    """Each query and each document once. Raises UserError for fewer than FEWEST queries."""
+def search_task(name: str, pairs: list[tuple[str, ...]], rows: np.ndarray, of: int) -> Task:
+    """Each query and each document once, of the first row. Raises UserError for fewer than FEWEST queries."""
     columns = zip(*pairs or [("", "")], strict=True)
     queries, documents = ({text: i for i, text in enumerate(dict.fromkeys(column))} for column in columns)
     if len(queries) < FEWEST:
         raise UserError(f"{name}: --task_kind retrieval needs {FEWEST} queries or more, each with a document")
-    numbers = np.unique([(queries[q], len(queries) + documents[d]) for q, d in pairs], axis=0)
-    return Task(name, [(text,) for text in [*queries, *documents]], None, numbers)
+    numbers = np.array([(queries[q], len(queries) + documents[d]) for q, d in pairs])
+    first = np.unique(numbers.T, return_index=True)[1] % len(pairs)  # pair of each text
+    return Task(name, [(text,) for text in [*queries, *documents]], None, np.unique(numbers, axis=0), rows[first], of)

@@ -78,7 +78,6 @@ def by_word(
     spellings: dict[bytes, int] = {}
     # [W] equal where the ids are
     group = np.array([spellings.setdefault(ids[b:e].tobytes(), len(spellings)) for b, e in spans], np.int64)
-
     seed = before.mask_round // (eval_set.config.eval_mask_folds or 1)
     occurrences = np.unique(seed.astype(np.int64) * len(begins) + word) % max(len(begins), 1)
     _, *nats = grouped(group[word], len(spellings), before.nats, after.nats)

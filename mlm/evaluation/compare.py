@@ -53,9 +53,8 @@ def conclude(
     maskable = eval_sets["held_out"].info.maskable
     results["perplexity_unigram"] = unigram_perplexity(counts, maskable, after["held_out"].target)
     results["held_out_leaks"] = eval_sets["held_out"].store.header.get("leaks")
-    if not tables:
-        return Conclusion(results, "\n".join(lines), None, None)
-    return Conclusion(results, "\n".join(lines), compared, pa.concat_tables(tables))
+    whole = (compared, pa.concat_tables(tables)) if tables else (None, None)
+    return Conclusion(results, "\n".join(lines), *whole)
 
 
 def compare(

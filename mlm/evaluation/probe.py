@@ -180,7 +180,9 @@ def spread(scores: list[np.ndarray], share: float) -> tuple[float, float, float]
 
 def conclude(task: Task, before: np.ndarray, after: np.ndarray, train: TokenStore | None, check: Check = bool) -> dict:
     """The task as comparison.json has it, from the features of both models; train: what the adapted one has read."""
-    found = {"text": task.name, "documents": len(task.texts), "in_training_text": train and task.seen(train)}
+    seen = task.rows[task.seen(train)].tolist() if train else None  # rows
+    found = {"text": task.name, "documents": len(task.texts), "rows": task.of}
+    found |= {"in_training_text": train and len(seen), "rows_in_training_text": seen}
     if task.pairs is not None:
         return found | search(task.pairs, before, after)
     found |= {"classes": int(task.labels.max()) + 1, "splits": FOLDS * CHOICES}
@@ -190,7 +192,8 @@ def conclude(task: Task, before: np.ndarray, after: np.ndarray, train: TokenStor
 def figures(task: dict[str, Any]) -> dict[str, float | None]:
     """For all_results.json: of a search each figure, task_mrr_10 and so on; of a probe logistic regression with the
     fewest and the most labels, task_few_… and task_…."""
-    found = {f"task_{name}": task[name] for name in ("documents", "queries", "in_training_text") if name in task}
+    found = {f"task_{n}": task[n] for n in ("documents", "queries", "rows", "in_training_text") if n in task}
+    found["task_rows_in_training_text"] = (task["rows_in_training_text"] or [])[:5]  # comparison.json names all
     named = {f"task_{name}": own for name, own in task.get("metrics", {}).items()}
     rows = [row for row in task.get("curve", ()) if row["classifier"] == "logistic regression"]
     for prefix, row in zip(("task_few_", "task_"), rows[:1] + rows[-1:], strict=bool(rows)):

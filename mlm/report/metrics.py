@@ -115,9 +115,8 @@ class Log:
         """Appends a line to metrics.jsonl, and sends its numbers to the trackers."""
         if not self.is_main:
             return
-        seconds = time.perf_counter() - self.started
-        values = {"event": event, "step": step, "seconds": round(seconds, 3), **finite(numbers)}
-        line = json.dumps(values).encode() + b"\n"
+        about = {"event": event, "step": step, "seconds": round(time.perf_counter() - self.started, 3)}
+        line = json.dumps(about | finite(numbers)).encode() + b"\n"
         try:
             with (self.folder / "metrics.jsonl").open("ab", buffering=0) as file:
                 end = file.tell()
@@ -131,11 +130,10 @@ class Log:
             self.accelerator.log(numbers, step=step)
 
     def start_trackers(self, settings: dict[str, Any]) -> None:
-        """Starts the trackers that the accelerator was made with, and sends them the settings of the run."""
+        """Starts the accelerator's trackers with the settings of the run, each of a type that every tracker takes."""
         project = self.accelerator.project_configuration
         project.project_dir = project.logging_dir = str(self.folder)
-        every_tracker_takes = int | float | str
-        settings = {n: v if isinstance(v, every_tracker_takes) else str(v) for n, v in settings.items()}
+        settings = {n: v if isinstance(v, int | float | str) else str(v) for n, v in settings.items()}
         with self._trackers():
             self.accelerator.init_trackers("mlm", config=settings)
 

@@ -86,5 +86,6 @@ def task_in_words(results: dict[str, Any]) -> str:
         what = re.sub("task_(few_)?", "", key).replace("mrr", "MRR").replace("_", "@")
         lines.append(f"- task, {of}: {what} {gain}")
     if seen := results["task_in_training_text"]:
-        lines.append(f"- {seen:,} of the task's texts stand in the training text; no label was trained on")
+        rows = ", ".join(map(str, results["task_rows_in_training_text"])) + (", …" if seen > 5 else "")
+        lines.append(f"- {seen:,} texts of the task (rows {rows}) stand in the training text; no label was trained on")
     return "\n".join(dict.fromkeys(lines))  # the fewest may be the most

@@ -105,7 +105,7 @@ class Run:
     def _create_repository(self) -> None:
         """Makes sure, on the main process, that there is a repository on the Hub where one is asked for."""
         config = self.config.run
-        if self.is_main and config.push_to_hub:
+        if self.is_main and config.push_to_hub and self.hub_id is None:
             name = config.hub_model_id or self.folder.resolve().name
             self.hub_id, self.hub_private = create_repository(name, config.hub_private_repo)
 
@@ -121,8 +121,7 @@ class Run:
         elif base and results["steps"] and not measured and results["perplexity"] > near:
             told = f"scripts/evaluate.py --model_name_or_path {self.folder} --compare {base} tells whether it ever did"
             self.log.print(f"warning: the model does hardly better than token frequencies alone; {told}")
-        if self.hub_id is None:
-            self._create_repository()
+        self._create_repository()
         if self.hub_id is not None:
             files = self.directory.published(self.config.model.trust_remote_code)
             self.log.print(announcement(files, self.hub_id, self.hub_private))
@@ -144,8 +143,7 @@ class Run:
     def resume(self, data: dict[str, Any]) -> None:
         """Puts everything back as --resume_from_checkpoint names it, if it does, and begins the directory.
 
-        data: what run.json has to say of the corpus. Raises UserError for a checkpoint of another experiment, or none.
-        """
+        data: what run.json says of the corpus. Raises UserError for a checkpoint of another experiment, or none."""
         wanted = self.config.checkpoint.resume_from_checkpoint
         found, notes = checkpoint.find(wanted, self.directory.checkpoints, self.accelerator)
         self.log.print("\n".join(notes))
@@ -158,7 +156,7 @@ class Run:
         self._create_repository()
         about = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "data": data}
         about |= {"configuration": asdict(self.config), "experiment": self.experiment}
-        about |= {"environment": environment(self.accelerator)}
+        about["environment"] = environment(self.accelerator)
         self.directory.begin(about, self.progress.step if found else None)
         if self.config.run.with_tracking:
             self.log.start_trackers(dict(flat(about["configuration"])))
@@ -168,11 +166,8 @@ class Run:
         self.log.event("start", self.progress.step, **sizes)
 
     def _check_room(self, step: int | None) -> None:
-        """Raises UserError, or says under --on_save_error continue, that what is to be written does not fit.
-
-        That is a checkpoint and the model; the model alone where a run is resumed after its last step.
-
-        step: after which a resumed run begins; None: at the beginning"""
+        """Raises UserError, or says under --on_save_error continue, that a checkpoint and the model do not fit, or the
+        model alone where a run is resumed after its last step. step: after which one is resumed; None: none is"""
         needed, what = sum(tensor.nbytes for tensor in checkpoint.tensors(self.model).values()), "the model takes"
         if step != self.experiment["steps"]:
             state: dict[str, torch.Tensor] = {}
@@ -317,10 +312,9 @@ class Run:
                 raise
             base, reason = self.config.model.model_name_or_path, one_line(f"{type(error).__name__}: {error}", 200)
             again = f"scripts/evaluate.py --model_name_or_path {self.folder}{f' --compare {base}' if base else ''}"
-            failed = f"the trained model is saved in {self.folder}, its analysis failed ({reason}); to repeat it"
-            raise UserError(
-                f"{failed}: python {again}, with this run's flags for text, chunks and evaluation"
-            ) from error
+            failed = f"the trained model is saved in {self.folder}, its analysis failed ({reason})"
+            flags = "with this run's flags for text, chunks and evaluation"
+            raise UserError(f"{failed}; to repeat it: python {again}, {flags}") from error
 
     def finish(self, results: dict[str, Any]) -> None:
         """The last line of the log; then, if asked, the Hub. Raises UserError where nothing was learnt."""

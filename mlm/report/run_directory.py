@@ -153,11 +153,10 @@ class RunDirectory:
             self._lock.release()
 
     def begin(self, about: dict[str, Any], step: int | None) -> None:
-        """Makes the directory and writes run.json: what has to be known to repeat the run.
+        """Makes the directory and writes run.json: what has to be known to repeat the run. Raises UserError where
+        another run is at work in it, or nothing can be written there.
 
-        step: where a resumed run begins; what came later is dropped, to come again. None: at the beginning.
-
-        Raises UserError where another run is at work in it, or nothing can be written there."""
+        step: where a resumed run begins; what came later is dropped, to come again. None: at the beginning"""
         if not self.is_main:
             return
         try:

@@ -47,11 +47,16 @@ def test_pairs_and_columns_have_names_of_their_own(tmp_path):
     assert task.labels.tolist() == [1, 0] * 10  # "False" before "True"
 
 
-def test_of_many_documents_a_part_is_drawn_the_same_each_time(tmp_path):
-    path = write(tmp_path / "a.jsonl", rows([0, 1] * (MOST // 2 + 50)))
+def test_of_many_documents_a_part_is_drawn_the_same_each_time_and_said_to_be(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", [*rows([0, 1] * (MOST // 2)), {"text": "", "label": 0}])
+    assert (len(read(path).texts), caplog.text) == (MOST, "")
+    path = write(tmp_path / "b.jsonl", all_rows := rows([0, 1] * (MOST // 2 + 50)))
     task = read(path)
     assert len(task.texts) == len(task.labels) == MOST
     assert read(path).texts == task.texts
+    assert [all_rows[i]["text"] for i in task.rows] == [text for [text] in task.texts]
+    assert task.of == MOST + 100
+    assert f"{path}: {MOST} of its {MOST + 100} rows are taken" in caplog.text
 
 
 def stored(domain, folder):
@@ -65,7 +70,7 @@ def test_documents_in_the_training_text_are_counted_whatever_their_case_and_whit
     held_out = tmp_path / "validation.txt"
     held_out.write_text("review 9\n")
     domain = CorpusConfig(train_file=str(train), validation_file=str(held_out))
-    assert read(write(tmp_path / "a.jsonl", rows([0, 1] * 10))).seen(stored(domain, tmp_path)["train"]) == 2
+    assert read(write(tmp_path / "a.jsonl", rows([0, 1] * 10))).seen(stored(domain, tmp_path)["train"]).sum() == 2
 
 
 @pytest.mark.parametrize(

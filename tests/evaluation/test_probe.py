@@ -224,12 +224,16 @@ def test_a_run_probes_its_base_and_itself_once_it_is_saved(run, labelled):
     card = (run / "README.md").read_text()
     line = f"- task, at most {last['k']} labels a class: accuracy {before} before, {after} after, difference"
     assert line in card
-    assert "- 10 of the task's texts stand in the training text; no label was trained on" in card
+    named = "10 texts of the task (rows 0, 1, 2, 3, 4, …) stand in the training text"
+    assert f"- {named}; no label was trained on" in card
     assert comparison["held_out"] is not None
 
 
-def test_labelled_documents_that_were_read_in_training_are_counted(run):
+def test_labelled_documents_that_were_read_in_training_are_counted_and_named(run):
     assert json.loads((run / "all_results.json").read_text())["task_in_training_text"] == 10
+    task = json.loads((run / "comparison.json").read_text())["task"]
+    assert task["rows_in_training_text"] == list(range(10))  # as `labelled` wrote them
+    assert task["rows"] == 40
 
 
 def test_evaluate_repeats_what_the_run_has(run, toy, labelled, capsys, tmp_path):
@@ -240,7 +244,7 @@ def test_evaluate_repeats_what_the_run_has(run, toy, labelled, capsys, tmp_path)
     for row, own in zip(repeated, json.loads((run / "comparison.json").read_text())["task"]["curve"], strict=True):
         for figure in ("before", "after", "difference"):
             assert row["accuracy"][figure] == pytest.approx(own["accuracy"][figure], abs=0.02)
-    assert "of the task's texts" not in capsys.readouterr().out  # no training text was named
+    assert "texts of the task" not in capsys.readouterr().out  # no training text was named
     texts = {"train_file": toy.train_file, "validation_file": toy.validation_file, "max_seq_length": 16}
     stores = {"allow_leaks": True, "token_store": tmp_path}
     load_script("evaluate").main([f"--{name}={value}" for name, value in (flags | texts | stores).items()])

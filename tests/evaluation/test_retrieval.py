@@ -112,6 +112,7 @@ def test_a_run_searches_with_its_base_and_itself(run):
     results, comparison = (json.loads((run / f"{name}.json").read_text()) for name in ("all_results", "comparison"))
     task = comparison["task"]
     assert (task["queries"], task["documents"], task["in_training_text"]) == (12, 6, 3)
+    assert task["rows_in_training_text"] == [0, 4, 8]  # of the first query that each of these documents answers
     assert (results["task_queries"], results["task_documents"]) == (12, 6)
     assert list(task["metrics"]) == ["mrr_10", "recall_1"]  # of six documents ten are no choice
     for name, own in task["metrics"].items():
@@ -122,7 +123,7 @@ def test_a_run_searches_with_its_base_and_itself(run):
     card = (run / "README.md").read_text()
     before, after = (f"{100 * task['metrics']['mrr_10'][when]:.4g}%" for when in ("before", "after"))
     assert f"- task, 12 queries: MRR@10 {before} before, {after} after, difference" in card
-    assert "- 3 of the task's texts stand in the training text" in card
+    assert "- 3 texts of the task (rows 0, 4, 8) stand in the training text" in card
 
 
 def test_evaluate_repeats_the_search_and_the_same_model_has_no_interval(run, toy, questions, tmp_path, capsys):

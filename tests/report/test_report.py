@@ -897,6 +897,7 @@ def probed(run, folder):
         for classifier in ("logistic regression", "nearest neighbours")
     ]
     about = {"text": NASTY, "documents": 1000, "classes": 2, "in_training_text": 10, "splits": 20}
+    about["rows_in_training_text"] = list(range(0, 100, 10))
     nothing = {"before": 0.614, "after": 0.614, "difference": 0.0, "interval": [0.0, 0.0]}
     rows[-1] = {**rows[-1], "accuracy": nothing}
     comparison["task"] = about | {"curve": rows}
@@ -914,7 +915,7 @@ def test_the_probe_s_curve_and_its_figures_are_on_the_page(run, browser, tmp_pat
     [section] = browser.all("#task", "e.innerText")
     assert "1,000 documents of 2 classes" in section
     assert "20 splits" in section
-    assert "10 of them stand in the training text" in section
+    assert "10 of them stand in the training text (rows 0, 10, 20, 30, 40, …)" in section
     cells = browser.all("#task tbody tr:first-child > *", "e.innerText")
     assert cells == ["logistic regression", "16", *["61.4%", "65.2%", "+3.80", "-0.40 to +8.01"] * 2]
     assert "at most" in browser.all("#task thead th", "e.innerText")[0].lower()
