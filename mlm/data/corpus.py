@@ -24,7 +24,8 @@ from mlm.files import stamp
 
 ZEROS = "\0" * 64  # of a damaged disk, or of one that lost its power: a block, of 512 bytes or more
 SPACE = bytes(code for code in range(128) if chr(code).isspace())
-SPACE_BEYOND = re.compile(r"[^\S\x00-\x7f]")  # beyond ASCII
+SPACE_BEYOND = [*map(chr, (0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000))]
+LOWER = bytes(range(256)).lower()  # of ASCII
 SHARD = 1 << 23  # bytes of text in a shard, until its last document begins: seconds of tokenising, on one core
 KNOWN = f"{', '.join(READERS)}, each also with .gz"
 
@@ -195,8 +196,14 @@ def read(config: CorpusConfig, also: tuple[str, ...] = (), stream: bool = False)
 
 def text_hash(text: str) -> int:
     """64 bits, the same for texts that differ in case and white space alone."""
-    lower = text.lower() if text.isascii() else SPACE_BEYOND.sub("", text.lower())
-    return _hash(lower.encode().translate(None, SPACE))
+    return _hash(ascii_spaced(text if text.isascii() else text.lower()).translate(LOWER, SPACE))
+
+
+def ascii_spaced(text: str) -> bytes:
+    """`text` in UTF-8, with a blank for each white space beyond ASCII."""
+    for blank in () if text.isascii() else SPACE_BEYOND:  # of English text, a tenth of a regular expression's time
+        text = text.replace(blank, " ")
+    return text.encode()
 
 
 def keep_apart(config: CorpusConfig, flag: str, folder: str | Path) -> None:
@@ -225,7 +232,7 @@ def out_of_domain(config: OutOfDomainConfig, domain: CorpusConfig) -> CorpusConf
 def texts(dataset: Any) -> Iterator[str | None]:
     """The texts of a dataset, in order. They are read in small batches, since one may be a book."""
     for table in dataset.with_format("arrow").iter(batch_size=100):
-        yield from (text.as_py() for text in table["text"])
+        yield from table["text"].to_pylist()
 
 
 def strip_html(text: str) -> str:

@@ -61,7 +61,7 @@ class Encoder:
             for (batch, task), _ in itertools.pairwise(itertools.chain(tasks, [None])):
                 with explained(self.tokenizer):
                     tokens = _unpack(task.result())
-                if self.backend and self.info.special[tokens.ids[tokens.ids != self.info.unknown_id]].any():
+                if self.backend and (self.info.special[tokens.ids] & (tokens.ids != self.info.unknown_id)).any():
                     # A vocabulary can hold its special tokens as pieces (XLM-R's does) and so find them in text.
                     pairs = zip(batch, task.result(), strict=True)
                     tokens = _unpack([_as_text(text, found, self.backend, self.info) for (text, _), found in pairs])
@@ -95,11 +95,8 @@ def _flat(rows: Iterable[list[int]]) -> np.ndarray:
 
 def _as_text(text: str, encoding: Encoding, backend: Tokenizer, info: TokenizerInfo) -> Encoding:
     """Encodes a document again with each literal special token broken up, so that it is text."""
-    where = [
-        span
-        for token_id, span in zip(encoding.ids, encoding.offsets, strict=True)
-        if info.special[token_id] and token_id != info.unknown_id
-    ]
+    found = zip(encoding.ids, encoding.offsets, strict=True)
+    where = [span for token_id, span in found if info.special[token_id] and token_id != info.unknown_id]
     for start, end in reversed(where):
         text = text[:start] + _broken(text[start:end]) + text[end:]
     return backend.encode(text, add_special_tokens=False) if where else encoding

@@ -26,8 +26,7 @@ def cut(text: str, encode: Encode) -> Iterator[tuple[str, bool]]:
     while limit < len(text):
         if found := _find_cut(text, limit, encode):
             yield text[begin : found[0]], False
-            begin = found[1]
-            limit = begin
+            begin = limit = found[1]
         limit += PIECE
     yield text[begin:], True
 

@@ -11,7 +11,6 @@ import logging
 import multiprocessing
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -23,17 +22,17 @@ from tqdm import tqdm
 from xxhash import xxh3_128_digest
 
 from mlm.data.cache import build_once, key
-from mlm.data.corpus import SPACE, SPACE_BEYOND, Corpus
+from mlm.data.corpus import SPACE, Corpus, ascii_spaced
 from mlm.data.encode import Encoder, Piece
 from mlm.data.pieces import cut
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 8  # of shards, and of the store that is made of them
-COUNTS = ("words", "characters", "spaced_words", "ns")
+COUNTS = ("words", "characters", "spaced_words", "ns")  # the tokenizer's, code points, as of text.split(), taken
 BATCH_DOCUMENTS = 1000
 BATCH_CHARACTERS = 1_000_000  # whose tokens are held in memory at a time, some 200 bytes a character
-BLANKS = bytes(b"x "[code in SPACE] for code in range(256))  # what ASCII text becomes, for its words to be counted
+WORDS = bytes(code not in SPACE for code in range(256))  # what text becomes, for its words to be counted
 
 Job = tuple[Path, Callable[[Path], None]]  # the place of a shard, and what writes it to a path
 
@@ -50,16 +49,13 @@ class Part(NamedTuple):
 
 def tokenise(texts: Iterable[str], encoder: Encoder) -> Iterator[Part]:
     """`texts`, batch by batch, so that memory does not grow with their number."""
-    info, digests, counts, began = encoder.info, bytearray(), Counter(), time.perf_counter_ns()
+    info, began, read = encoder.info, time.perf_counter_ns(), []  # the texts since the last Part
 
     def batches() -> Iterator[list[Piece]]:
         """Of at most BATCH_DOCUMENTS pieces, and about BATCH_CHARACTERS characters."""
         batch, characters = [], 0
         for text in texts:
-            digests.extend(xxh3_128_digest(text.encode()))
-            counts["characters"] += len(text)  # code points
-            spaced = text if text.isascii() else SPACE_BEYOND.sub(" ", text)
-            counts["spaced_words"] += (b" " + spaced.encode().translate(BLANKS)).count(b" x")  # as of text.split()
+            read.append(text)
             for piece in cut(text, encoder.part):
                 batch.append(piece)
                 characters += len(piece[0])
@@ -70,12 +66,12 @@ def tokenise(texts: Iterable[str], encoder: Encoder) -> Iterator[Part]:
             yield batch
 
     for ids, word_starts, ends in encoder.batches(batches()):
-        counts["words"] = np.count_nonzero(word_starts & info.maskable[ids])
-        counts["ns"] = time.perf_counter_ns() - began
-        read, counted = np.frombuffer(bytes(digests), np.uint8), np.array([counts[name] for name in COUNTS])
-        yield Part(ids.astype(np.min_scalar_type(info.size - 1)), word_starts, ends, read, counted)
-        digests.clear()
-        counts.clear()
+        digests = np.frombuffer(b"".join(xxh3_128_digest(text.encode()) for text in read), np.uint8)
+        inside = np.frombuffer(b" ".join([b"", *map(ascii_spaced, read)]).translate(WORDS), np.bool_)
+        words, spaced = np.count_nonzero(word_starts & info.maskable[ids]), np.count_nonzero(inside[1:] > inside[:-1])
+        counts = np.array([words, sum(map(len, read)), spaced, time.perf_counter_ns() - began])
+        yield Part(ids.astype(np.min_scalar_type(info.size - 1)), word_starts, ends, digests, counts)
+        read.clear()
         began = time.perf_counter_ns()
 
 
@@ -112,7 +108,7 @@ def build_shards(
 def read_shards(jobs: list[Job]) -> Iterator[Part]:
     """What is in the shards, in order; one that is missing or damaged is built."""
     for place, write in jobs:
-        yield from build_once(place, partial(_read_shard, place), write)
+        yield from _read_shard(place) or build_once(place, partial(_read_shard, place), write)
 
 
 def _take(jobs: list[Job]) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Small tokenizers of the three kinds, and token stores built with them."""
 
+import sys
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,8 @@ from mlm.data.shards import tokenise
 from mlm.data.token_store import open_store, write
 from mlm.data.tokenizer import tokenizer_info
 from tests.tokenizers_for_tests import byte_level_bpe, unigram, wordpiece
+
+SPACES = [character for character in map(chr, range(sys.maxunicode + 1)) if character.isspace()]
 
 TEXTS = ["the old fox likes grapes, unlikely", "the young owl likes mice!", "don't be unlike a fox"] * 5
 

@@ -11,13 +11,17 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from tokenizers.normalizers import Prepend, Replace, Sequence
 from transformers import PreTrainedTokenizerFast
+from xxhash import xxh3_128_digest
 
 from mlm.data import encode, pieces, shards, token_store
+from mlm.data.encode import Encoder
 from mlm.data.tokenizer import tokenizer_info
 from tests.conftest import REPOSITORY
-from tests.data.stores import TEXTS, TOKENIZERS, build, built, documents_of, few, kinds, slow_tokenizer
+from tests.data.stores import SPACES, TEXTS, TOKENIZERS, build, built, documents_of, few, kinds, slow_tokenizer
 from tests.oracles import tokens_of
 from tests.tokenizers_for_tests import wordpiece
+
+INFO = tokenizer_info(TOKENIZERS["wordpiece"])
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,22 @@ def test_decoding_the_store_gives_the_documents_back(texts, scratch):
     store = built(texts, tokenizer, scratch)
     decoded = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in documents_of(store)]
     assert decoded == [text for text in texts if text]
+
+
+@few
+@given(texts=st.lists(st.text(alphabet=["a", "é", "中", *SPACES], min_size=1), min_size=1, max_size=9))
+@example(texts=["x".join(SPACES)])
+def test_characters_words_and_digests_are_those_of_the_texts_in_any_batches(texts):
+    """`split` is the slow oracle of the words between white space."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "BATCH_DOCUMENTS", 2)
+        parts = list(shards.tokenise(texts, Encoder(TOKENIZERS["wordpiece"], INFO)))
+    assert len(parts) == (len(texts) + 1) // 2
+    counts = dict(zip(shards.COUNTS, sum(part.counts for part in parts), strict=True))
+    assert counts["characters"] == sum(map(len, texts))
+    assert counts["spaced_words"] == sum(len(text.split()) for text in texts)
+    digests = b"".join(part.digests.tobytes() for part in parts)
+    assert digests == b"".join(xxh3_128_digest(text.encode()) for text in texts)
 
 
 LITERALS = ["[MASK]", "[SEP]", "[CLS]", "[PAD]", "[UNK]", "<s>", "</s>", "<mask>", "<pad>", "<unk>"]

@@ -2,19 +2,20 @@
 
 import json
 import logging
+from hashlib import blake2b
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlm.data.corpus import CorpusConfig, load, text_hash
 from mlm.data.task import Task
 from mlm.errors import UserError
 from mlm.train import train
+from tests.data.stores import SPACES
 
-SPACES = [" ", "\n", "\t", "\u3000", "\x1c", "\x85", "\u2009"]
 words = st.text(alphabet="aBcÄé.…酒", min_size=1)
 
 
@@ -29,6 +30,13 @@ def test_case_and_white_space_do_not_matter_and_all_else_does(own, data):
     other = "".join(data.draw(gaps) + word.swapcase() for word in own)
     assert text_hash(other) == text_hash(" ".join(own))
     assert text_hash(f"{other}x") != text_hash(other)
+
+
+@given(st.text(alphabet=["a", "B", "É", "Σ", "中", *SPACES]))
+@example("x".join(SPACES))
+def test_a_text_is_hashed_without_any_white_space_that_python_knows(text):
+    digest = blake2b(folded(text).encode(), digest_size=8).digest()
+    assert text_hash(text) == int.from_bytes(digest, "little"), "also that of stores which are there"
 
 
 @given(st.text(alphabet=["a", "B", *map(chr, range(128)), *SPACES]))

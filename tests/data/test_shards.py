@@ -157,6 +157,21 @@ def test_the_store_has_the_same_bytes_whichever_shards_are_there_or_damaged(stat
     assert sorted(joined.written, key=lambda documents: documents.start) == lacking
 
 
+def test_a_shard_that_is_there_is_read_once_and_one_that_is_damaged_is_said_once(joined, whole, monkeypatch, caplog):
+    kept, read = joined.folder / "read", []
+    shutil.copytree(whole, kept)
+    jobs = joined.shards(kept)
+    (damaged, _), read_shard = jobs[2], shards._read_shard
+    flip_a_bit(damaged, 0)
+    joined.written.clear()
+    monkeypatch.setattr(shards, "_read_shard", lambda place: read.append(place) or read_shard(place))
+    tokens = sum(len(part.ids) for part in read_shards(jobs))
+    assert tokens == joined.expected["header"]["tokens"]
+    assert [place for place in read if place != damaged] == [place for place, _ in jobs if place != damaged]
+    assert joined.written == [joined.read.shards["train"][2][0]]
+    assert caplog.messages == [f"{damaged} is damaged; building it anew"]
+
+
 def same(parts, others) -> bool:
     return len(parts) == len(others) and all(
         np.array_equal(a, b) for one, other in zip(parts, others, strict=True) for a, b in zip(one, other, strict=True)
