@@ -90,8 +90,7 @@ def parse(configs: Sequence[type], argv: Sequence[str], parser: argparse.Argumen
 
 def parse_config(config: type, argv: Sequence[str], description: str | None = None) -> Any:
     """Reads `argv` into a `Config`, or a fork's subclass of it: a dataclass whose fields are dataclasses."""
-    parts = parse([part.type for part in dataclasses.fields(config)], argv, command(description))
-    return config(*parts[:-1])
+    return config(*parse([part.type for part in dataclasses.fields(config)], argv, command(description))[:-1])
 
 
 def command(description: str | None) -> argparse.ArgumentParser:
@@ -182,8 +181,7 @@ def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:
     nodes = {n.target.id: n for n in ast.parse("\n".join(lines)).body[0].body if isinstance(n, ast.AnnAssign)}
     for field in dataclasses.fields(config):
         hint, default, node = hints[field.name], field.default, nodes[field.name]
-        definition = lines[node.lineno - 1 : node.end_lineno]
-        comment = " ".join(line.partition("  # ")[2] for line in definition).strip()
+        comment = " ".join(line.partition("  # ")[2] for line in lines[node.lineno - 1 : node.end_lineno]).strip()
         shown = str(default).lower() if hint is bool else default
         text = comment + ("" if default is None else f" (default: {shown})")
         group.add_argument(f"--{field.name}", default=default, help=text.replace("%", "%%"), **_conversion(hint))

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from scipy.stats import t
 
 from benchmarks.speedrun import loop, run
@@ -16,6 +17,7 @@ from benchmarks.speedrun.records import losses, p_value, records
 from mlm import cli
 from mlm.errors import UserError
 from mlm.train import train as original
+from tests.conftest import REPOSITORY
 from tests.runs import assert_same_bits, changed_lines, cut_and_resumed
 
 NAMES = sorted(path.stem for path in run.RECIPES.glob("*.yaml"))
@@ -104,7 +106,7 @@ def test_each_epoch_is_cut_at_another_offset_and_has_each_token_once(toy, tmp_pa
 
 def test_a_learning_rate_is_held_and_falls_as_one_minus_a_root(toy):
     config = configured(toy, None, "wsd", decay_share=0.5)
-    optimizer = loop.make_optimizer([("weight", torch.nn.Parameter(torch.zeros(2, 2)))], config)
+    optimizer = loop.make_optimizer([("weight", torch.nn.Parameter(torch.zeros(2, 2)))], config.optimizer)
     schedule = loop.make_scheduler(optimizer, config, 8)
     rates = []
     for _ in range(9):
@@ -112,6 +114,12 @@ def test_a_learning_rate_is_held_and_falls_as_one_minus_a_root(toy):
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx([1, 1, 1, 1, 1, 1 - math.sqrt(0.25), 1 - math.sqrt(0.5), 1 - math.sqrt(0.75), 0])
+
+
+def test_the_recipe_for_users_is_one_that_was_measured_but_for_learning_rate_and_batch():
+    own = {"learning_rate", "train_batch_size", "per_device_train_batch_size"}
+    measured = {name: value for name, value in run.settings("betas_98_30").items() if name not in own}
+    assert yaml.safe_load((REPOSITORY / "scripts" / "recipes" / "adapt.yaml").read_text()) == measured
 
 
 def test_data_that_have_changed_are_refused(tmp_path):

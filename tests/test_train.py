@@ -332,6 +332,21 @@ def test_biases_and_norms_do_not_decay():
     assert len(plain["params"]) == 4
 
 
+def test_adamw_is_as_its_flags_say_and_as_torch_has_it_without_them():
+    p = torch.nn.Parameter(torch.zeros(2, 2))
+    asked, plain = OptimizerConfig(adam_beta1=0.8, adam_beta2=0.98, adam_epsilon=1e-6), OptimizerConfig()
+    own, torch_s = make_optimizer([("w", p)], asked).defaults, torch.optim.AdamW([p]).defaults
+    assert (own["betas"], own["eps"]) == ((0.8, 0.98), 1e-6)
+    kept = make_optimizer([("w", p)], plain).defaults
+    assert (kept["betas"], kept["eps"]) == (torch_s["betas"], torch_s["eps"])
+
+
+@pytest.mark.parametrize("mistake", [{"adam_beta1": 1.0}, {"adam_beta2": 1.5}, {"adam_beta2": -0.1}])
+def test_a_decay_of_adamw_lies_from_zero_to_below_one(mistake):
+    with pytest.raises(UserError, match="--adam_beta"):
+        OptimizerConfig(**mistake)
+
+
 def test_gradients_are_clipped_to_the_norm_asked_for_or_not_at_all(toy, tmp_path):
     """Adam forgets a constant factor, but not one that changes from step to step."""
     weights = [

@@ -1,6 +1,5 @@
 """What recipes are made of beyond mlm's own flags, each off unless its flag asks for it. What pays moves into mlm."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,8 +27,6 @@ class IngredientsConfig:
     recut_epochs: bool = False  # Cut the text at another offset in each epoch.
     average_share: float | None = None  # Save an exponential average of the weights over this share of the steps.
     decay_share: float | None = None  # Hold the learning rate, but for this last share of the steps: 1 - sqrt.
-    adam_beta2: float = 0.999  # Squared gradients are averaged with this decay.
-    adam_epsilon: float = 1e-8  # This is added to their root.
 
 
 @dataclass(frozen=True)
@@ -45,14 +42,6 @@ class Config(Settings):
             raise UserError(
                 "--recut_epochs: of one text that is concatenated; leave --line_by_line and --replay_file out"
             )
-
-
-def make_optimizer(parameters: Iterable[tuple[str, torch.nn.Parameter]], config: Config) -> torch.optim.AdamW:
-    optimizer = plain.make_optimizer(parameters, config.optimizer)
-    for group in optimizer.param_groups:
-        group["betas"] = (group["betas"][0], config.ingredients.adam_beta2)
-        group["eps"] = config.ingredients.adam_epsilon
-    return optimizer
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> LRScheduler:

@@ -179,5 +179,4 @@ def line_by_line(
 ) -> Chunks:
     """One document per row. A document longer than T is cut, and still ends with the suffix ([SEP])."""
     suffix = info.suffix if len(info.suffix) < chunk_size else ()
-    n = len(document_offsets) - 1
-    return Chunks(ids, word_starts, chunk_size, n, info.pad_id, document_offsets, suffix)
+    return Chunks(ids, word_starts, chunk_size, len(document_offsets) - 1, info.pad_id, document_offsets, suffix)

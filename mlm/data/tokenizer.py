@@ -110,8 +110,7 @@ def corpus_tokenizer(source: CorpusConfig, vocab_size: int, folder: Path) -> Pre
         read = corpus.load(source)
         if "train" not in read.splits:
             raise UserError("no text to learn a vocabulary from: give --train_file, or --tokenizer_name")
-        text = read.splits["train"]
-        build_once(place, found, lambda path: train_tokenizer(text, vocab_size).save_pretrained(path))
+        build_once(place, found, lambda path: train_tokenizer(read.splits["train"], vocab_size).save_pretrained(path))
     return load_tokenizer(str(place))
 
 

@@ -23,9 +23,14 @@ class OptimizerConfig:
     weight_decay: float = 0.0  # Decay weights at this rate, but not biases and norms.
     lr_scheduler_type: Schedule = "linear"  # The learning rate follows this schedule; linear ends at 0.
     num_warmup_steps: int = 0  # The learning rate rises to its peak in this many steps.
+    adam_beta1: float = 0.9  # Average gradients with this decay a step.
+    adam_beta2: float = 0.999  # Average their squares with this decay.
+    adam_epsilon: float = 1e-8  # Add this to the root of those.
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "learning_rate", "weight_decay", "num_warmup_steps")
+        at_least(self, 0, *vars(self))
+        if max(self.adam_beta1, self.adam_beta2) >= 1:
+            raise UserError(f"--adam_beta1 {self.adam_beta1}, --adam_beta2 {self.adam_beta2}: below 1")
 
 
 def make_optimizer(parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
@@ -36,7 +41,8 @@ def make_optimizer(parameters: Iterable[tuple[str, torch.nn.Parameter]], config:
             (plain if p.ndim < 2 or name.endswith("bias") else decayed).append(p)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     # One kernel for all parameters, which update.py can tell to leave the weights alone from the device.
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    betas = config.adam_beta1, config.adam_beta2
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: OptimizerConfig, steps: int) -> LRScheduler:
