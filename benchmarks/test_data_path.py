@@ -27,6 +27,7 @@ from tests.data.stores import build
 from tests.oracles import chunks_of
 
 T, B, MAP_BATCH = 128, 64, 1000  # tokens a chunk, chunks a batch, documents a batch of a map
+COPIES, SHARDS = 5, 101  # of the texts, and of all copies: no two copies are cut at the same documents
 
 
 # From text to the token store
@@ -34,10 +35,10 @@ T, B, MAP_BATCH = 128, 64, 1000  # tokens a chunk, chunks a batch, documents a b
 
 @pytest.fixture
 def make_store(corpus, tmp_path):
-    """make_store(processes, bytes a shard): the store of the texts, as `prepare` makes it once it has read them."""
-    texts = mlm.data.corpus.Source(corpus.name, [corpus.dataset])
+    """make_store(processes, bytes a shard, copies): the store of the texts, as `prepare` makes it."""
 
-    def make(processes, size):
+    def make(processes, size, copies=1):
+        texts = mlm.data.corpus.Source(corpus.name, [corpus.dataset] * copies)
         shutil.rmtree(tmp_path / "made", ignore_errors=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mlm.data.corpus, "SHARD", size)
@@ -47,6 +48,7 @@ def make_store(corpus, tmp_path):
         read = mlm.data.corpus.Corpus(splits, {}, shards, hashes={}, leaks=None)
         encoder = Encoder(corpus.tokenizer, corpus.info)
         made = build_shards(read, ["train"], encoder, processes, tmp_path / "made" / "shards")
+        assert len({place for place, _ in made["train"]}) == len(made["train"]), "no shard stands for two"
         write(read_shards(made["train"]), corpus.info, tmp_path / "made" / "train", {"split": "train"})
         return open_store(tmp_path / "made" / "train", corpus.info.fingerprint)
 
@@ -90,14 +92,16 @@ def test_token_store(case, corpus, make_store, versus):
 @cases(Case("ours, one process", "peer", rounds=7, at_least=1.8))
 @pytest.mark.benchmark(group="token store from text, two processes, a thread each")
 def test_token_store_of_two_processes(case, corpus, make_store, versus, monkeypatch):
-    """Twenty shards of the texts: in a large corpus, too, there are many for each process."""
+    """Many shards for each process, as in a large corpus: to start one, and to wait for the last shard, takes the same
+    time however much text there is."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    one, two = (lambda processes=processes: make_store(processes, corpus.size // 20) for processes in (1, 2))
-    expected = {name: np.array(getattr(corpus.store, name)) for name in ARRAYS}
-    for make in (one, two):
-        store = make()
-        assert all(np.array_equal(getattr(store, name), array) for name, array in expected.items())
-    versus(case, two, one, tokens=len(corpus.store.ids), size=corpus.size)
+    size = corpus.size * COPIES
+    one, two = (lambda processes=processes: make_store(processes, size // SHARDS, COPIES) for processes in (1, 2))
+    expected = {name: np.array(getattr(one(), name)) for name in ARRAYS}
+    assert np.array_equal(expected["ids"], np.tile(corpus.store.ids, COPIES))
+    store = two()
+    assert all(np.array_equal(getattr(store, name), array) for name, array in expected.items())
+    versus(case, two, one, tokens=len(store.ids), size=size)
 
 
 # From text to chunks
