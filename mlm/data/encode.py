@@ -78,8 +78,7 @@ def encode_texts(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo
 ) -> Iterator[np.ndarray]:
     """The ids `[n]` int64 of each text as the token store holds a document; `[0]` for one without tokens."""
-    for encoded in Encoder(tokenizer, info).batches([(text, True)] for text in texts):
-        yield encoded.ids
+    return (encoded.ids for encoded in Encoder(tokenizer, info).batches([(text, True)] for text in texts))
 
 
 def _unpack(encodings: list[Encoding] | Tokens) -> Tokens:

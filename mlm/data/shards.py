@@ -67,8 +67,10 @@ def tokenise(texts: Iterable[str], encoder: Encoder) -> Iterator[Part]:
 
     for ids, word_starts, ends in encoder.batches(batches()):
         digests = np.frombuffer(b"".join(xxh3_128_digest(text.encode()) for text in read), np.uint8)
-        inside = np.frombuffer(b" ".join([b"", *map(ascii_spaced, read)]).translate(WORDS), np.bool_)
-        words, spaced = np.count_nonzero(word_starts & info.maskable[ids]), np.count_nonzero(inside[1:] > inside[:-1])
+        data, size = b" ".join(map(ascii_spaced, read)), BATCH_CHARACTERS  # in parts, as one text may be large
+        inside = (np.frombuffer(data[i : i + size + 1].translate(WORDS), np.bool_) for i in range(0, len(data), size))
+        spaced = sum(np.count_nonzero(part[1:] > part[:-1]) for part in inside) + sum(WORDS[code] for code in data[:1])
+        words = np.count_nonzero(word_starts & info.maskable[ids])
         counts = np.array([words, sum(map(len, read)), spaced, time.perf_counter_ns() - began])
         yield Part(ids.astype(np.min_scalar_type(info.size - 1)), word_starts, ends, digests, counts)
         read.clear()
@@ -133,9 +135,8 @@ def _work(jobs: list[Job], parent: int) -> None:
 
 def _write_shard(corpus: Corpus, split: str, documents: range, encoder: Encoder, path: Path) -> None:
     texts, file = corpus.splits[split][documents.start : documents.stop], io.BytesIO()
-    for part in tokenise(texts, encoder):
-        for array in part:
-            np.save(file, array)
+    for array in (array for part in tokenise(texts, encoder) for array in part):
+        np.save(file, array)
     path.write_bytes(xxh3_128_digest(file.getbuffer()) + file.getbuffer())
 
 
