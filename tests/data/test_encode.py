@@ -93,6 +93,16 @@ def test_characters_words_and_digests_are_those_of_the_texts_in_any_batches(text
     assert digests == b"".join(xxh3_128_digest(text.encode()) for text in texts)
 
 
+@few
+@given(texts=st.lists(st.text(alphabet=["a", "é", " ", "\u3000", "\n"], max_size=9), max_size=4))
+def test_words_between_white_space_are_counted_alike_in_parts_of_any_size(texts):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "BATCH_CHARACTERS", 3)  # bytes of a part, too
+        parts = list(shards.tokenise(texts, Encoder(TOKENIZERS["wordpiece"], INFO)))
+    spaced = sum(part.counts[shards.COUNTS.index("spaced_words")] for part in parts)
+    assert spaced == sum(len(text.split()) for text in texts)
+
+
 LITERALS = ["[MASK]", "[SEP]", "[CLS]", "[PAD]", "[UNK]", "<s>", "</s>", "<mask>", "<pad>", "<unk>"]
 
 # NFKC maps these to the literals.
