@@ -22,12 +22,13 @@ from mlm.data import corpus
 from mlm.data.corpus import CorpusConfig
 from mlm.data.task import Task
 from mlm.data.token_store import TokenStore
-from mlm.errors import UserError
+from mlm.errors import UserError, one_line, printable
 from mlm.figures import UNSPACED
 
 LIKE, RUN, HASHES = 0.8, 5, 128
 BANDS = (16, 8)  # 16 of 8 hashes: a pair of similarity s is a candidate with probability 1 - (1 - s ** 8) ** 16
-MOST = 20_000  # documents that are looked for, drawn by a fixed seed
+MOST = 20_000  # held-out documents that are looked for, drawn by a fixed seed
+SHOWN = 5  # rows of a task that are printed
 WORD = re.compile(rf"{UNSPACED}|[^\W{UNSPACED[1:]}+")
 
 
@@ -43,7 +44,7 @@ def check_leaks(source: CorpusConfig, task: Task | None, stores: dict[str, Token
     equal = {"held-out documents": stores["validation"].header["leaks"]}
     if task:
         own = [text for texts in task.texts for text in texts]
-        sought["texts of the task"], equal["texts of the task"] = few(own), int(stand_in(own, stores["train"]).sum())
+        sought["texts of the task"], equal["texts of the task"] = own, int(stand_in(own, stores["train"]).sum())
     documents = [text for texts in sought.values() for text in texts]
     near = near_duplicates(documents, read.splits["train"]) & ~stand_in(documents, stores["train"])
     figures = {}
@@ -52,11 +53,21 @@ def check_leaks(source: CorpusConfig, task: Task | None, stores: dict[str, Token
         near_ones = f"of {len(own):,} looked for, {own.sum():,} more have a near-duplicate there"
         print(f"{what}: {equal[what]:,} stand in the training split; {near_ones}")
     if task:
-        rows = task.rows[task.seen(stores["train"])].tolist()
-        figures["texts of the task"]["rows"] = rows
-        if rows:
-            print(f"rows of the task with such a text, from 0 on: {', '.join(map(str, rows))}")
+        resembling = near[len(sought["held-out documents"]) :].reshape(len(task.texts), -1).any(axis=1)
+        named = figures["texts of the task"]
+        named["rows"] = name_rows(task, task.seen(stores["train"]), "stands in the training split")
+        named["near_rows"] = name_rows(task, resembling, "has a near-duplicate there")
     return figures
+
+
+def name_rows(task: Task, which: np.ndarray, what: str) -> list[int]:
+    """The task's rows, counted from 0, of the texts chosen by `which`, [n] bool; the first ones are printed."""
+    for i in np.flatnonzero(which)[:SHOWN]:
+        print(f"  row {task.rows[i]}, counted from 0, {what}: {one_line(printable(' | '.join(task.texts[i])), 60)}")
+    rows = np.unique(task.rows[which]).tolist()
+    if which.sum() > SHOWN:
+        print(f"  … {which.sum() - SHOWN:,} more; --json lists the rows")
+    return rows
 
 
 def stand_in(texts: Sequence[str], train: TokenStore) -> np.ndarray:

@@ -9,6 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from mlm.data.task import Task
 from mlm.errors import UserError
 from tests.data.stores import CHINESE
 from tests.scripts import load_script
@@ -101,14 +102,26 @@ def test_prepare_counts_equal_and_near_ones_of_held_out_text_and_of_a_task(toy, 
         flags += [f"--{name}", str(tmp_path / f"{name}.jsonl")]
     found = load_script("prepare").main(flags)["leaks"]
     assert found["held-out documents"] == {"equal": 1, "looked_for": 3, "near": 2}
-    assert found["texts of the task"] == {"equal": 1, "looked_for": 20, "near": 1, "rows": [0]}, (
-        "an equal one is no near one"
-    )
+    figures = {"equal": 1, "looked_for": 20, "near": 1, "rows": [0], "near_rows": [1]}
+    assert found["texts of the task"] == figures, "an equal one is no near one"
     printed = capsys.readouterr().out
     stand, more = "stand in the training split", "more have a near-duplicate there"
     assert f"held-out documents: 1 {stand}; of 3 looked for, 2 {more}" in printed
     assert f"texts of the task: 1 {stand}; of 20 looked for, 1 {more}" in printed
-    assert "rows of the task with such a text, from 0 on: 0\n" in printed
+    for row, what in enumerate(("stands in the training split", "has a near-duplicate there")):
+        assert f"  row {row}, counted from 0, {what}: {labelled[row][:40]}" in printed
+
+
+def test_the_first_rows_are_printed_with_their_openings_and_all_are_returned_once(capsys):
+    rows = np.array([10, 11, 12, 13, 14, 15, 12, 17])  # a query and its document may be of one row
+    task = Task("task", [(f"text\x1b[2J\n{row} " + "x" * 100,) for row in rows], None, rows=rows)
+    assert script.name_rows(task, rows > 10, "is there") == [11, 12, 13, 14, 15, 17]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:34] for line in lines[:-1]] == [f"  row {row}, counted from 0, is there" for row in range(11, 16)]
+    assert all(r"text\x1b[2J 1" in line and line.endswith("…") and len(line) < 100 for line in lines[:-1])
+    assert lines[-1] == "  … 2 more; --json lists the rows"
+    assert script.name_rows(task, rows > 99, "is there") == []
+    assert capsys.readouterr().out == ""
 
 
 def test_there_has_to_be_training_text_to_look_in(toy, tmp_path):

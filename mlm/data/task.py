@@ -9,8 +9,9 @@ import numpy as np
 from mlm.data import corpus
 from mlm.data.corpus import CorpusConfig
 from mlm.data.token_store import TokenStore
-from mlm.errors import UserError, in_words_of, one_line
+from mlm.errors import UserError, in_words_of, one_line, printable
 
+log = logging.getLogger(__name__)
 FEWEST, MOST = 10, 5000  # documents of a class, two a fold of probe.py, or queries; rows, drawn by a fixed seed
 
 
@@ -77,13 +78,12 @@ def read_task(config: TaskConfig, domain: CorpusConfig) -> Task | None:
         raise UserError(f"{name}: column {label!r} holds {kinds[label]}; {needed}")
     table = rows.with_format("arrow")[:]
     labels = table[label].to_pylist() if classes else [""] * len(rows)
-    clean = corpus.strip_html if domain.strip_html else str
     texts = list(zip(*(table[c].to_pylist() for c in ("text", *pair)), strict=True))
     kept = [i for i, own in enumerate(texts) if labels[i] is not None and all(t and t.strip() for t in own)]
     of, kept = len(kept), np.sort(np.random.default_rng(0).permutation(kept)[:MOST]).astype(int)
     if of > MOST:
-        logging.getLogger(__name__).warning("%s: %d of its %d rows are taken, drawn by a fixed seed", name, MOST, of)
-    texts = [tuple(map(clean, texts[i])) for i in kept]
+        log.warning("%s: of its %d rows %d are taken, drawn by a fixed seed", printable(name), of, MOST)
+    texts = [tuple(map(corpus.strip_html if domain.strip_html else str, texts[i])) for i in kept]
     if not classes:
         return search_task(name, texts, kept, of)
     known, labels, sizes = np.unique([str(labels[i]) for i in kept], return_inverse=True, return_counts=True)

@@ -35,7 +35,7 @@ from threadpoolctl import threadpool_limits
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm.data.encode import encode_texts
-from mlm.data.task import Task
+from mlm.data.task import MOST, Task
 from mlm.data.token_store import TokenStore
 from mlm.data.tokenizer import tokenizer_info
 from mlm.engine.memory import out_of_memory
@@ -180,20 +180,21 @@ def spread(scores: list[np.ndarray], share: float) -> tuple[float, float, float]
 
 def conclude(task: Task, before: np.ndarray, after: np.ndarray, train: TokenStore | None, check: Check = bool) -> dict:
     """The task as comparison.json has it, from the features of both models; train: what the adapted one has read."""
-    seen = task.rows[task.seen(train)].tolist() if train else None  # rows
-    found = {"text": task.name, "documents": len(task.texts), "rows": task.of}
-    found |= {"in_training_text": train and len(seen), "rows_in_training_text": seen}
+    seen = task.rows[task.seen(train)] if train else None  # a query and a document may be of one row
+    found = {"text": task.name, "documents": len(task.texts), "rows": task.of, "rows_taken": min(task.of, MOST)}
+    found |= {"in_training_text": train and len(seen), "rows_in_training_text": train and np.unique(seen).tolist()}
     if task.pairs is not None:
         return found | search(task.pairs, before, after)
     found |= {"classes": int(task.labels.max()) + 1, "splits": FOLDS * CHOICES}
     return found | {"curve": probe(task.labels, before, after, check=check)}
 
 
-def figures(task: dict[str, Any]) -> dict[str, float | None]:
+def figures(task: dict[str, Any]) -> dict[str, Any]:
     """For all_results.json: of a search each figure, task_mrr_10 and so on; of a probe logistic regression with the
     fewest and the most labels, task_few_… and task_…."""
-    found = {f"task_{n}": task[n] for n in ("documents", "queries", "rows", "in_training_text") if n in task}
-    found["task_rows_in_training_text"] = (task["rows_in_training_text"] or [])[:5]  # comparison.json names all
+    names = "documents", "queries", "rows", "rows_taken", "in_training_text"
+    found = {f"task_{name}": task[name] for name in names if name in task}
+    found["task_first_rows_in_training_text"] = (task["rows_in_training_text"] or [])[:5]  # all: comparison.json
     named = {f"task_{name}": own for name, own in task.get("metrics", {}).items()}
     rows = [row for row in task.get("curve", ()) if row["classifier"] == "logistic regression"]
     for prefix, row in zip(("task_few_", "task_"), rows[:1] + rows[-1:], strict=bool(rows)):

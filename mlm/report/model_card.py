@@ -86,6 +86,6 @@ def task_in_words(results: dict[str, Any]) -> str:
         what = re.sub("task_(few_)?", "", key).replace("mrr", "MRR").replace("_", "@")
         lines.append(f"- task, {of}: {what} {gain}")
     if seen := results["task_in_training_text"]:
-        rows = ", ".join(map(str, results["task_rows_in_training_text"])) + (", …" if seen > 5 else "")
-        lines.append(f"- {seen:,} texts of the task (rows {rows}) stand in the training text; no label was trained on")
+        rows = f"first in rows {', '.join(map(str, results['task_first_rows_in_training_text']))}, counted from 0"
+        lines.append(f"- {seen:,} texts of the task ({rows}) stand in the training text; no label was trained on")
     return "\n".join(dict.fromkeys(lines))  # the fewest may be the most

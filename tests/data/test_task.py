@@ -56,7 +56,12 @@ def test_of_many_documents_a_part_is_drawn_the_same_each_time_and_said_to_be(tmp
     assert read(path).texts == task.texts
     assert [all_rows[i]["text"] for i in task.rows] == [text for [text] in task.texts]
     assert task.of == MOST + 100
-    assert f"{path}: {MOST} of its {MOST + 100} rows are taken" in caplog.text
+    assert caplog.messages[-1] == f"{path}: of its {MOST + 100} rows {MOST} are taken, drawn by a fixed seed"
+
+
+def test_what_a_file_is_called_moves_no_terminal_when_a_part_of_it_is_drawn(tmp_path, caplog):
+    read(write(tmp_path / "a\x1b[2J.jsonl", rows([0, 1] * (MOST // 2 + 1))))
+    assert "\x1b" not in caplog.text and r"a\x1b[2J.jsonl: of its" in caplog.text
 
 
 def stored(domain, folder):

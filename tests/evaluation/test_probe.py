@@ -224,16 +224,37 @@ def test_a_run_probes_its_base_and_itself_once_it_is_saved(run, labelled):
     card = (run / "README.md").read_text()
     line = f"- task, at most {last['k']} labels a class: accuracy {before} before, {after} after, difference"
     assert line in card
-    named = "10 texts of the task (rows 0, 1, 2, 3, 4, …) stand in the training text"
+    named = "10 texts of the task (first in rows 0, 1, 2, 3, 4, counted from 0) stand in the training text"
     assert f"- {named}; no label was trained on" in card
     assert comparison["held_out"] is not None
 
 
 def test_labelled_documents_that_were_read_in_training_are_counted_and_named(run):
-    assert json.loads((run / "all_results.json").read_text())["task_in_training_text"] == 10
+    results = json.loads((run / "all_results.json").read_text())
+    assert results["task_in_training_text"] == 10
+    assert results["task_first_rows_in_training_text"] == list(range(5))
     task = json.loads((run / "comparison.json").read_text())["task"]
     assert task["rows_in_training_text"] == list(range(10))  # as `labelled` wrote them
-    assert task["rows"] == 40
+
+
+def test_of_a_task_that_is_drawn_from_both_numbers_are_recorded_and_on_the_card(
+    toy, labelled, tmp_path, monkeypatch, caplog
+):
+    for module in ("mlm.data.task", "mlm.evaluation.probe"):
+        monkeypatch.setattr(f"{module}.MOST", 36)
+    modules = {"task": TaskConfig(task_file=str(labelled))}
+    train(toy.config(tmp_path / "run", modules=modules, max_train_steps=1, eval_on_start=False))
+    assert [m for m in caplog.messages if "are taken" in m] == [
+        f"{labelled}: of its 40 rows 36 are taken, drawn by a fixed seed"
+    ]
+    results, task = (json.loads((tmp_path / "run" / f"{n}.json").read_text()) for n in ("all_results", "comparison"))
+    assert (results["task_rows"], results["task_rows_taken"], results["task_documents"]) == (40, 36, 36)
+    assert (task["task"]["rows"], task["task"]["rows_taken"]) == (40, 36)
+    written = [json.loads(line) for line in labelled.read_text().splitlines()]
+    trained_on = {line.lower() for line in toy.train_file.read_text().splitlines()}
+    named = task["task"]["rows_in_training_text"]
+    assert named and all(written[row]["text"].lower() in trained_on for row in named)
+    assert "of which 36 of 40 rows are taken, drawn by a fixed seed" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_evaluate_repeats_what_the_run_has(run, toy, labelled, capsys, tmp_path):

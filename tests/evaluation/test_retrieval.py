@@ -1,12 +1,17 @@
 """The search task: ranks against a slow oracle, what is planted is found, and the figures of a run."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlm.data.corpus import CorpusConfig, text_hash
+from mlm.data.task import TaskConfig, read_task
+from mlm.evaluation import probe
 from mlm.evaluation.retrieval import score, search
 from mlm.report.run_record import read_runs
 from mlm.train import train
@@ -123,7 +128,21 @@ def test_a_run_searches_with_its_base_and_itself(run):
     card = (run / "README.md").read_text()
     before, after = (f"{100 * task['metrics']['mrr_10'][when]:.4g}%" for when in ("before", "after"))
     assert f"- task, 12 queries: MRR@10 {before} before, {after} after, difference" in card
-    assert "- 3 texts of the task (rows 0, 4, 8) stand in the training text" in card
+    assert "- 3 texts of the task (first in rows 0, 4, 8, counted from 0) stand in the training text" in card
+    assert (task["rows"], task["rows_taken"]) == (12, 12)
+
+
+def test_a_row_of_which_both_texts_were_read_is_named_once_and_rows_come_in_order(questions):
+    task = read_task(TaskConfig(**questions), CorpusConfig())
+    texts = [task.texts[i][0] for query, document in task.pairs[[5, 2]] for i in (query, document)]
+    train = SimpleNamespace(text_hashes=np.sort(np.array([*map(text_hash, texts)], np.uint64)))
+    features = np.ones((len(task.texts), 4))
+    found = probe.conclude(task, features, features, train)
+    named, lines = found["rows_in_training_text"], Path(questions["task_file"]).read_text().splitlines()
+    assert found["in_training_text"] == 4
+    assert named == sorted(set(named))
+    assert {text for row in named for text in json.loads(lines[row]).values()} >= set(texts)
+    assert probe.figures(found)["task_first_rows_in_training_text"] == named
 
 
 def test_evaluate_repeats_the_search_and_the_same_model_has_no_interval(run, toy, questions, tmp_path, capsys):

@@ -897,12 +897,23 @@ def probed(run, folder):
         for classifier in ("logistic regression", "nearest neighbours")
     ]
     about = {"text": NASTY, "documents": 1000, "classes": 2, "in_training_text": 10, "splits": 20}
-    about["rows_in_training_text"] = list(range(0, 100, 10))
+    about |= {"rows": 4000, "rows_taken": 1000, "rows_in_training_text": list(range(0, 100, 10))}
     nothing = {"before": 0.614, "after": 0.614, "difference": 0.0, "interval": [0.0, 0.0]}
     rows[-1] = {**rows[-1], "accuracy": nothing}
     comparison["task"] = about | {"curve": rows}
     (folder / "comparison.json").write_text(json.dumps(comparison))
     return folder
+
+
+def test_a_probe_that_names_no_rows_as_older_runs_have_it_is_shown(run, tmp_path):
+    comparison = json.loads((folder := probed(run, tmp_path / "probed")).joinpath("comparison.json").read_text())
+    for name in ("rows", "rows_taken", "rows_in_training_text"):
+        del comparison["task"][name]
+    (folder / "comparison.json").write_text(json.dumps(comparison))
+    script.main([str(folder)])
+    page = (folder / "report.html").read_text()
+    assert "20 splits. 10 of them stand in the training text, without labels" in page
+    assert "are taken" not in page
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -915,7 +926,8 @@ def test_the_probe_s_curve_and_its_figures_are_on_the_page(run, browser, tmp_pat
     [section] = browser.all("#task", "e.innerText")
     assert "1,000 documents of 2 classes" in section
     assert "20 splits" in section
-    assert "10 of them stand in the training text (rows 0, 10, 20, 30, 40, …)" in section
+    assert "10 of them stand in the training text (rows 0, 10, 20, 30, 40, …, counted from 0)" in section
+    assert "Of 4,000 rows, 1,000 are taken, drawn by a fixed seed." in section
     cells = browser.all("#task tbody tr:first-child > *", "e.innerText")
     assert cells == ["logistic regression", "16", *["61.4%", "65.2%", "+3.80", "-0.40 to +8.01"] * 2]
     assert "at most" in browser.all("#task thead th", "e.innerText")[0].lower()
