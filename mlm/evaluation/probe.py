@@ -190,8 +190,7 @@ def conclude(task: Task, before: np.ndarray, after: np.ndarray, train: TokenStor
 
 
 def figures(task: dict[str, Any]) -> dict[str, Any]:
-    """For all_results.json: of a search each figure, task_mrr_10 and so on; of a probe logistic regression with the
-    fewest and the most labels, task_few_… and task_…."""
+    """For all_results.json: a search's task_mrr_10, …; logistic regression of fewest (task_few_…) and most labels."""
     names = "documents", "queries", "rows", "rows_taken", "in_training_text"
     found = {f"task_{name}": task[name] for name in names if name in task}
     found["task_first_rows_in_training_text"] = (task["rows_in_training_text"] or [])[:5]  # all: comparison.json
