@@ -195,10 +195,12 @@ def measure_task(
             model, tokenizer = load(config, accelerator)
             check_encoder(model.model)
             both.append(probe.features(model.model, tokenizer, task, size, accelerator))
-        return probe.conclude(task, *both, train)
+        return probe.conclude(task, both, [train] if train else None)
 
     found = on_main(measured, accelerator)
     accelerator.print(task_in_words(probe.figures(found)))
+    if not train:
+        accelerator.print("- whether the model has read these texts in training is unknown without --train_file")
     return found, probe.figures(found)
 
 

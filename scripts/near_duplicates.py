@@ -40,13 +40,14 @@ def check_leaks(source: CorpusConfig, task: Task | None, stores: dict[str, Token
     if "train" not in stores:
         raise UserError("--check_leaks: there is no training text to look in; give --train_file or --dataset_name")
     read = corpus.load(source)
+    trained = [store for name, store in stores.items() if name != "validation"]  # the replay is trained on, too
     sought = {"held-out documents": few(read.splits["validation"])}
     equal = {"held-out documents": stores["validation"].header["leaks"]}
     if task:
         own = [text for texts in task.texts for text in texts]
-        sought["texts of the task"], equal["texts of the task"] = own, int(stand_in(own, stores["train"]).sum())
+        sought["texts of the task"], equal["texts of the task"] = own, int(stand_in(own, trained).sum())
     documents = [text for texts in sought.values() for text in texts]
-    near = near_duplicates(documents, read.splits["train"]) & ~stand_in(documents, stores["train"])
+    near = near_duplicates(documents, read.splits["train"]) & ~stand_in(documents, trained)
     figures = {}
     for what, own in zip(sought, np.split(near, [len(sought["held-out documents"])]), strict=False):
         figures[what] = {"equal": equal[what], "looked_for": len(own), "near": int(own.sum())}
@@ -55,7 +56,7 @@ def check_leaks(source: CorpusConfig, task: Task | None, stores: dict[str, Token
     if task:
         resembling = near[len(sought["held-out documents"]) :].reshape(len(task.texts), -1).any(axis=1)
         named = figures["texts of the task"]
-        named["rows"] = name_rows(task, task.seen(stores["train"]), "stands in the training split")
+        named["rows"] = name_rows(task, task.seen(*trained), "stands in the training split")
         named["near_rows"] = name_rows(task, resembling, "has a near-duplicate there")
     return figures
 
@@ -70,9 +71,9 @@ def name_rows(task: Task, which: np.ndarray, what: str) -> list[int]:
     return rows
 
 
-def stand_in(texts: Sequence[str], train: TokenStore) -> np.ndarray:
-    """Which texts stand in the training split, up to case and white space: [n] bool."""
-    return Task("", [(text,) for text in texts], None).seen(train)
+def stand_in(texts: Sequence[str], trained: Sequence[TokenStore]) -> np.ndarray:
+    """Which texts stand in the training split or in replay, up to case and white space: [n] bool."""
+    return Task("", [(text,) for text in texts], None).seen(*trained)
 
 
 def few(documents: Iterable[str]) -> list[str]:

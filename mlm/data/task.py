@@ -46,11 +46,11 @@ class Task(NamedTuple):
     rows: np.ndarray = np.arange(0)  # [n] int64, where in the file each stands, counted from 0
     of: int = 0  # rows with text and a label, of which MOST are taken
 
-    def seen(self, train: TokenStore) -> np.ndarray:
-        """Which have a text that stands in the training split, up to case and white space: [n] bool."""
+    def seen(self, *trained: TokenStore) -> np.ndarray:
+        """Which have a text that stands in any of these, up to case and white space: [n] bool. Reads a few pages."""
         own = np.array([[*map(corpus.text_hash, texts)] for texts in self.texts], np.uint64)  # [n, 1], or [n, 2]
-        place = np.searchsorted(train.text_hashes, own)  # reads a few pages of a memory map
-        return (train.text_hashes[np.minimum(place, len(train.text_hashes) - 1)] == own).any(axis=1)
+        known = [(store.text_hashes, np.searchsorted(store.text_hashes, own)) for store in trained]
+        return np.any([hashes[np.minimum(place, len(hashes) - 1)] == own for hashes, place in known], axis=(0, 2))
 
 
 def read_task(config: TaskConfig, domain: CorpusConfig) -> Task | None:
@@ -62,24 +62,26 @@ def read_task(config: TaskConfig, domain: CorpusConfig) -> Task | None:
     pair = (config.task_pair_column,) if config.task_pair_column else ()
     classes = config.task_kind == "classification"
     also = (label, *pair) if classes else pair
-    if "text" in also and column != "text":
-        raise UserError(f"{name}: only the column of --task_text_column may be called text; rename the other")
+    if column in also or "text" in also:
+        raise UserError(f"{name}: the text has a column of its own, and no other may be called text; rename the other")
     with in_words_of("task"):
         where = config.task_dataset_name, config.task_dataset_config_name, config.task_file
         splits = corpus.read(CorpusConfig(*where, text_column=column), also)
     [rows] = splits.get("train", splits.get("validation"))
     if lacks := [c for c in also if c not in rows.column_names]:
         raise UserError(f"{name} has no column {lacks[0]!r}: name it with --task_label_column or --task_pair_column")
-    kinds = {c: getattr(rows.features[c], "dtype", "several labels a document") for c in also}  # lists have none
+    kinds = {c: getattr(rows.features[c], "dtype", "lists or objects") for c in also}
     if pair and "string" not in kinds[pair[0]]:
         raise UserError(f"{name}: column {pair[0]!r} holds {kinds[pair[0]]}, no text: choose with --task_pair_column")
-    if classes and kinds[label].startswith(("float", "decimal", "several")):
+    if classes and kinds[label].startswith(("float", "decimal", "lists")):
         needed = "a probe needs one class, a text or whole number, each"
         raise UserError(f"{name}: column {label!r} holds {kinds[label]}; {needed}")
     table = rows.with_format("arrow")[:]
     labels = table[label].to_pylist() if classes else [""] * len(rows)
     texts = list(zip(*(table[c].to_pylist() for c in ("text", *pair)), strict=True))
     kept = [i for i, own in enumerate(texts) if labels[i] is not None and all(t and t.strip() for t in own)]
+    if len(kept) < len(rows):  # in a .csv file NA, NaN, null and None are gaps, as pandas has it
+        log.warning("%s: %d of its %d rows lack a text or a label", printable(name), len(rows) - len(kept), len(rows))
     of, kept = len(kept), np.sort(np.random.default_rng(0).permutation(kept)[:MOST]).astype(int)
     if of > MOST:
         log.warning("%s: of its %d rows %d are taken, drawn by a fixed seed", printable(name), of, MOST)

@@ -72,8 +72,7 @@ def by_word(
     if eval_set.store.why_no_words:
         return None
     ids = np.asarray(eval_set.store.ids)  # a slice of a memory map would be ten times as slow
-    place = eval_set.chunks.places(before.chunk, before.column)
-    begins, ends, word = word_spans(eval_set.store.word_starts, place)
+    begins, ends, word = word_spans(eval_set.store.word_starts, eval_set.chunks.places(before.chunk, before.column))
     spans = zip(begins.tolist(), ends.tolist(), strict=True)
     spellings: dict[bytes, int] = {}
     # [W] equal where the ids are

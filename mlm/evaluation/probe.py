@@ -178,15 +178,15 @@ def spread(scores: list[np.ndarray], share: float) -> tuple[float, float, float]
     return float(value), float(value - half), float(value + half)
 
 
-def conclude(task: Task, before: np.ndarray, after: np.ndarray, train: TokenStore | None, check: Check = bool) -> dict:
-    """The task as comparison.json has it, from the features of both models; train: what the adapted one has read."""
-    seen = task.rows[task.seen(train)] if train else None  # a query and a document may be of one row
+def conclude(task: Task, both: list[np.ndarray], trained: list[TokenStore] | None, check: Check = bool) -> dict:
+    """The task as comparison.json has it, from the features of both models; trained: what the adapted one has read."""
+    seen = task.rows[task.seen(*trained)] if trained else None  # a query and a document may be of one row
     found = {"text": task.name, "documents": len(task.texts), "rows": task.of, "rows_taken": min(task.of, MOST)}
-    found |= {"in_training_text": train and len(seen), "rows_in_training_text": train and np.unique(seen).tolist()}
+    found |= {"in_training_text": trained and len(seen), "rows_in_training_text": trained and np.unique(seen).tolist()}
     if task.pairs is not None:
-        return found | search(task.pairs, before, after)
+        return found | search(task.pairs, *both)
     found |= {"classes": int(task.labels.max()) + 1, "splits": FOLDS * CHOICES}
-    return found | {"curve": probe(task.labels, before, after, check=check)}
+    return found | {"curve": probe(task.labels, *both, check=check)}
 
 
 def figures(task: dict[str, Any]) -> dict[str, Any]:

@@ -92,8 +92,7 @@ def from_held_out(run: RunRecord, tokenizer: PreTrainedTokenizerBase, seed: int 
             continue
         openings.remove(opening)
         place = opening.index(word, EDGE)
-        text = " ".join([*opening[:place], MASK, *opening[place + 1 :]])
-        drawn.append((readable(text, tokenizer), word))
+        drawn.append((readable(" ".join([*opening[:place], MASK, *opening[place + 1 :]]), tokenizer), word))
     return drawn[:EXAMPLES]
 
 

@@ -99,17 +99,17 @@ def conclude_run(
     before: dict[str, Evaluation],
     after: dict[str, Evaluation],
     tokenizer: PreTrainedTokenizerBase,
-    train: TokenStore,
+    stores: dict[str, TokenStore],
 ) -> dict[str, Any]:
     """Compares before with after and writes what came of it, on the main process; returns the results on each."""
     results = None
     if run.is_main:
-        conclusion = conclude(eval_sets, before, after, tokenizer, train.token_counts)
+        conclusion = conclude(eval_sets, before, after, tokenizer, stores["train"].token_counts)
         run.log.print(conclusion.lines)
         results = save_results(run, conclusion)
         if run.task:  # what fails in it, for lack of memory, say, costs nothing else
             try:
-                conclusion = probe_run(run, tokenizer, conclusion, eval_sets["held_out"].chunks.chunk_size, train)
+                conclusion = probe_run(run, tokenizer, conclusion, eval_sets["held_out"].chunks.chunk_size, stores)
                 results = save_results(run, conclusion)
                 run.log.print(task_in_words(results))
             except Exception as error:
@@ -138,7 +138,7 @@ def save_results(run: Run, conclusion: Conclusion) -> dict[str, Any]:
 
 
 def probe_run(
-    run: Run, tokenizer: PreTrainedTokenizerBase, conclusion: Conclusion, length: int, train: TokenStore
+    run: Run, tokenizer: PreTrainedTokenizerBase, conclusion: Conclusion, length: int, stores: dict[str, TokenStore]
 ) -> Conclusion:
     """The conclusion with the probe of the run's task, on the main process: the model as it began, loaded again, and
     as it is. `length` is of the chunks of which --per_device_eval_batch_size fit into memory."""
@@ -156,7 +156,7 @@ def probe_run(
         if number := run.stop.asked():
             raise Stopped(number, "asked to stop")
 
-    task = probe.conclude(run.task, *both, train, check)
+    task = probe.conclude(run.task, both, [stores[name] for name in ("train", *config.replay.shares)], check)
     comparison = {**dict.fromkeys(EVAL_SETS), **(conclusion.comparison or {}), "task": task}
     return conclusion._replace(results=conclusion.results | probe.figures(task), comparison=comparison)
 
@@ -165,7 +165,7 @@ def outcome(results: dict[str, Any]) -> str:
     """A table of the figures before and after, with the gain, and of what the run took.
 
     results: as in all_results.json, and `output_dir`"""
-    shown = {name: figure(value) for name, value in results.items() if name != "output_dir"}
+    shown = {name: figure(value) for name, value in results.items() if not isinstance(value, str | list)}
     rows = [("", "before", "after", "gain") if "perplexity_before" in results else ("", "", "after", "")]
     for text, prefix in (("held-out", ""), ("one by one", "documents_"), ("out-of-domain", "general_")):
         gain, low, high = (shown.get(f"{prefix}{name}") for name in ("gain", "gain_low", "gain_high"))

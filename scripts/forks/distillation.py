@@ -144,7 +144,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         run.save_model(tokenizer)
         with run.analysis():
             after = before if progress.step == 0 and before else run.measure(model, eval_sets, complete=True)
-            results = conclude_run(run, eval_sets, before, after, tokenizer, stores["train"])
+            results = conclude_run(run, eval_sets, before, after, tokenizer, stores)
         run.finish(results)
     return Result(net, tokenizer, results, run.folder)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from mlm.data.order import ReplayConfig
 from mlm.data.task import Task, TaskConfig
 from mlm.engine.checkpoint import CheckpointConfig
 from mlm.engine.signals import Stopped
@@ -21,6 +22,7 @@ from mlm.evaluation import probe as probe_module
 from mlm.evaluation.probe import CHOICES, FOLDS, choose, f1_scores, features, probe, sizes, spread
 from mlm.report.examples import with_examples
 from mlm.report.run_record import read_runs
+from mlm.report.summary import outcome
 from mlm.train import train
 from tests.conftest import ANIMALS
 from tests.runs import TWO
@@ -227,6 +229,21 @@ def test_a_run_probes_its_base_and_itself_once_it_is_saved(run, labelled):
     named = "10 texts of the task (first in rows 0, 1, 2, 3, 4, counted from 0) stand in the training text"
     assert f"- {named}; no label was trained on" in card
     assert comparison["held_out"] is not None
+
+
+def test_a_terminal_shows_the_outcome_of_a_run_with_a_task(run):
+    shown = outcome({**json.loads((run / "all_results.json").read_text()), "output_dir": str(run)})
+    assert shown.endswith(f"saved to {run}")
+
+
+def test_labelled_documents_that_were_replayed_in_training_are_counted_too(toy, labelled, tmp_path):
+    """The training text has none of these cats."""
+    (tmp_path / "dogs.txt").write_text("the dog likes bones\n" * 200)
+    (tmp_path / "replay.jsonl").write_text(labelled.read_text())
+    task, replay = TaskConfig(task_file=str(labelled)), ReplayConfig(str(tmp_path / "replay.jsonl"), replay_share=0.1)
+    files = {"train_file": str(tmp_path / "dogs.txt"), "max_train_steps": 1, "allow_leaks": True}
+    results = train(toy.config(tmp_path / "run", modules={"task": task, "replay": replay}, **files)).results
+    assert results["task_in_training_text"] == 40
 
 
 def test_labelled_documents_that_were_read_in_training_are_counted_and_named(run):

@@ -137,7 +137,7 @@ def test_a_row_of_which_both_texts_were_read_is_named_once_and_rows_come_in_orde
     texts = [task.texts[i][0] for query, document in task.pairs[[5, 2]] for i in (query, document)]
     train = SimpleNamespace(text_hashes=np.sort(np.array([*map(text_hash, texts)], np.uint64)))
     features = np.ones((len(task.texts), 4))
-    found = probe.conclude(task, features, features, train)
+    found = probe.conclude(task, [features, features], [train])
     named, lines = found["rows_in_training_text"], Path(questions["task_file"]).read_text().splitlines()
     assert found["in_training_text"] == 4
     assert named == sorted(set(named))
