@@ -107,6 +107,8 @@ def compare(
     config = replace(config, max_seq_length=min(config.max_seq_length, *lengths))
 
     splits = list(choose(task.labels, config.labels, 0, config.seeds))
+    times = f"{2 * len(splits) * config.seeds} times, {config.epochs} epochs each"
+    accelerator.print(f"fine-tuning {times}, to test on {len(task.labels):,} documents: minutes to hours on a CPU")
     scores: dict[str, list[np.ndarray]] = {}
     for when, name in names.items():
         tokenizer = load_tokenizer(name)
