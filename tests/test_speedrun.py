@@ -118,7 +118,7 @@ def test_a_learning_rate_is_held_and_falls_as_one_minus_a_root(toy):
 
 def test_the_recipe_for_users_is_one_that_was_measured_but_for_learning_rate_and_batch():
     own = {"learning_rate", "train_batch_size", "per_device_train_batch_size"}
-    measured = {name: value for name, value in run.settings("betas_98_30").items() if name not in own}
+    measured = {name: value for name, value in run.settings("no_dropout_30").items() if name not in own}
     assert yaml.safe_load((REPOSITORY / "scripts" / "recipes" / "adapt.yaml").read_text()) == measured
 
 
