@@ -45,9 +45,9 @@ GONE = {
     "low_cpu_mem_usage": "leave it out: transformers saves that memory by itself",
     "hub_token": "log in with `hf auth login`, or set the environment variable HF_TOKEN",
 }
-# Earlier names of flags; the last two are still train.py's, and were evaluate.py's too.
+# Earlier names of flags, and datasets' num_proc; the last two are still train.py's, and were evaluate.py's too.
 GENERAL = ("file", "dataset_name", "dataset_config_name", "text_column")
-RENAMED = {f"general_{rest}": f"out_of_domain_{rest}" for rest in GENERAL}
+RENAMED = {f"general_{rest}": f"out_of_domain_{rest}" for rest in GENERAL} | {"num_proc": "preprocessing_num_workers"}
 RENAMED |= {name: f"eval_{name}" for name in ("mlm_probability", "whole_word_mask")}
 
 

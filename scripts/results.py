@@ -479,12 +479,15 @@ def corpus_size() -> str:
     ratios = {layout: {name: large[name] / small[name] for name in names if name != "map_cpu_ms"}
               for layout, (small, large) in ((layout, by.values()) for layout, by in measured.items())}  # fmt: skip
     worst = max(ratio for by_name in ratios.values() for ratio in by_name.values())
+    sums = ([size["load_cpu_ms"] + size["map_cpu_ms"] for size in by.values()] for by in measured.values())
+    mapped = "; ".join(f"{large / small:.2f} {layout}" for (small, large), layout in zip(sums, measured, strict=True))
     small, large = next(iter(measured.values()))
     lines = [
         section(
             "What the size of the corpus costs",
             "corpus_size.py",
-            f"{large} tokens against {small}: at most {worst:.2f} times the cost, n = {stored['n']}",
+            f"{large} tokens against {small}: at most {worst:.2f} times the cost, the mapping of pages apart; a "
+            f"step's batch with it {mapped}; n = {stored['n']}",
             stored["environment"],
             "python benchmarks/corpus_size.py",
         ),

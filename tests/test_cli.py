@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from mlm import cli
 from mlm.config import Config
 from mlm.data.corpus import OutOfDomainConfig
+from mlm.data.token_store import TokenStoreConfig
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import EvaluateConfig
 from tests.conftest import REPOSITORY
@@ -151,6 +152,7 @@ def test_a_mistake_is_named(argv, message):
         ("general_dataset_name", [OutOfDomainConfig], "out_of_domain_dataset_name"),
         ("general_dataset_config_name", [OutOfDomainConfig], "out_of_domain_dataset_config_name"),
         ("general_text_column", [OutOfDomainConfig], "out_of_domain_text_column"),
+        ("num_proc", [TokenStoreConfig], "preprocessing_num_workers"),
         ("mlm_probability", [EvaluateConfig], "eval_mlm_probability"),
         ("whole_word_mask", [EvaluateConfig], "eval_whole_word_mask"),
     ],

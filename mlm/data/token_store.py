@@ -192,7 +192,7 @@ def open_store(folder: Path, tokenizer_fingerprint: str, verify: bool = False) -
     try:
         header = json.loads((folder / "header.json").read_text())
         if header["version"] != FORMAT_VERSION:
-            raise Unusable(f"it is of format version {header['version']}, not {FORMAT_VERSION}")
+            raise Unusable(f"it is of format version {header['version']!r}, not {FORMAT_VERSION}")
         if header["tokenizer"] != tokenizer_fingerprint:
             raise Unusable("it is another tokenizer's")
         if header.pop("seal") != key(header):

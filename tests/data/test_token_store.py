@@ -407,6 +407,12 @@ def change_header(store, **changes):
     path.write_text(json.dumps(header | {"seal": key(header)}))
 
 
+def test_a_version_that_somebody_else_has_written_is_shown_in_letters(tmp_path):
+    (tmp_path / "header.json").write_text(json.dumps({"version": "\x1b[31mX"}))
+    with pytest.raises(token_store.Unusable, match=r"^it is of format version '\\x1b\[31mX', not "):
+        token_store.open_store(tmp_path, "")
+
+
 DAMAGES = [value for name, value in globals().items() if name.startswith("damage_")]
 
 
