@@ -198,10 +198,11 @@ def measure_task(
         return probe.conclude(task, both, [train] if train else None)
 
     found = on_main(measured, accelerator)
-    accelerator.print(task_in_words(probe.figures(found)))
+    figures = probe.figures(found)
+    accelerator.print(task_in_words(figures))
     if not train:
         accelerator.print("- whether the model has read these texts in training is unknown without --train_file")
-    return found, probe.figures(found)
+    return found, figures
 
 
 def measure_one(config: Config, length: int, limit: int | None, accelerator: Accelerator) -> Measured:

@@ -42,22 +42,23 @@ def check_leaks(source: CorpusConfig, task: Task | None, stores: dict[str, Token
     read = corpus.load(source)
     trained = [store for name, store in stores.items() if name != "validation"]  # the replay is trained on, too
     sought = {"held-out documents": few(read.splits["validation"])}
-    equal = {"held-out documents": stores["validation"].header["leaks"]}
+    held_out = len(sought["held-out documents"])
     if task:
-        own = [text for texts in task.texts for text in texts]
-        sought["texts of the task"], equal["texts of the task"] = own, int(stand_in(own, trained).sum())
+        sought["texts of the task"] = [text for texts in task.texts for text in texts]
     documents = [text for texts in sought.values() for text in texts]
-    near = near_duplicates(documents, read.splits["train"]) & ~stand_in(documents, trained)
+    stand = stand_in(documents, trained)
+    near = near_duplicates(documents, read.splits["train"]) & ~stand
+    counts = stores["validation"].header["leaks"], int(stand[held_out:].sum())
     figures = {}
-    for what, own in zip(sought, np.split(near, [len(sought["held-out documents"])]), strict=False):
-        figures[what] = {"equal": equal[what], "looked_for": len(own), "near": int(own.sum())}
+    for what, equal, own in zip(sought, counts, np.split(near, [held_out]), strict=False):
+        figures[what] = {"equal": equal, "looked_for": len(own), "near": int(own.sum())}
         near_ones = f"of {len(own):,} looked for, {own.sum():,} more have a near-duplicate there"
-        print(f"{what}: {equal[what]:,} stand in the training split; {near_ones}")
+        print(f"{what}: {equal:,} stand in the training split; {near_ones}")
     if task:
-        resembling = near[len(sought["held-out documents"]) :].reshape(len(task.texts), -1).any(axis=1)
         named = figures["texts of the task"]
-        named["rows"] = name_rows(task, task.seen(*trained), "stands in the training split")
-        named["near_rows"] = name_rows(task, resembling, "has a near-duplicate there")
+        stands, resembles = (which[held_out:].reshape(len(task.texts), -1).any(axis=1) for which in (stand, near))
+        named["rows"] = name_rows(task, stands, "stands in the training split")
+        named["near_rows"] = name_rows(task, resembles, "has a near-duplicate there")
     return figures
 
 
