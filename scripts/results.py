@@ -486,8 +486,8 @@ def corpus_size() -> str:
         section(
             "What the size of the corpus costs",
             "corpus_size.py",
-            f"{large} tokens against {small}: at most {worst:.2f} times the cost, the mapping of pages apart; a "
-            f"step's batch with it {mapped}; n = {stored['n']}",
+            f"{large} tokens against {small}: at most {worst:.2f} times the cost; a step's batch alone, with the "
+            f"mapping of its pages, {mapped}; n = {stored['n']}",
             stored["environment"],
             "python benchmarks/corpus_size.py",
         ),
@@ -564,12 +564,14 @@ def _times(times: list[dict[str, Any]]) -> list[str]:
 
 def _recipes(runs: list[dict[str, Any]], domain: str, passes: float) -> list[str]:
     """The table of a domain and a number of passes, in the order by which recipes are chosen."""
-    losses, choosing = (records.losses(runs, domain, passes, figure) for figure in ("loss", "choosing_loss"))
+    figures = "loss", "choosing_loss", "accuracy"
+    losses, choosing, accuracies = (records.losses(runs, domain, passes, figure) for figure in figures)
+    probed = accuracies.get(records.FIRST, {})
     default, first = losses.get(records.FIRST, {}), {r.recipe: r for r in records.records(runs, domain, passes)}
     track = f"{domain}, {_passes(passes)}"
     lines = [
-        f"| {track} | to choose by | n | loss | lowest to highest | to the default's | p | record |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {track} | to choose by | n | loss | lowest to highest | to the default's | p | record | probe (points) |",
+        f"|{' --- |' * 9}",
     ]
     for recipe, other in sorted(choosing.items(), key=lambda item: statistics.mean(item[1].values())):
         own, record = losses[recipe], first.get(recipe)
@@ -583,9 +585,21 @@ def _recipes(runs: list[dict[str, Any]], domain: str, passes: float) -> list[str
             f"{statistics.mean(own[seed] - default[seed] for seed in seeds):+.4f}" if seeds else "",
             f"{records.p_value(own, default):.2g}" if len(seeds) > 1 else "",
             f"from {record.before}, p = {record.p:.2g}" if record else "",
+            _accuracy(accuracies[recipe], probed),
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
+
+
+def _accuracy(own: dict[int, float], default: dict[int, float]) -> str:
+    """A probe's mean over the seeds, and the mean paired difference to the default's with its standard error."""
+    if not own or not (seeds := records.shared(own, default)):
+        return ""
+    points = [100 * (own[seed] - default[seed]) for seed in seeds]
+    mean = f"{statistics.mean(own.values()):.1%}"
+    if own is default or len(points) < 2:
+        return mean
+    return f"{mean} ({statistics.mean(points):+.2f} ± {statistics.stdev(points) / len(points) ** 0.5:.2f})"
 
 
 def faults() -> str:

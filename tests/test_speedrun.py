@@ -149,6 +149,24 @@ def test_no_document_stands_in_two_samples(tmp_path, monkeypatch):
     assert [*map(len, read.values())] == [30, 10, 10]
     assert len(set(held_out)) == 20 and not set(held_out) & set(texts["train"])
     assert files["model_name_or_path"] == str(tmp_path / "m")
+    assert "task" not in files, "there are no labels"
+
+
+def test_documents_to_probe_with_are_others_and_keep_their_labels(tmp_path, monkeypatch):
+    for name, value in {"TRAIN": 2, "HELD_OUT": 10, "LABELLED": 15}.items():
+        monkeypatch.setattr(run, name, value)
+    monkeypatch.setattr(run, "checked", lambda data, frozen: data / frozen[0])
+    texts = [f"document {i}" for i in range(40)]
+    pq.write_table(pa.table({"text": texts, "label": [i % 2 for i in range(40)]}), tmp_path / "held_out.parquet")
+    pq.write_table(pa.table({"text": ["a", "b", "c"]}), tmp_path / "train.parquet")
+    domain = run.Domain(("train.parquet", ""), ("held_out.parquet", ""), ("m/model.safetensors", ""))
+    files = run.freeze(domain, tmp_path, tmp_path)
+    task = pq.read_table(files["task"]).to_pydict()
+    others = [
+        text for name in ("validation_file", "choose_by") for text in pq.read_table(files[name])["text"].to_pylist()
+    ]
+    assert len(set(task["text"])) == 15 and not set(task["text"]) & set(others)
+    assert all(label == int(text.split()[1]) % 2 for text, label in zip(task["text"], task["label"], strict=True))
 
 
 def rows(**by_domain):
@@ -227,6 +245,9 @@ def test_a_run_is_not_repeated_unless_its_documents_to_report_on_were_not_looked
     asked = [(job.seed, job.recipe) for job in run.jobs(args, done, tmp_path / "c")]
     assert asked == [(1, "wsd"), (2, "default"), (2, "wsd")]
     assert losses(done, "imdb", 1) == {"default": {1: 4.1}, "wsd": {}}
+    monkeypatch.setattr(run, "freeze", lambda *_: {"task": "labelled.parquet"})
+    asked = [(job.seed, job.recipe) for job in run.jobs(args, done, tmp_path / "d")]
+    assert asked[0] == (1, "default"), "it has no probe yet"
 
 
 @pytest.mark.torture

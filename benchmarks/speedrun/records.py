@@ -20,12 +20,12 @@ def losses(
     runs: Sequence[dict[str, Any]], domain: str, passes: float, figure: str = "loss"
 ) -> dict[str, dict[int, float]]:
     """The held-out loss of each seed, by recipe, in the order in which recipes were first measured. Where a recipe's
-    settings have changed since, its last ones count. figure: or `choosing_loss`, which a run without `loss` has too"""
+    settings have changed since, its last ones count. figure: or `accuracy`, or `choosing_loss`, which all runs have"""
     own = [run for run in runs if (run["domain"], run["passes"]) == (domain, passes)]
     last = {run["recipe"]: run["settings"] for run in own}
     found: dict[str, dict[int, float]] = {run["recipe"]: {} for run in own}
     for run in own:
-        if run["settings"] == last[run["recipe"]] and run[figure] is not None:
+        if run["settings"] == last[run["recipe"]] and run.get(figure) is not None:
             found[run["recipe"]][run["seed"]] = run[figure]
     return found
 

@@ -5,6 +5,8 @@ bert-tiny-wikitext, and hotel reviews in simplified Chinese with ckip-albert-tin
 fixed seed from files whose SHA-256 is checked. A run sees them in exactly `--passes` passes. The loss is that of the
 weights that it ends with, in nats a token: each token of 300 held-out documents is predicted once (7 folds). Recipes
 are chosen by 300 other held-out documents, of which the first fold is predicted (`--choose` looks at no others).
+Beside the loss, where the text has labels: the accuracy of logistic regression on the mean and first states of the
+model (mlm/evaluation/probe.py), cross-validated on 1,000 further documents. It decides nothing.
 
 Peer: `default`, the course's settings at the learning rate that suits the English base, with the same seeds. A recipe
 is a YAML file of flags in `recipes/`, for the loop `loop.py`: mlm/train.py with the flags of `ingredients.py`.
@@ -44,24 +46,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from threadpoolctl import threadpool_limits
 from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.reviews import read
 from benchmarks.speedrun import loop
 from mlm import cli
-from mlm.data.corpus import OutOfDomainConfig
+from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
+from mlm.data.task import TaskConfig, read_task
 from mlm.engine.device import make_accelerator
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import EvaluateConfig, open_eval_sets
 from mlm.evaluation.evaluate import evaluate
+from mlm.evaluation.probe import CLASSIFIERS, features
 from mlm.files import write_json
 from mlm.model.load import load_model, open_corpus
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.environment import environment
 
 BENCHMARKS, RECIPES = Path(__file__).parents[1], Path(__file__).parent / "recipes"
-TRAIN, HELD_OUT, LENGTH, FOLDS = 2000, 300, 128, 7
+TRAIN, HELD_OUT, LABELLED, LENGTH, FOLDS = 2000, 300, 1000, 128, 7
 WHERE = ("commit", "mlm", "torch", "transformers", "processor", "threads")  # of the environment, beside each run
 # A run of the fixed-data track is measured after its end, by `measure`: its own figures are of a few chunks.
 CHEAP = {"eval_on_start": "false", "eval_steps": 10**9, "max_eval_samples": 32}
@@ -136,7 +142,8 @@ def checked(data: Path, frozen: tuple[str, str]) -> Path:
 
 
 def freeze(domain: Domain, data: Path, folder: Path) -> dict[str, str]:
-    """Writes a domain's three samples of documents to `folder`: the files as flags, and `choose_by`."""
+    """Writes a domain's samples of documents to `folder`: the files as flags, `choose_by`, and `task` where the
+    held-out file has labels."""
     train, held_out = (read(checked(data, file)) for file in (domain.train, domain.held_out))
     apart = sorted(set(held_out) - set(train))  # no document stands in two samples
     chosen = np.random.default_rng(0).choice(len(apart), 2 * HELD_OUT, replace=False)
@@ -149,6 +156,13 @@ def freeze(domain: Domain, data: Path, folder: Path) -> dict[str, str]:
     for name, documents in samples.items():
         files[name] = str(folder / f"{name}.parquet")
         pq.write_table(pa.table({"text": documents}), files[name])
+    table = pq.read_table(data / domain.held_out[0])
+    if "label" in table.column_names:
+        label_of = dict(zip(held_out, table["label"].to_pylist(), strict=True))
+        rest = np.random.default_rng(1).permutation(np.delete(np.arange(len(apart)), chosen))[:LABELLED]
+        files["task"] = str(folder / "task.parquet")
+        labelled = {"text": [apart[i] for i in rest], "label": [label_of[apart[i]] for i in rest]}
+        pq.write_table(pa.table(labelled), files["task"])
     return files
 
 
@@ -161,20 +175,32 @@ def settings(recipe: str) -> dict[str, Any]:
 
 def inputs(job: Job) -> dict[str, Any]:
     """The flags that all sides of a job share."""
-    files = {name: file for name, file in job.files.items() if name != "choose_by"}
+    files = {name: file for name, file in job.files.items() if name not in ("choose_by", "task")}
     return {**files, "max_seq_length": LENGTH, "seed": job.seed}
 
 
 def measure(config: loop.Config, job: Job, model: PreTrainedModel | None = None) -> dict[str, float | None]:
-    """The losses on both held-out samples, in nats a token, of `model`, or else of the one that `config` names."""
+    """The losses on both held-out samples, in nats a token, of `model`, or else of the one that `config` names, and
+    the accuracy of its probe where there are labels."""
     by_folds, accelerator = EvaluateConfig(eval_mask_folds=FOLDS), make_accelerator()
     other = OutOfDomainConfig(out_of_domain_file=job.files["choose_by"])
     measured = replace(config, evaluate=by_folds, out_of_domain=other)
     tokenizer, info, stores = open_corpus(measured)
     eval_sets = open_eval_sets(measured, tokenizer, info, stores["validation"], LENGTH)
     net = SparseMaskedLM(model or load_model(measured.model, tokenizer, seed=0), LENGTH).to(accelerator.device)
-    loss = evaluate(net, eval_sets["held_out"], accelerator).loss if job.reports else None
-    return {"loss": loss, "choosing_loss": evaluate(net, eval_sets["general"], accelerator, complete=False).loss}
+    found = {"choosing_loss": evaluate(net, eval_sets["general"], accelerator, complete=False).loss}
+    if not job.reports:
+        return {"loss": None, **found, "accuracy": None}
+    found["loss"] = evaluate(net, eval_sets["held_out"], accelerator).loss
+    task = read_task(TaskConfig(task_file=job.files.get("task")), CorpusConfig())
+    return {**found, "accuracy": task and accuracy(features(net.model, tokenizer, task, 32, accelerator), task.labels)}
+
+
+def accuracy(x: np.ndarray, labels: np.ndarray) -> float:
+    """Of logistic regression on features x [n, F] of documents with these labels [n], over five folds."""
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    with threadpool_limits(1):  # fits too small for threads
+        return float(cross_val_score(CLASSIFIERS["logistic regression"], x, labels, cv=folds).mean())
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -224,8 +250,9 @@ def jobs(args: argparse.Namespace, done: list[dict[str, Any]], folder: Path) -> 
             for seed in args.seeds:
                 for recipe in args.recipes:
                     job = Job(domain, passes, recipe, seed, files, own, reports=not args.choose)
+                    needed = [] if args.choose else ["loss", *(["accuracy"] if "task" in files else [])]
                     same = (row for row in done if job.key.items() <= row.items())
-                    if not any(row["loss"] is not None or args.choose for row in same):
+                    if not any(all(row.get(name) is not None for name in needed) for row in same):
                         yield job
 
 
