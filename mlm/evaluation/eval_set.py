@@ -99,15 +99,11 @@ def make_eval_set(
     chunk_ids = subset(config.eval_mask_seed, len(chunks), config.max_eval_samples)
     eval_set = EvalSet(name, store, chunks, chunk_ids, make_recipe(info), info, config)
     batches = (np.asarray(chunk_ids[first : first + 32]) for first in range(0, len(chunk_ids), 32))
-    if config.eval_mask_folds:  # which mask each maskable token once
-        masked = any(info.maskable[chunks.take(part).ids].any() for part in batches)
-        advice = "give more text"
-    else:
-        masked = any(len(eval_set.batch(part, 0).positions) for part in batches)
-        advice = f"give more text, or more than --eval_mlm_probability {config.eval_mlm_probability:g}"
-    if not masked:
+    folds, rate = range(config.eval_mask_folds or 1), config.eval_mlm_probability  # folds mask each token once
+    if not any(len(eval_set.batch(part, fold).positions) for part in batches for fold in folds):
+        more = "" if config.eval_mask_folds else f", or more than --eval_mlm_probability {rate:g}"
         where = f"{name}: no token in {len(chunk_ids):,} chunks is masked"
-        raise UserError(f"{where}, so that nothing would be measured; {advice}")
+        raise UserError(f"{where}, so that nothing would be measured; give more text{more}")
     return eval_set
 
 
