@@ -252,7 +252,7 @@ class Writer:
 
     def __init__(self, folder: Path, keep: int | None = None, stops: bool = False) -> None:
         self.folder, self.keep, self.stops = folder, keep, stops
-        self._failure: str | None = None
+        self.failure: str | None = None  # why a checkpoint could not be written
         self._failed = False
         self.best_loss, self.best_step = math.inf, -1  # of the weights that `save_best` had to keep last
         self._thread = ThreadPoolExecutor(1)
@@ -284,7 +284,7 @@ class Writer:
 
     def take_failure(self) -> str | None:
         """Why a checkpoint could not be written, once; None: none has failed since the last call."""
-        failure, self._failure = self._failure, None
+        failure, self.failure = self.failure, None
         return failure
 
     def _submit(self, name: str, take: Callable[[], Files]) -> None:
@@ -303,7 +303,7 @@ class Writer:
                 remove(*(path for _, path in sorted(steps(self.folder).items())[: -self.keep]))
         except (OSError, SafetensorError) as error:
             self._failed = True
-            self._failure = f"{place} could not be written: {one_line(getattr(error, 'strerror', None) or error)}"
+            self.failure = f"{place} could not be written: {one_line(getattr(error, 'strerror', None) or error)}"
 
     def close(self) -> None:
         """Returns when a checkpoint that has been begun is finished, whatever ends the run."""

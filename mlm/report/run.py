@@ -58,7 +58,6 @@ class Run:
         self.stop = StopSignals()
         self.group = host_group(accelerator)
         self.hub_id: str | None = None
-        self._failure: str | None = None  # why a checkpoint could not be written
         self.task = on_main(lambda: read_task(config.task, config.corpus), accelerator)
 
     def keeps(
@@ -204,16 +203,16 @@ class Run:
 
     def requests(self) -> list[int]:
         """What all processes have to know of this one: a signal to stop, a checkpoint that failed."""
-        self._failure = self._failure or self.writer.take_failure()
-        return [self.stop.asked(), self._failure is not None]
+        return [self.stop.asked(), self.writer.failure is not None]
 
     def obey(self, requests: list[int]) -> None:
         """Does what any process has asked for. Raises Stopped, or UserError for a checkpoint that is lost."""
         asked, failed = requests
-        failure, self._failure = self._failure, None
-        if failed and self.stops:
-            raise not_written(failure, self.directory.checkpoints)
-        self.log.print(failure)
+        if failed:
+            failure = self.writer.take_failure()
+            if self.stops:
+                raise not_written(failure, self.directory.checkpoints)
+            self.log.print(failure)
         if asked:
             self.save_and_stop()
 
