@@ -44,7 +44,7 @@ class Task(NamedTuple):
     labels: np.ndarray | None  # [n] int64, classes by number, FEWEST or more of each; None: a task of retrieval
     pairs: np.ndarray | None = None  # [m, 2] int64, of retrieval: a query and a document to find, as in texts
     rows: np.ndarray = np.arange(0)  # [n] int64, where in the file each stands, counted from 0
-    of: int = 0  # rows with text and a label, of which MOST are taken
+    of: tuple[int, int] = 0, 0  # how many rows have text and a label, and how many of them are taken, MOST at most
 
     def seen(self, *trained: TokenStore) -> np.ndarray:
         """Which have a text that stands in any of these, up to case and white space: [n] bool. Reads a few pages."""
@@ -82,9 +82,10 @@ def read_task(config: TaskConfig, domain: CorpusConfig) -> Task | None:
     kept = [i for i, own in enumerate(texts) if labels[i] is not None and all(t and t.strip() for t in own)]
     if len(kept) < len(rows):  # in a .csv file NA, NaN, null and None are gaps, as pandas has it
         log.warning("%s: %d of its %d rows lack a text or a label", printable(name), len(rows) - len(kept), len(rows))
-    of, kept = len(kept), np.sort(np.random.default_rng(0).permutation(kept)[:MOST]).astype(int)
-    if of > MOST:
-        log.warning("%s: of its %d rows %d are taken, drawn by a fixed seed", printable(name), of, MOST)
+    of = len(kept), min(len(kept), MOST)
+    kept = np.sort(np.random.default_rng(0).permutation(kept)[:MOST]).astype(int)
+    if of[0] > MOST:
+        log.warning("%s: of its %d rows %d are taken, drawn by a fixed seed", printable(name), *of)
     texts = [tuple(map(corpus.strip_html if domain.strip_html else str, texts[i])) for i in kept]
     if not classes:
         return search_task(name, texts, kept, of)
@@ -96,7 +97,7 @@ def read_task(config: TaskConfig, domain: CorpusConfig) -> Task | None:
     return Task(name, texts, labels, rows=kept, of=of)
 
 
-def search_task(name: str, pairs: list[tuple[str, ...]], rows: np.ndarray, of: int) -> Task:
+def search_task(name: str, pairs: list[tuple[str, ...]], rows: np.ndarray, of: tuple[int, int]) -> Task:
     """Each query and each document once, of the first row. Raises UserError for fewer than FEWEST queries."""
     columns = zip(*pairs or [("", "")], strict=True)
     queries, documents = ({text: i for i, text in enumerate(dict.fromkeys(column))} for column in columns)

@@ -35,7 +35,7 @@ from threadpoolctl import threadpool_limits
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm.data.encode import encode_texts
-from mlm.data.task import MOST, Task
+from mlm.data.task import Task
 from mlm.data.token_store import TokenStore
 from mlm.data.tokenizer import tokenizer_info
 from mlm.engine.memory import out_of_memory
@@ -181,7 +181,7 @@ def spread(scores: list[np.ndarray], share: float) -> tuple[float, float, float]
 def conclude(task: Task, both: list[np.ndarray], trained: list[TokenStore] | None, check: Check = bool) -> dict:
     """The task as comparison.json has it, from the features of both models; trained: what the adapted one has read."""
     seen = task.rows[task.seen(*trained)] if trained else None  # a query and a document may be of one row
-    found = {"text": task.name, "documents": len(task.texts), "rows": task.of, "rows_taken": min(task.of, MOST)}
+    found = {"text": task.name, "documents": len(task.texts), "rows": task.of[0], "rows_taken": task.of[1]}
     found |= {"in_training_text": trained and len(seen), "rows_in_training_text": trained and np.unique(seen).tolist()}
     if task.pairs is not None:
         return found | search(task.pairs, *both)

@@ -57,7 +57,7 @@ def test_of_many_documents_a_part_is_drawn_the_same_each_time_and_said_to_be(tmp
     assert len(task.texts) == len(task.labels) == MOST
     assert read(path).texts == task.texts
     assert [all_rows[i]["text"] for i in task.rows] == [text for [text] in task.texts]
-    assert task.of == MOST + 100
+    assert task.of == (MOST + 100, MOST)
     assert caplog.messages[-1] == f"{path}: of its {MOST + 100} rows {MOST} are taken, drawn by a fixed seed"
 
 
