@@ -31,8 +31,7 @@ def with_demo_corpus(config: Config) -> Config:
         return config
     python = key([sys.version, sysconfig.get_path("stdlib")])
     place = store_folder(config.token_store) / f"python-documentation-{python}.jsonl"
-    if not place.is_file():
-        build_once(place, place.is_file, _write)
+    build_once(place, place.is_file, _write)
     return replace(config, corpus=replace(corpus, train_file=str(place), text_column="text"))
 
 

@@ -37,9 +37,11 @@ def key(identity: Any) -> str:
 def build_once(
     place: Path, find: Callable[[], Any], build: Callable[[Path], None], overwrite: bool = False, wait: bool = True
 ) -> Any:
-    """Has `build(path)` put a file or folder at `place`, unless another run did meanwhile. Returns what `find()` does,
-    which is false where nothing valid is there. With `overwrite` it is built even so. Without `wait` None is returned
-    where another run is building it. Raises UserError where the folder cannot be written."""
+    """What `find()` gives, which is false where nothing valid is there: then, and with `overwrite` even so, one run of
+    several has `build(path)` put a file or folder at `place`, for all. Without `wait` None is returned where another
+    run is building it. Raises UserError where the folder cannot be written."""
+    if not overwrite and (found := find()):
+        return found
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with _one_builder(place, wait) as alone:

@@ -110,19 +110,19 @@ def build_shards(
 def read_shards(jobs: list[Job]) -> Iterator[Part]:
     """What is in the shards, in order; one that is missing or damaged is built."""
     for place, write in jobs:
-        yield from _read_shard(place) or build_once(place, partial(_read_shard, place), write)
+        yield from build_once(place, partial(_read_shard, place), write)
 
 
 def _take(jobs: list[Job]) -> Iterator[None]:
     """Builds what is missing and no other process is at; yields after each shard, built or not."""
     for place, write in jobs:
-
-        def settled(place: Path = place) -> bool:  # also without its folder: then the store is there
-            return os.path.exists(place) or not os.path.isdir(place.parent)
-
-        if not settled():
-            build_once(place, settled, write, wait=False)
+        build_once(place, partial(_settled, place), write, wait=False)
         yield
+
+
+def _settled(place: Path) -> bool:
+    """Whether a shard is there, or even its folder is not: then the store is."""
+    return os.path.exists(place) or not os.path.isdir(place.parent)
 
 
 def _work(jobs: list[Job], parent: int) -> None:
