@@ -12,6 +12,7 @@ from typing import Any, Literal
 from startup import quick_imports
 
 with quick_imports():
+    from joint import Filled, fill_jointly
     from sentences import read_sentences
     from terminal import cell_width, table
     from tqdm.utils import disp_len
@@ -19,7 +20,6 @@ with quick_imports():
     from mlm import cli
     from mlm.errors import UserError, at_least, printable
     from mlm.inference.fill_mask import MASK, fill, load
-    from mlm.inference.joint import Filled, fill_jointly
     from mlm.inference.targets import score_targets
 
 

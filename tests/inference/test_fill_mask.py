@@ -27,7 +27,6 @@ from transformers import (
 from mlm.data.tokenizer import load_tokenizer, train_tokenizer
 from mlm.errors import UserError
 from mlm.inference.fill_mask import Filler, fill, load
-from mlm.inference.joint import Filled, fill_jointly
 from mlm.inference.targets import Target, score_targets
 from mlm.model.load import ModelConfig, load_trained
 from tests.scripts import load_script
@@ -339,8 +338,8 @@ def test_targets_and_joint_fillings_of_two_models_stand_side_by_side(bert, rober
 
     result = answer(*models, "--order", "confidence", "--num_beams", 7, "--top_k", 3, *sentences)
     for key, folder in (("sentences", bert), ("base", roberta)):
-        expected = fill_jointly(*load(str(folder)), own, "confidence", 7)
-        found = [[Filled(**filled) for filled in record["filled"]] for record in result[key]]
+        expected = script.fill_jointly(*load(str(folder)), own, "confidence", 7)
+        found = [[script.Filled(**filled) for filled in record["filled"]] for record in result[key]]
         assert found == [ways[:3] for ways in expected]
     lines = capsys.readouterr().out.splitlines()
     assert all(disp_len(line) <= 100 for line in lines)

@@ -10,10 +10,11 @@ from transformers import BertConfig, BertForMaskedLM
 
 from mlm.data.tokenizer import train_tokenizer
 from mlm.inference.fill_mask import fill
-from mlm.inference.joint import Filled, fill_jointly
 from mlm.model.sparse_head import SparseMaskedLM
 from tests.scripts import load_script
 
+script = load_script("fill_mask")
+Filled, fill_jointly = script.Filled, script.fill_jointly
 ORDERS = ["left_to_right", "confidence"]
 SENTENCES = ["a [MASK] b [MASK]", "[MASK] [MASK] [MASK] d", "c a [MASK]", "[MASK] d d a [MASK] [MASK]"]
 
@@ -165,7 +166,6 @@ def test_chinese_is_written_without_the_blanks_of_wordpiece():
 
 def test_cells_show_sentences_where_all_fit_and_fillers_where_not():
     short, long = Filled("a b", ("b",), -1.5), Filled("a " + "b " * 30, ("b", "b"), -20.25)
-    script = load_script("fill_mask")
     assert script.joint_cells([[short], [short]], 46) == [["   -1.50 nats  a b"]] * 2
     assert script.joint_cells([[short], [long]], 46) == [["   -1.50 nats  b"], ["  -20.25 nats  b … b"]]
     wide = Filled("房" * 16, ("房",), -1.0)
