@@ -8,6 +8,7 @@ from startup import quick_imports
 
 with quick_imports():
     from demo_corpus import with_demo_corpus
+    from examples import with_examples
     from terminal import table
 
     from mlm import cli
@@ -15,7 +16,6 @@ with quick_imports():
     from mlm.inference.fill_mask import fill
     from mlm.model.load import load_model
     from mlm.model.sparse_head import SparseMaskedLM
-    from mlm.report.examples import with_examples
     from mlm.report.report import write_report
     from mlm.report.run_record import read_runs
     from mlm.train import train

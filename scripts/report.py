@@ -8,11 +8,11 @@ from typing import Any
 from startup import quick_imports
 
 with quick_imports():
+    from examples import with_examples
     from sentences import read_sentences
 
     from mlm import cli
     from mlm.errors import printable
-    from mlm.report.examples import with_examples
     from mlm.report.report import write_report
     from mlm.report.run_record import read_runs
 

@@ -20,7 +20,6 @@ from mlm.engine.signals import Stopped
 from mlm.errors import UserError
 from mlm.evaluation import probe as probe_module
 from mlm.evaluation.probe import CHOICES, FOLDS, choose, f1_scores, features, probe, sizes, spread
-from mlm.report.examples import with_examples
 from mlm.report.run_record import read_runs
 from mlm.report.summary import outcome
 from mlm.train import train
@@ -295,6 +294,7 @@ def test_a_run_that_was_not_measured_before_is_probed_all_the_same(toy, labelled
     assert comparison["held_out"] is None and comparison["task"]["documents"] == 40
     assert not (tmp_path / "run" / "documents.parquet").exists()
     [read] = read_runs([tmp_path / "run"])
+    with_examples = load_script("examples").with_examples
     assert with_examples(read, None) == (read, ""), "no examples from a comparison that was not made"
 
 

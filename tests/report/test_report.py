@@ -23,7 +23,6 @@ from mlm.errors import UserError
 from mlm.figures import unspaced
 from mlm.inference.fill_mask import fill, load
 from mlm.report.charts import breakdown_chart, event_chart, loss_chart
-from mlm.report.examples import from_held_out, readable
 from mlm.report.report import aligned, chance, duration, render, share, unlike
 from mlm.report.run_directory import RunConfig
 from mlm.report.run_record import read_runs
@@ -32,7 +31,8 @@ from tests.conftest import REPOSITORY
 from tests.scripts import load_script
 from tests.tokenizers_for_tests import wordpiece
 
-script = load_script("report")
+script, examples = load_script("report"), load_script("examples")
+from_held_out, readable = examples.from_held_out, examples.readable
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
