@@ -25,6 +25,7 @@ import torch
 from mlm.data.chunks import Chunks, Mixture
 from mlm.data.masking import Recipe, corrupt, draw
 from mlm.data.order import AT_ONCE, mixture_seen, seen_before
+from mlm.data.packing import pack
 
 
 class Batch(NamedTuple):
@@ -33,18 +34,36 @@ class Batch(NamedTuple):
     input_ids: torch.Tensor  # [B, T] int64, corrupted
     positions: torch.Tensor  # [M] int64 into the flat B * T, ascending
     targets: torch.Tensor  # [M] int64, the tokens that stood there
-    attention_mask: torch.Tensor | None  # [B, T] int64, 0: padding; None: every row is full
+    attention_mask: torch.Tensor | None  # [B, T], 0: padding, int64 1: a token; or int32 k: a token of the row's
+    # document k = 1, 2, … of several; None: every row is full
     sources: torch.Tensor | None = None  # [M] int64, the targets' sources by number; None: there is one
 
     @property
     def tokens(self) -> int:
         """Tokens, padding not counted. Waits for the device where the batch is on one and has padding."""
-        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.count_nonzero())
 
     def to(self, device: torch.device) -> "Batch":
         pin = device.type == "cuda"  # a copy from memory that is not pinned synchronises the device
         ready = (t.pin_memory() if pin and t is not None else t for t in self)
         return Batch(*(t if t is None else t.to(device, non_blocking=pin) for t in ready))
+
+    def packed(self, row: np.ndarray, column: np.ndarray, pad_id: int) -> "Batch":
+        """The batch with its B documents moved to a `row` [B], which ascend from 0, from a `column` [B] on."""
+        if row[-1] == len(row) - 1:
+            return self  # each has a row of its own
+        B, T = self.input_ids.shape
+        inside = torch.ones(B, T, dtype=torch.bool) if self.attention_mask is None else self.attention_mask.bool()
+        width = max(T, int((torch.from_numpy(column) + inside.sum(1)).max()))  # T with --pad_to_max_length
+        first = torch.from_numpy(row * width + column)  # [B] in the flat rows
+        number = torch.from_numpy(np.arange(B) - np.searchsorted(row, row) + 1).int()  # [B], from 1 in each row
+        document, token = inside.nonzero(as_tuple=True)  # [N] each
+        input_ids = torch.full((row[-1] + 1, width), pad_id)
+        documents = torch.zeros_like(input_ids, dtype=torch.int32)
+        input_ids.view(-1)[first[document] + token] = self.input_ids[inside]
+        documents.view(-1)[first[document] + token] = number[document]
+        positions = first[self.positions // T] + self.positions % T
+        return self._replace(input_ids=input_ids, positions=positions, attention_mask=documents)
 
 
 Select = Callable[[np.ndarray, np.ndarray, float, np.ndarray], np.ndarray]
@@ -89,6 +108,7 @@ class Batches:
     samples: int | None = None  # train on this many of the domain's chunks only, drawn by the seed
     replay: Sequence[Chunks] = ()  # of further sources
     shares: dict[str, Fraction] = field(default_factory=dict)  # of all chunks, that each of these has, by its name
+    pack: bool = False  # several documents share a row, where they fit
 
     @property
     def mixture(self) -> Mixture:
@@ -127,11 +147,18 @@ class Batches:
 
     def load(self, step: int, micro_batch: int) -> tuple[list[Batch], int]:
         """This process's share of a step, and the number of masked tokens in it. The share is cut into micro-batches
-        of at most `micro_batch` chunks; an empty share has none."""
+        of at most `micro_batch` rows; an empty share has none."""
         share = (-(-self.global_batch * rank // self.world) for rank in (self.rank, self.rank + 1))
         chunk_ids, epochs = self.places(step, *share)
-        cuts = [slice(i, i + micro_batch) for i in range(0, len(chunk_ids), micro_batch)]
-        batches = [self.mask(step, chunk_ids[cut], epochs[cut]) for cut in cuts]
+        row, column = np.arange(len(chunk_ids)), np.zeros(len(chunk_ids), np.int64)
+        if self.pack:  # the whole share: rows are fuller, and no matter how they are cut
+            row, column = pack(self.mixture.lengths(chunk_ids), self.chunks.chunk_size)
+        order = np.lexsort((column, row))
+        firsts = np.searchsorted(row[order], range(0, row.max(initial=-1) + 1, micro_batch))
+        batches = []
+        for own in np.split(order, firsts)[1:]:
+            batch = self.mask(step, chunk_ids[own], epochs[own])
+            batches.append(batch.packed(row[own] - row[own[0]], column[own], self.chunks.pad_id))
         return batches, sum(len(batch.positions) for batch in batches)
 
     def mask(self, step: int, chunk_ids: np.ndarray, epochs: np.ndarray) -> Batch:

@@ -32,8 +32,11 @@ class ChunkConfig:
     remainder: Literal["drop", "pad"] = "drop"  # Drop or pad the split's last, incomplete chunk.
     line_by_line: bool = False  # Make each document a row, cut or padded, instead of concatenating text.
     pad_to_max_length: bool = False  # Pad to --max_seq_length, not to a batch's longest row (static shapes).
+    pack_documents: bool = False  # Train on rows of several documents each, which do not see one another.
 
     def __post_init__(self) -> None:
+        if self.pack_documents and not self.line_by_line:
+            raise UserError("--pack_documents: chunks are documents with --line_by_line alone; give both, or neither")
         at_least(self, 1, "max_seq_length")
         at_most(self, LONGEST, "max_seq_length")
 
@@ -131,6 +134,11 @@ class Mixture(NamedTuple):
         begins = [0, *accumulate(map(len, self.sources[:-1]))]
         source = np.searchsorted(begins, chunk_ids, side="right") - 1
         return source, chunk_ids - np.take(begins, source)
+
+    def lengths(self, chunk_ids: np.ndarray) -> np.ndarray:
+        """As `Chunks.lengths`."""
+        source, ids_there = self.locate(chunk_ids)
+        return np.choose(source, [own.lengths(ids_there.clip(max=len(own) - 1)) for own in self.sources])
 
     def take(self, chunk_ids: np.ndarray) -> Rows:
         """As `Chunks.take`; T is the longest of all rows."""
