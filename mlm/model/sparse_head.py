@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mlm.errors import UserError, listed, one_line
+from mlm.model.packed import apart
 from mlm.model.vocabulary import only_length
 
 log = logging.getLogger(__name__)
@@ -42,13 +43,14 @@ class SparseMaskedLM(nn.Module):
 
     model:  the model itself, which is what to save"""
 
-    def __init__(self, model: PreTrainedModel, length: int | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, length: int | None = None, pack: bool = False) -> None:
         """length: of the chunks that the model will be trained on; None where it will not be trained.
+        pack:   they are documents that share rows. Where that changes logits, `packs` is False; a warning says why.
 
         Where the trial fails (Reformer and Nystromformer train at one length), it is repeated at `length`. Raises
         UserError where that fails too; without a length, nothing is frozen."""
         super().__init__()
-        self.model = model
+        self.model, self.packs = model, pack
         self._positions: Tensor | None = None  # [M], while a sparse forward pass runs
         hook = model.base_model.register_forward_hook(self._keep_positions)
 
@@ -56,6 +58,7 @@ class SparseMaskedLM(nn.Module):
             for trial_length in (TRIAL, length):
                 self.sparse, batch = True, _trial_batch(model, trial_length)
                 twin = copy.deepcopy(self).eval()
+                mixed = pack and _mixed(twin, length or TRIAL)  # first: a short sequence may change the model
                 misfit = _misfit(twin, *batch)
                 self.sparse = twin.sparse = not misfit
                 unreached, failure = _without_gradient(twin, *batch)
@@ -73,6 +76,9 @@ class SparseMaskedLM(nn.Module):
         if misfit:
             hook.remove()
             log.warning("%s: the head runs on all positions, as %s", type(model).__name__, misfit)
+        if mixed:
+            self.packs = False
+            log.warning("%s: documents are padded, not packed, as %s", type(model).__name__, mixed)
         for parameter in unreached:
             model.get_parameter(parameter).requires_grad_(False)
         if unreached:
@@ -83,10 +89,15 @@ class SparseMaskedLM(nn.Module):
 
         input_ids:      int64 `[B, T]`, the corrupted chunks, B ≥ 1
         positions:      int64 `[M]`, in the flattened batch, in [0, B·T); M may be 0: the sum can be differentiated
-        attention_mask: int64 or bool `[B, T]`, zero at padding; None where there is no padding
+        attention_mask: int64 or bool `[B, T]`, zero at padding; None where there is no padding; int32: numbers, from
+                        1 on, of the documents that share a row. A UserError where `packs` is False
 
         Under bf16 autocast they are bfloat16, in which a cross entropy loses whole nats: widen them first."""
         padding = {} if attention_mask is None else {"attention_mask": attention_mask}
+        if attention_mask is not None and attention_mask.dtype == torch.int32:
+            if not self.packs:
+                raise UserError(f"{type(self.model).__name__} cannot keep documents apart; leave --pack_documents out")
+            padding = apart(self.model, attention_mask)
         self._positions = positions if self.sparse else None
         try:
             logits = self.model(input_ids=input_ids, **padding).logits  # [1, M, V], or dense [B, T, V]
@@ -138,6 +149,22 @@ def _misfit(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor) -> str |
     # The two differ by the order of summation; a wrong row differs by as much as the logits themselves.
     close = (sparse - dense).abs().max() <= torch.finfo(dense.dtype).eps ** 0.5 * dense.abs().max()
     return None if close else "the sparse logits differ from the dense ones"
+
+
+@torch.no_grad()
+def _mixed(twin: SparseMaskedLM, length: int) -> str | None:
+    """Why two documents and a padding token, in a row of `length`, have other logits than apart; None where they have
+    not. The first is as long as can be, for the sake of attention in a window."""
+    ids, first = _trial_batch(twin.model, length)[0][:1], length - 3
+    documents = torch.tensor([[1] * first + [2, 2, 0]], dtype=torch.int32, device=ids.device)
+    ends = torch.tensor([0, first - 1, first, first + 1], device=ids.device)
+    try:
+        packed = twin(ids, ends, documents)
+        alone = torch.cat([twin(ids[:, :first], ends[:2]), twin(ids[:, first:-1], ends[2:] - first)])
+    except Exception as error:  # whatever a model raises on a mask of another shape
+        return f"it fails with {type(error).__name__}: {one_line(error)}"
+    close = (packed - alone).abs().max() <= torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max()  # as above
+    return None if close else "documents in one row have other logits than apart"
 
 
 def _without_gradient(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor) -> tuple[list[str], str]:
