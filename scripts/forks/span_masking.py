@@ -5,7 +5,7 @@
 The first three functions are what most forks change: the loss, how many tokens a step masks, and which."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,9 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         net = load_model(own.model, tokenizer, config.train.seed)
         length = chunk_length(config.chunks, max_positions(net.config))
         eval_sets = open_eval_sets(own, tokenizer, info, stores["validation"], length)
-    model = SparseMaskedLM(net, length).to(accelerator.device)
+    model = SparseMaskedLM(net, length, config.chunks.pack_documents).to(accelerator.device)
     batches, last_step = make_batches(config, info, stores, length, accelerator)
+    batches = replace(batches, pack=model.packs)  # whether documents share rows is a matter of the architecture
 
     # Update: any optimizers, each with its schedule.
     optimizers = [make_optimizer(model.named_parameters(), config.optimizer)]
