@@ -64,6 +64,7 @@ def page() -> str:
         *([gpu(_stored("gpu"))] if (BENCHMARKS / "results" / "gpu.json").exists() else []),
         overlap(),
         host_work(),
+        *([packing()] if (BENCHMARKS / "results" / "packing.json").exists() else []),
         noise(),
         intervals(),
         *([probe()] if (BENCHMARKS / "results" / "probe.json").exists() else []),
@@ -289,6 +290,25 @@ def host_work() -> str:
             f"| {milliseconds} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def packing() -> str:
+    """Rows that documents share, against padded ones."""
+    stored = _stored("packing")
+    command = "python benchmarks/packing.py --data FOLDER"
+    lines = [
+        section("Documents that share rows", "packing.py", _headline(stored["rows"]), stored["environment"], command),
+        "| | padding | of padded rows | tokens/s | of padded rows | ratio | target | ceiling | rounds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in stored["rows"]:
+        padding = " | ".join(f"{row['padding'][who]:.1%}" for who in ("ours", "theirs"))
+        speed = " | ".join(_figure(row["tokens_per_second"][who]) for who in ("ours", "theirs"))
+        lines.append(
+            f"| {row['workload']} | {padding} | {speed} | {_figure(row['median'])}{_spread(row)} | {_target(row)} "
+            f"| {_figure(row['ceiling'])} | {row['n']} |"
+        )
+    return "\n".join(lines) + f"\n\n{stored['what']}, {stored['model']}.\n"
 
 
 def noise() -> str:
