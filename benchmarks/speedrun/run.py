@@ -3,13 +3,15 @@
 Workload: 2,000 documents to train on, in chunks of 128 tokens: IMDb's reviews without markup with
 bert-tiny-wikitext, and hotel reviews in simplified Chinese with ckip-albert-tiny-chinese. Documents are drawn with a
 fixed seed from files whose SHA-256 is checked. A run sees them in exactly `--passes` passes. The loss is that of the
-weights that it ends with, in nats a token: each token of 300 held-out documents is predicted once (7 folds). Recipes
+weights that it ends with, in nats a token: each token of 300 held-out documents is predicted once (7 folds). Where
+a recipe adds words to the vocabulary, nats are counted over those tokens that the base's own tokenizer has. Recipes
 are chosen by 300 other held-out documents, of which the first fold is predicted (`--choose` looks at no others).
 Beside the loss, where the text has labels: the accuracy of logistic regression on the mean and first states of the
 model (mlm/evaluation/probe.py), cross-validated on 1,000 further documents. It decides nothing.
 
 Peer: `default`, the course's settings at the learning rate that suits the English base, with the same seeds. A recipe
-is a YAML file of flags in `recipes/`, for the loop `loop.py`: mlm/train.py with the flags of `ingredients.py`.
+is a YAML file of flags in `recipes/`, for the loop `loop.py`: mlm/train.py with the flags of `ingredients.py`. One
+more, `vocabulary_extension`, is scripts/extend_vocabulary.py's, which reads the documents to train on beforehand.
 
 Rule: `default` holds the record of a domain and number of passes until another recipe, in the order in which they
 were measured, has a lower loss at p < 0.01 by a paired one-sided t-test over at least five seeds, and is not worse, at
@@ -51,18 +53,22 @@ from threadpoolctl import threadpool_limits
 from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))  # where a script finds its neighbours
+from extend_vocabulary import ExtensionConfig, extend
+
 from benchmarks.reviews import read
 from benchmarks.speedrun import loop
 from mlm import cli
+from mlm.data.cache import build_once
 from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
 from mlm.data.task import TaskConfig, read_task
 from mlm.engine.device import make_accelerator
 from mlm.errors import UserError
-from mlm.evaluation.eval_set import EvaluateConfig, open_eval_sets
+from mlm.evaluation.eval_set import EvalSet, EvaluateConfig, open_eval_sets
 from mlm.evaluation.evaluate import evaluate
 from mlm.evaluation.probe import CLASSIFIERS, features
 from mlm.files import write_json
-from mlm.model.load import load_model, open_corpus
+from mlm.model.load import ModelConfig, load_model, open_corpus
 from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.environment import environment
 
@@ -71,6 +77,7 @@ TRAIN, HELD_OUT, LABELLED, LENGTH, FOLDS = 2000, 300, 1000, 128, 7
 WHERE = ("commit", "mlm", "torch", "transformers", "processor", "threads")  # of the environment, beside each run
 # A run of the fixed-data track is measured after its end, by `measure`: its own figures are of a few chunks.
 CHEAP = {"eval_on_start": "false", "eval_steps": 10**9, "max_eval_samples": 32}
+EXTENSION = "vocabulary_extension"  # a flag of a recipe that is no flag of loop.py
 PEER = "run_mlm_no_trainer"
 PEERS = {"per_device_train_batch_size": 8, "learning_rate": 5e-5, "num_train_epochs": 1}  # its settings
 
@@ -130,6 +137,8 @@ def parse_arguments() -> argparse.Namespace:
     for recipe in args.recipes:
         if (recipe == PEER or "max_train_steps" in settings(recipe)) != (args.track == "time"):
             parser.error(f"{recipe}: --track time wants max_train_steps in a recipe, --track data wants none")
+        if EXTENSION in settings(recipe) and args.track == "time":
+            parser.error(f"{recipe}: --track time takes no {EXTENSION}, whose seconds it would not count")
     return args
 
 
@@ -176,7 +185,23 @@ def settings(recipe: str) -> dict[str, Any]:
 def inputs(job: Job) -> dict[str, Any]:
     """The flags that all sides of a job share."""
     files = {name: file for name, file in job.files.items() if name not in ("choose_by", "task")}
+    if number := settings(job.recipe).get(EXTENSION):
+        files["model_name_or_path"] = str(extended(job, number))
     return {**files, "max_seq_length": LENGTH, "seed": job.seed}
+
+
+def extended(job: Job, number: int) -> Path:
+    """The base with `number` words more, made once for all seeds."""
+    text = CorpusConfig(train_file=job.files["train_file"], validation_file=job.files["validation_file"])
+    base, place = job.files["model_name_or_path"], job.folder / f"extended-{number}"
+    build_once(place, place.is_dir, lambda path: extend(ExtensionConfig(base, str(path), number), text))
+    return place
+
+
+def eval_sets_of(config: loop.Config) -> tuple[Any, dict[str, EvalSet]]:
+    """A model's tokenizer, and the held-out samples in its tokens."""
+    tokenizer, info, stores = open_corpus(config)
+    return tokenizer, open_eval_sets(config, tokenizer, info, stores["validation"], LENGTH)
 
 
 def measure(config: loop.Config, job: Job, model: PreTrainedModel | None = None) -> dict[str, float | None]:
@@ -185,13 +210,18 @@ def measure(config: loop.Config, job: Job, model: PreTrainedModel | None = None)
     by_folds, accelerator = EvaluateConfig(eval_mask_folds=FOLDS), make_accelerator()
     other = OutOfDomainConfig(out_of_domain_file=job.files["choose_by"])
     measured = replace(config, evaluate=by_folds, out_of_domain=other)
-    tokenizer, info, stores = open_corpus(measured)
-    eval_sets = open_eval_sets(measured, tokenizer, info, stores["validation"], LENGTH)
+    tokenizer, eval_sets = eval_sets_of(measured)
+    _, of_base = eval_sets_of(replace(measured, model=ModelConfig(job.files["model_name_or_path"])))
     net = SparseMaskedLM(model or load_model(measured.model, tokenizer, seed=0), LENGTH).to(accelerator.device)
-    found = {"choosing_loss": evaluate(net, eval_sets["general"], accelerator, complete=False).loss}
+
+    def loss(name: str, complete: bool) -> float:
+        mine, its = (sets[name].store.header["maskable_tokens"] for sets in (eval_sets, of_base))
+        return evaluate(net, eval_sets[name], accelerator, complete).loss * (mine / its)
+
+    found = {"choosing_loss": loss("general", complete=False)}
     if not job.reports:
         return {"loss": None, **found, "accuracy": None}
-    found["loss"] = evaluate(net, eval_sets["held_out"], accelerator).loss
+    found["loss"] = loss("held_out", complete=True)
     task = read_task(TaskConfig(task_file=job.files.get("task")), CorpusConfig())
     return {**found, "accuracy": task and accuracy(features(net.model, tokenizer, task, 32, accelerator), task.labels)}
 
@@ -218,7 +248,8 @@ def run(job: Job) -> dict[str, Any]:
 
 def flags(recipe: str, given: dict[str, Any]) -> list[str]:
     """The command line of loop.py; what is given wins over the recipe."""
-    return [f"--config={RECIPES / recipe}.yaml", *(f"--{name}={value}" for name, value in given.items())]
+    values = {**settings(recipe), **given}
+    return [f"--{name}={value}" for name, value in values.items() if name != EXTENSION]
 
 
 def race(job: Job) -> dict[str, Any]:
