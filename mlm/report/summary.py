@@ -78,7 +78,8 @@ def plan(config: Any, update: Update, eval_sets: dict[str, EvalSet], steps: int)
         "head": "on the masked positions" if model.sparse else "on all positions",
         "chunks": f"{n:,} to train on, {mixed}{sizes}of {batches.chunks.chunk_size} tokens",
         "batch": f"{G} chunks a step{often}: {world} process(es) of {share}, "
-        f"in {-(-share // update.micro_batch)} micro-batch(es) of at most {min(update.micro_batch, share)}",
+        f"in {'at most ' if batches.pack else ''}{-(-share // update.micro_batch)} micro-batch(es) of at most "
+        f"{min(update.micro_batch, share)}",
         "steps": f"{steps:,} ({seen}), {config.optimizer.lr_scheduler_type} "
         f"learning rate, peak {config.optimizer.learning_rate:g}",
         "precision": f"{update.accelerator.mixed_precision} on {update.accelerator.device}",
