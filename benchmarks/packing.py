@@ -61,11 +61,8 @@ def computed(share: list[Batch]) -> tuple[int, int]:
 
 def measure(config: Config, rounds: int) -> dict[str, Any]:
     """A row of results: how much sooner packed rows are done, and the padding of both."""
-    accelerator, length, documents = (
-        Accelerator(cpu=True),
-        config.chunks.max_seq_length,
-        config.update.train_batch_size,
-    )
+    length, documents = config.chunks.max_seq_length, config.update.train_batch_size
+    accelerator = Accelerator(cpu=True)
     tokenizer, info, stores = open_corpus(config)
     model = SparseMaskedLM(load_model(config.model, tokenizer, 0), length, pack=True).train()
     if not model.packs:
