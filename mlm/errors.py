@@ -19,6 +19,10 @@ class UserError(Exception):
         return printable(super().__str__()).replace("\n", "\\n")
 
 
+class TrainingFailed(UserError):
+    """Training has destroyed the model, or taught it nothing: settings are to blame, no file and no machine."""
+
+
 def printable(text: str) -> str:
     """Other people's text (documents, tokens, names of files and columns) for a terminal: an escape in letters."""
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

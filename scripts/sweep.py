@@ -45,7 +45,7 @@ with quick_imports():
     from mlm.engine.device import make_accelerator
     from mlm.engine.distributed import on_main
     from mlm.engine.signals import Stopped
-    from mlm.errors import UserError, printable
+    from mlm.errors import TrainingFailed, UserError, printable
     from mlm.evaluation.compare import nothing_learnt
     from mlm.evaluation.interval import CONFIDENCE, interval
     from mlm.figures import figure, finite
@@ -62,8 +62,6 @@ REFUSED = {
     **dict.fromkeys(("num_train_epochs", "max_train_steps"), EPOCHS),
     **dict.fromkeys(("output_dir", "overwrite_output_dir", "resume_from_checkpoint"), FOLDER),
 }
-# Words of a run's message by which the setting is to blame for its end, not a file or the machine.
-BROKEN = ("loss or its gradient is not finite", "overflow at any fp16 loss scale", "nothing was learnt: ")
 
 
 @dataclass(frozen=True)
@@ -238,11 +236,11 @@ def run(setting: str, config: Config, accelerator: Accelerator) -> dict[str, Any
     try:
         with redirect_stdout(io.StringIO()):  # its bar, on standard error, is seen
             return train(config).results
-    except UserError as error:
-        if not any(words in str(error) for words in BROKEN):
-            raise UserError(f"{setting}: {error}") from error
+    except TrainingFailed as error:
         accelerator.print(f"{setting}: {error}")
         return on_main(lambda: read_object(Path(config.run.output_dir) / "all_results.json"), accelerator)
+    except UserError as error:
+        raise UserError(f"{setting}: {error}") from error
     except Stopped as stop:
         name, again = signal.Signals(stop.number).name, "the same command with --resume_from_checkpoint latest goes on"
         raise Stopped(stop.number, f"stopped by {name} in the run of {setting}; {again}") from stop

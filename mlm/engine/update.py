@@ -29,7 +29,7 @@ from mlm.data.batches import Batch, Batches
 from mlm.data.masking import DROPOUT, stream_key
 from mlm.engine.distributed import GradientSum, agree, host_group
 from mlm.engine.memory import first_micro_batch, out_of_memory
-from mlm.errors import UserError, at_least, at_most
+from mlm.errors import TrainingFailed, UserError, at_least, at_most
 from mlm.model.sparse_head import SparseMaskedLM
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,8 @@ class Update:
 
     def __call__(self, step: int, requests: Sequence[int] = ()) -> Step:
         """Applies optimizer step `step`, counted from 0. All processes learn of the `requests` of each, as a signal.
-        Raises UserError where one chunk or the optimizer's state is too much memory, or any fp16 scale overflows."""
+        Raises UserError where one chunk or the optimizer's state is too much memory, TrainingFailed where any fp16
+        scale overflows."""
         overflows = 0
         while True:
             self.gradients.begin()
@@ -145,7 +146,8 @@ class Update:
             scale = self.scaler.get_scale()
             if scale < torch.finfo(torch.float16).tiny:  # where ordinary gradients vanish in fp16
                 reason = f"the loss or its gradients overflow at any fp16 loss scale (now {scale:.1e})"
-                raise UserError(f"step {step + 1}: {reason}; use --mixed_precision bf16, or a lower --learning_rate")
+                advice = "use --mixed_precision bf16, or a lower --learning_rate"
+                raise TrainingFailed(f"step {step + 1}: {reason}; {advice}")
 
     def _forward_backward(self, step: int) -> tuple[torch.Tensor, int, list[int]]:
         """Adds this process's part to each .grad. Gives its sums [1 + S], what they were divided by for that, and how

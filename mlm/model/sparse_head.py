@@ -146,9 +146,12 @@ def _misfit(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor) -> str |
         return f"the sparse head fails with {type(error).__name__}: {one_line(error)}"
     if sparse.shape != dense.shape:
         return f"the sparse logits have the shape {tuple(sparse.shape)} instead of {tuple(dense.shape)}"
-    # The two differ by the order of summation; a wrong row differs by as much as the logits themselves.
-    close = (sparse - dense).abs().max() <= torch.finfo(dense.dtype).eps ** 0.5 * dense.abs().max()
-    return None if close else "the sparse logits differ from the dense ones"
+    return None if _close(sparse, dense) else "the sparse logits differ from the dense ones"
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether logits differ by the order of summation alone; a wrong row differs by as much as they are large."""
+    return bool((ours - theirs).abs().max() <= torch.finfo(theirs.dtype).eps ** 0.5 * theirs.abs().max())
 
 
 @torch.no_grad()
@@ -163,8 +166,7 @@ def _mixed(twin: SparseMaskedLM, length: int) -> str | None:
         alone = torch.cat([twin(ids[:, :first], ends[:2]), twin(ids[:, first:-1], ends[2:] - first)])
     except Exception as error:  # whatever a model raises on a mask of another shape
         return f"it fails with {type(error).__name__}: {one_line(error)}"
-    close = (packed - alone).abs().max() <= torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max()  # as above
-    return None if close else "documents in one row have other logits than apart"
+    return None if _close(packed, alone) else "documents in one row have other logits than apart"
 
 
 def _without_gradient(twin: SparseMaskedLM, input_ids: Tensor, positions: Tensor) -> tuple[list[str], str]:

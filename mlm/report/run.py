@@ -22,7 +22,7 @@ from mlm.engine.distributed import agree, broadcast, check_same, from_main, host
 from mlm.engine.nonfinite import find_nonfinite
 from mlm.engine.signals import Stopped, StopSignals
 from mlm.engine.update import Update
-from mlm.errors import UserError, one_line
+from mlm.errors import TrainingFailed, UserError, one_line
 from mlm.evaluation.compare import nothing_learnt
 from mlm.evaluation.eval_set import EvalSet
 from mlm.evaluation.evaluate import Evaluations, evaluate_all
@@ -109,13 +109,13 @@ class Run:
             self.hub_id, self.hub_private = create_repository(name, config.hub_private_repo)
 
     def _publish(self, results: dict[str, Any]) -> None:
-        """Uploads a run that has ended, if asked, and it is a success. Raises UserError where nothing was learnt."""
+        """Uploads a successful run that has ended, if asked. Raises TrainingFailed where nothing was learnt."""
         base, measured = self.config.model.model_name_or_path, "perplexity_before" in results
         near = 0.9 * (results.get("perplexity_unigram") or math.inf)  # about that of constant logits
         if reason := nothing_learnt(results):
             message = f"nothing was learnt: {reason}; what is in {self.folder} is no success"
             if measured or base or results.get("mask_rate") == 0:
-                raise UserError(message)
+                raise TrainingFailed(message)
             self.log.print(f"warning: {message}")  # a model from scratch may also have had too few steps
         elif base and results["steps"] and not measured and results["perplexity"] > near:
             told = f"scripts/evaluate.py --model_name_or_path {self.folder} --compare {base} tells whether it ever did"
@@ -217,15 +217,15 @@ class Run:
             self.save_and_stop()
 
     def report(self, stores: dict[str, TokenStore], tokenizer: PreTrainedTokenizerBase) -> None:
-        """A line of the log. The host waits for the device here. Raises UserError where a loss or gradient since the
-        last line was not finite, and names its documents."""
+        """A line of the log. The host waits for the device here. Raises TrainingFailed where a loss or gradient since
+        the last line was not finite, and names its documents."""
         update, progress = self.update, self.progress
         window, nonfinite = progress.read(update.scalars or ())
         if nonfinite:
             step = progress.step - nonfinite
             found = find_nonfinite(update, step, stores)
             self.log.event("end", step, **found._asdict())
-            raise UserError(found.message(step, stores[found.split], tokenizer))
+            raise TrainingFailed(found.message(step, stores[found.split], tokenizer))
         self.log.training(progress, window, [scheduler.get_last_lr()[0] for scheduler in update.schedulers])
 
     def measure(self, model: SparseMaskedLM, eval_sets: dict[str, EvalSet], complete: bool) -> Evaluations:
@@ -316,7 +316,7 @@ class Run:
             raise UserError(f"{failed}; to repeat it: python {again}, {flags}") from error
 
     def finish(self, results: dict[str, Any]) -> None:
-        """The last line of the log; then, if asked, the Hub. Raises UserError where nothing was learnt."""
+        """The last line of the log; then, if asked, the Hub. Raises TrainingFailed where nothing was learnt."""
         self.log.event("end", self.progress.step, **results)
         self.log.finish_trackers()
         agree([0], self.group)  # all are here; accelerate would wait on a GPU that CPU processes do not use
