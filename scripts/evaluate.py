@@ -4,6 +4,7 @@ Of a finished run: --model_name_or_path RUN --compare BASE, and the run's flags 
 evaluation, repeat what the run has in comparison.json.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from startup import quick_imports
 
 with quick_imports():
+    import numpy as np
     from accelerate import Accelerator
     from pseudo_perplexity import Scores, score
     from sentences import read_sentences
@@ -29,9 +31,10 @@ with quick_imports():
     from mlm.engine.device import make_accelerator
     from mlm.engine.distributed import broadcast, check_same, local_main_process_first, on_main
     from mlm.errors import UserError, printable
-    from mlm.evaluation.compare import compare, gain_figures, in_words
+    from mlm.evaluation.compare import compare, documents_of, gain_figures, in_words
     from mlm.evaluation.eval_set import EvalSet, EvaluateConfig, open_eval_sets
     from mlm.evaluation.evaluate import Evaluations, evaluate_all, measure
+    from mlm.evaluation.interval import CONFIDENCE, FEWEST, half_width
     from mlm.figures import exp_or_inf, figure, finite, mean
     from mlm.files import write_json
     from mlm.model.load import ModelConfig, fingerprint, load_trained, open_corpus, position_limit
@@ -239,10 +242,16 @@ def compare_both(base: Measured, adapted: Measured) -> tuple[dict[str, Any], str
     result, lines = {}, []
     for name, before in base.figures().items():
         after, text = adapted.figures()[name], adapted.eval_sets[name].name
+        change = after["bits_per_character"] - before["bits_per_character"]
+        half, documents = half_width_in_bits(base, adapted, name)
+        low, high = change - half, change + half
         result[name] = {"text": text, "before": before, "after": after}
+        result[name]["difference_in_bits"] = {"value": change, "interval": [low, high], "documents": documents}
+        sure = f"{CONFIDENCE:.0%} interval {low:.4f} to {high:.4f}, from {documents:,} documents"
         lines.append(
             f"{printable(text)}: {figure(before['bits_per_character'])} bits per character before, "
-            f"{figure(after['bits_per_character'])} after"
+            f"{figure(after['bits_per_character'])} after, a difference of {change:.4f} "
+            f"({sure if math.isfinite(half) else 'no interval'})"
         )
     if adapted.eval_sets["held_out"].config.max_eval_samples:
         lines.append("--max_eval_samples: the two were measured on chunks of different parts of the text")
@@ -253,12 +262,47 @@ def compare_both(base: Measured, adapted: Measured) -> tuple[dict[str, Any], str
     return finite({"held_out": None, "general": None, **result, "same_tokenizer": False}), "\n".join(lines)
 
 
+def half_width_in_bits(base: Measured, adapted: Measured, name: str) -> tuple[float, int]:
+    """Half of the interval of the difference in bits per character on an eval set, and the number of its documents.
+
+    bits per character = loss / ln 2 · tokens / characters, with each document left out in turn: see interval.py
+
+    A token store has the characters of the text, not of each document; a document's are taken as its share of the
+    base's tokens. What unknown tokens cost is taken as given. NaN where --max_eval_samples has chosen other documents
+    for each of the two, one of them has an empty document, or there is no interval of the loss either."""
+    losses, tokens = [], []  # [1 + U] each: of the whole text, and without each document
+    for measured in (base, adapted):
+        eval_set, evaluation = measured.eval_sets[name], measured.evaluations[name]
+        offsets = eval_set.store.document_offsets
+        maskable = np.concatenate([[0], np.cumsum(eval_set.info.maskable[eval_set.store.ids])])
+        length = np.diff(maskable[offsets])
+        document = documents_of(eval_set, evaluation)
+        nats, masked = (np.bincount(document, weights, len(length)) for weights in (evaluation.nats, None))
+        tokens.append(without_each(length))
+        with np.errstate(invalid="ignore", divide="ignore"):  # infinite nats, or a document that has all
+            losses.append(without_each(nats) / without_each(masked))
+    documents = len(tokens[0]) - 1
+    if eval_set.config.max_eval_samples or len({documents, len(length)}) > 1 or documents < FEWEST:
+        return math.nan, documents
+    bits = (losses[1] * tokens[1] - losses[0] * tokens[0]) / tokens[0] / math.log(2)  # a token of the base
+    bits *= tokens[0][0] / base.eval_sets[name].store.header["characters"]
+    return half_width(bits[0] - bits[1:], tokens[0][0] - tokens[0][1:]), documents
+
+
+def without_each(values: np.ndarray) -> np.ndarray:
+    """The sum of values [U], and the sums that lack one of them: [1 + U]."""
+    return values.sum() - np.concatenate([[0], values])
+
+
 def headlines(result: dict[str, Any]) -> dict[str, Any]:
     """The figures of a comparison for the last line of output."""
     held_out = result["held_out"]
     before = {f"{name}_before": value for name, value in held_out["before"].items()}
     if not result["same_tokenizer"]:
-        return {**before, "same_tokenizer": False}
+        changed = held_out["difference_in_bits"]
+        low, high = changed["interval"]
+        figures = {"difference_in_bits": changed["value"], "difference_low": low, "difference_high": high}
+        return {**before, "same_tokenizer": False, **figures}
     return {**before, "same_tokenizer": True, **gain_figures(held_out)}
 
 

@@ -26,10 +26,16 @@ def interval(difference: np.ndarray, count: np.ndarray) -> tuple[float, float]:
     if len(count) < FEWEST or not np.isfinite(difference).all():
         return math.nan, math.nan
     theta = difference.sum() / count.sum()
-    shifts = (difference - theta * count) / (count.sum() - count)  # [U] θ − θᵢ
-    worth = count.sum() ** 2 / np.square(count).sum()
-    half = student(max(worth - 1, 1)) * math.sqrt(np.square(shifts).sum())
+    half = half_width((difference - theta * count) / (count.sum() - count), count)
     return float(theta - half), float(theta + half)
+
+
+def half_width(shifts: np.ndarray, count: np.ndarray) -> float:
+    """Half of the CONFIDENCE interval of any statistic of documents.
+
+    shifts: [U] float64, θ − θᵢ of each document; count: [U] int64, its length"""
+    worth = count.sum() ** 2 / np.square(count).sum()
+    return student(max(worth - 1, 1)) * math.sqrt(np.square(shifts).sum())
 
 
 def student(freedom: float) -> float:

@@ -35,6 +35,7 @@ from tests.scripts import load_script
 from tests.test_pipeline import script
 from tests.tokenizers_for_tests import wordpiece
 
+evaluator = load_script("evaluate")
 # Long words that the vocabulary has in pieces, some of them twice in a document.
 WORDS = ["the", "old", "fox", "unbelievably", "likes", "sour", "grapes", "whenever", "owl", "undrinkable"]
 
@@ -538,6 +539,58 @@ def test_of_a_general_data_set_the_held_out_part_alone_is_tokenised(toy, out_of_
     assert train(by_file).results["general_eval_loss"] == found["general_eval_loss"]
 
 
+# In bits per character, between tokenizers
+
+
+def in_bits(world, measured):
+    """The half of the interval over World's text of two models, (eval set, evaluation) each."""
+    found = (evaluator.Measured(world.tokenizer, {}, {"held_out": text}, {"held_out": own}) for text, own in measured)
+    return evaluator.half_width_in_bits(*found, "held_out")
+
+
+def test_the_interval_in_bits_is_that_of_the_loss_where_tokenizers_are_the_same(toy, tmp_path):
+    world = World(toy, tmp_path, remainder="pad")  # no token is left out, and each is predicted once
+    half, documents = in_bits(world, [(world.eval_set, world.before), (world.eval_set, world.after)])
+    low, high = world.compare()["difference"]["interval"]
+    header = world.eval_set.store.header
+    in_nats = half * math.log(2) * header["characters"] / header["maskable_tokens"]
+    assert (in_nats, documents) == (pytest.approx((high - low) / 2), 30)
+
+
+def test_the_interval_in_bits_leaves_each_document_out_of_both_texts(toy, tmp_path):
+    world = World(toy, tmp_path / "small", remainder="pad")
+    tokenizer = wordpiece(world.documents, 400)  # with fewer pieces a word
+    info = tokenizer_info(tokenizer)
+    store = build(world.documents, tokenizer, info, tmp_path / "large", {"split": "validation"})
+    other = make_eval_set("text", store, ChunkConfig(remainder="pad"), 16, info, EvaluateConfig(eval_mask_folds=3))
+    after = evaluate(SparseMaskedLM(toy.new_model(tokenizer)), other, Accelerator(cpu=True))
+
+    def of_documents(eval_set, evaluation, skipped=None):
+        """Nats of all tokens but those of document `skipped`, and their number: each is predicted once a seed."""
+        offsets, place = eval_set.store.document_offsets, evaluation.chunk * 16 + evaluation.column
+        document = np.searchsorted(offsets, place, side="right") - 1
+        nats = evaluation.nats[document != skipped]
+        return nats.sum() / eval_set.config.eval_mask_seeds, len(nats) / eval_set.config.eval_mask_seeds
+
+    both = (world.eval_set, world.before), (other, after)
+    all_tokens, characters = of_documents(*both[0])[1], world.eval_set.store.header["characters"]
+    differences, lengths = [], []
+    for skipped in (None, *range(30)):
+        (nats, tokens), (nats_after, _) = (of_documents(*of, skipped) for of in both)
+        differences.append((nats_after - nats) / math.log(2) / (characters * tokens / all_tokens))
+        lengths.append(all_tokens - tokens)
+    worth = sum(lengths) ** 2 / sum(length**2 for length in lengths)
+    spread = math.sqrt(sum((value - differences[0]) ** 2 for value in differences[1:]))
+    half, _ = in_bits(world, both)
+    assert half == pytest.approx(scipy.stats.t.ppf(0.975, worth - 1) * spread)
+
+
+def test_there_is_no_interval_in_bits_where_each_tokenizer_was_measured_on_other_chunks(toy, tmp_path):
+    world = World(toy, tmp_path, remainder="pad")
+    few = dataclasses.replace(world.eval_set, config=EvaluateConfig(max_eval_samples=5))
+    assert math.isnan(in_bits(world, [(few, world.before), (few, world.after)])[0])
+
+
 # On the command line
 
 
@@ -567,9 +620,12 @@ def test_two_checkpoints_are_compared_on_the_command_line(toy, out_of_domain_fil
     assert "bits per character and per word are" in printed
     assert other["bits_per_character"] != other["bits_per_character_before"]
     assert other["bits_per_character_before"] == pytest.approx(run["bits_per_character_before"])
+    change = other["bits_per_character"] - other["bits_per_character_before"]
+    assert other["difference_in_bits"] == pytest.approx(change)
+    assert other["difference_low"] < change < other["difference_high"]
 
 
 @pytest.mark.parametrize("flag", ["mlm_probability", "whole_word_mask"])
 def test_a_flag_of_training_s_masks_is_answered_with_that_of_evaluation_s(toy, flag):
     with pytest.raises(UserError, match=f"--eval_{flag}"):
-        load_script("evaluate").main([f"--{flag}=1", "--model_name_or_path", str(toy.checkpoint)])
+        evaluator.main([f"--{flag}=1", "--model_name_or_path", str(toy.checkpoint)])
