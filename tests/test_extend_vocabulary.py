@@ -26,6 +26,8 @@ from benchmarks.speedrun import run
 from mlm import cli
 from mlm.data.corpus import CorpusConfig
 from mlm.errors import UserError
+from mlm.report.report import write_report
+from mlm.report.run_record import read_object, read_runs
 from mlm.train import train
 from tests.scripts import load_script
 from tests.tokenizers_for_tests import byte_level_bpe, unigram, wordpiece
@@ -240,6 +242,10 @@ def test_stock_transformers_alone_segments_as_the_trained_model_saw_it(toy, tmp_
     command = [sys.executable, "-c", ALONE, text, *folders]
     ran = subprocess.run(command, text=True, capture_output=True, cwd=tmp_path)
     assert ran.stdout.splitlines() == expected, ran.stderr
+    write_report(read_runs([tmp_path / "bert-run"]), tmp_path / "page.html")
+    saved = read_object(tmp_path / "bert" / "vocabulary_extension.json")["tokens"]["train"]["saved_share"]
+    page = (tmp_path / "page.html").read_text()
+    assert f"4 words added, {saved:.1%} of the training split's tokens saved" in page and ": zorglub grumpf " in page
 
 
 def test_a_speedrun_recipe_with_more_words_counts_nats_over_the_tokens_of_the_base(toy, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -33,6 +34,7 @@ from mlm.model.vocabulary import check_encoder
 from mlm.report.environment import environment, versions
 from mlm.report.metrics import Log, Progress
 from mlm.report.run_directory import RunDirectory
+from mlm.report.run_record import read_object
 from mlm.report.upload import announcement, create_repository, upload
 
 PROBES = "scripts/evaluate.py --model_name_or_path RUN --compare BASE --task_file FILE does it"
@@ -156,6 +158,8 @@ class Run:
         about = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "data": data}
         about |= {"configuration": asdict(self.config), "experiment": self.experiment}
         about["environment"] = environment(self.accelerator)
+        words = Path(self.config.model.model_name_or_path or "") / "vocabulary_extension.json"  # by that script
+        about["vocabulary_extension"] = on_main(lambda: read_object(words), self.accelerator)
         self.directory.begin(about, self.progress.step if found else None)
         if self.config.run.with_tracking:
             self.log.start_trackers(dict(flat(about["configuration"])))
