@@ -13,12 +13,17 @@ import yaml
 from scipy.stats import t
 
 from benchmarks.speedrun import loop, run
+from benchmarks.speedrun.ingredients import CUT, recut
 from benchmarks.speedrun.records import losses, p_value, records
 from mlm import cli
+from mlm.data.batches import Batches
+from mlm.data.chunks import concatenate
+from mlm.data.masking import DROPOUT
 from mlm.errors import UserError
 from mlm.train import train as original
 from tests.conftest import REPOSITORY
-from tests.runs import assert_same_bits, changed_lines, cut_and_resumed
+from tests.runs import ONE, TWO, assert_same_bits, assert_same_weights, changed_lines, cut_and_resumed, weights
+from tests.runs import run as started
 
 NAMES = sorted(path.stem for path in run.RECIPES.glob("*.yaml"))
 WITH_INGREDIENTS = [name for name in NAMES if run.settings(name).keys() & vars(loop.Config().ingredients)]
@@ -63,6 +68,16 @@ def test_a_recipe_is_resumed_to_the_bit(toy, tmp_path, recipe):
 
 @pytest.mark.torture
 @pytest.mark.parametrize("recipe", WITH_INGREDIENTS)
+def test_a_recipe_is_the_same_on_one_process_and_two(toy, tmp_path, recipe):
+    for processes in (ONE, TWO):
+        words = [f"--config={run.RECIPES / recipe}.yaml", *toy.flags(tmp_path / str(processes))]
+        status, _, errors = started(processes, [w for w in words if not w.startswith(OF_THE_RECIPE)], loop.__file__)
+        assert status == 0, errors
+    assert_same_weights(weights(tmp_path / "1"), weights(tmp_path / "2"))
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("recipe", WITH_INGREDIENTS)
 def test_an_ingredient_trains_another_model_and_is_a_part_of_the_experiment(toy, tmp_path, recipe):
     with_it = loop.train(configured(toy, tmp_path / "run", recipe, checkpointing_steps=5)).model.state_dict()
     off = vars(loop.Config().ingredients)
@@ -77,6 +92,7 @@ def test_an_ingredient_trains_another_model_and_is_a_part_of_the_experiment(toy,
     [
         ({"mask_spans": True, "whole_word_mask": True}, "spans are of tokens here"),
         ({"average_share": 0.1, "load_best_model_at_end": True}, "the average of a run is saved, not the best"),
+        ({"decay_share": 1.5}, "--decay_share 1.5: at most 1"),
         ({"recut_epochs": True, "line_by_line": True}, "of one text that is concatenated"),
     ],
 )
@@ -102,6 +118,21 @@ def test_each_epoch_is_cut_at_another_offset_and_has_each_token_once(toy, tmp_pa
     assert offsets[0] != offsets[1] and max(offsets) < T
     for epoch in range(2):
         assert sorted(seen[epoch]) == [offsets[epoch] + T * c for c in range(n)]
+
+
+def test_text_whose_last_chunk_is_padded_is_recut_without_going_past_its_end():
+    ids = np.arange(4 * 8 + 3, dtype=np.uint16)
+    chunks = concatenate(ids, np.ones(len(ids), bool), 8, pad_id=0, remainder="pad")
+    made = Batches(chunks, None, None, None, None, seed=1, global_batch=3)
+    batches = recut(made)
+    assert len(batches.chunks) == 3  # of four that are full
+    for step in range(40):
+        chunk_ids, _ = batches.places(step)
+        assert batches.chunks.take(chunk_ids).ids.shape == (3, 8)
+
+
+def test_the_offset_of_an_epoch_is_no_draw_of_any_processs_dropout():
+    assert CUT > DROPOUT + 2**20
 
 
 def test_a_learning_rate_is_held_and_falls_as_one_minus_a_root(toy):

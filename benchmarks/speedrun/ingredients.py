@@ -13,9 +13,9 @@ from mlm.data.batches import Batches
 from mlm.data.chunks import Chunks, Rows
 from mlm.data.masking import draw
 from mlm.engine import optimizer as plain
-from mlm.errors import UserError
+from mlm.errors import UserError, at_least, at_most
 
-CUT = 5  # the purpose of draws that mlm/data/masking.py has not taken
+CUT = 2**32  # the purpose of draws, beyond those that mlm/data/masking.py takes: the last is DROPOUT + rank
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class IngredientsConfig:
     recut_epochs: bool = False  # Cut the text at another offset in each epoch.
     average_share: float | None = None  # Save an exponential average of the weights over this share of the steps.
     decay_share: float | None = None  # Hold the learning rate, but for this last share of the steps: 1 - sqrt.
+
+    def __post_init__(self) -> None:
+        shares = "mlm_probability_start", "average_share", "decay_share"
+        at_least(self, 0, *shares)
+        at_most(self, 1, *shares)
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ class RecutBatches(Batches):
 
 def recut(batches: Batches) -> Batches:
     """The same batches, cut anew in each epoch, which leaves less than a chunk out at both ends of the text."""
-    if len(batches.chunks) < 2:
+    if len(batches.chunks.ids) < 2 * batches.chunks.chunk_size:
         raise UserError("--recut_epochs: one chunk cannot be cut at another offset; give more text")
-    chunks = ShiftedChunks(**{**vars(batches.chunks), "num_chunks": len(batches.chunks) - 1})
+    full = len(batches.chunks.ids) // batches.chunks.chunk_size  # without one that --remainder pad has added
+    chunks = ShiftedChunks(**{**vars(batches.chunks), "num_chunks": full - 1})
     return RecutBatches(**{**vars(batches), "chunks": chunks})
