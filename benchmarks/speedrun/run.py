@@ -2,10 +2,11 @@
 
 Workload: 2,000 documents to train on, in chunks of 128 tokens: IMDb's reviews without markup with
 bert-tiny-wikitext, and hotel reviews in simplified Chinese with ckip-albert-tiny-chinese. Documents are drawn with a
-fixed seed from files whose SHA-256 is checked. A run sees them in exactly `--passes` passes. The loss is that of the
-weights that it ends with, in nats a token: each token of 300 held-out documents is predicted once (7 folds). Where
-a recipe adds words to the vocabulary, nats are counted over those tokens that the base's own tokenizer has. Recipes
-are chosen by 300 other held-out documents, of which the first fold is predicted (`--choose` looks at no others).
+fixed seed from files whose SHA-256 is checked. A run sees them in `--passes` passes, and as many chunks of the next as
+fill its last step. The loss is that of the weights that it ends with, in nats a token: each token of 300 held-out
+documents is predicted once (7 folds), in concatenated chunks however a recipe cuts what it trains on. Where a recipe
+adds words to the vocabulary, nats are counted over those tokens that the base's own tokenizer has. Recipes are chosen
+by 300 other held-out documents, of which the first fold is predicted (`--choose` looks at no others).
 Beside the loss, where the text has labels: the accuracy of logistic regression on the mean and first states of the
 model (mlm/evaluation/probe.py), cross-validated on 1,000 further documents. It decides nothing.
 
@@ -15,7 +16,9 @@ more, `vocabulary_extension`, is scripts/extend_vocabulary.py's, which reads the
 
 Rule: `default` holds the record of a domain and number of passes until another recipe, in the order in which they
 were measured, has a lower loss at p < 0.01 by a paired one-sided t-test over at least five seeds, and is not worse, at
-p < 0.01, in the other domain. One in a hundred recipes that do nothing would pass such a test. Ceiling: none is known.
+p < 0.01, in the other domain. One in a hundred recipes that do nothing would pass such a test, and more of them if
+seeds were added until it is passed. It says how sure a difference is over seeds, on these documents. Ceiling: none is
+known.
 
     python benchmarks/speedrun/run.py --data FOLDER default no_dropout --seeds 1 2 3 4 5 --passes 1
 
@@ -60,6 +63,7 @@ from benchmarks.reviews import read
 from benchmarks.speedrun import loop
 from mlm import cli
 from mlm.data.cache import build_once
+from mlm.data.chunks import ChunkConfig
 from mlm.data.corpus import CorpusConfig, OutOfDomainConfig
 from mlm.data.task import TaskConfig, read_task
 from mlm.engine.device import make_accelerator
@@ -134,6 +138,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of OMP_NUM_THREADS threads each")
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "results" / "speedrun.json")
     args = parser.parse_args()
+    if args.track == "time" and args.jobs > 1:
+        parser.error("--jobs: each side of --track time has all cores to itself")
     for recipe in args.recipes:
         if (recipe == PEER or "max_train_steps" in settings(recipe)) != (args.track == "time"):
             parser.error(f"{recipe}: --track time wants max_train_steps in a recipe, --track data wants none")
@@ -209,7 +215,8 @@ def measure(config: loop.Config, job: Job, model: PreTrainedModel | None = None)
     the accuracy of its probe where there are labels."""
     by_folds, accelerator = EvaluateConfig(eval_mask_folds=FOLDS), make_accelerator()
     other = OutOfDomainConfig(out_of_domain_file=job.files["choose_by"])
-    measured = replace(config, evaluate=by_folds, out_of_domain=other)
+    chunks = ChunkConfig(max_seq_length=LENGTH)  # the same held-out chunks, however a recipe cuts its training text
+    measured = replace(config, evaluate=by_folds, out_of_domain=other, chunks=chunks)
     tokenizer, eval_sets = eval_sets_of(measured)
     _, of_base = eval_sets_of(replace(measured, model=ModelConfig(job.files["model_name_or_path"])))
     net = SparseMaskedLM(model or load_model(measured.model, tokenizer, seed=0), LENGTH).to(accelerator.device)
