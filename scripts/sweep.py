@@ -180,6 +180,12 @@ def check(configs: dict[str, Config]) -> Config:
         raise UserError("--sweep: give two different settings or more, FLAG=VALUE,VALUE, each once")
     if any((run.evaluate, run.chunks) != (base.evaluate, base.chunks) for run in runs):
         raise UserError("--sweep: leave out flags of chunks and evaluation: all have to be measured on the same ones")
+    fixed = {(run.train.seed, run.train.num_train_epochs, run.train.max_train_steps) for run in runs}
+    folders = {
+        (run.run.output_dir, run.run.overwrite_output_dir, run.checkpoint.resume_from_checkpoint) for run in runs
+    }
+    if len(fixed) > 1 or len(folders) > 1:  # of which `grid` does not know in files of flags
+        raise UserError("--sweep config: the files have to agree on the seed, the length and the folder of a run")
     if not all(run.train.eval_on_start for run in runs):
         raise UserError(
             "--eval_on_start false: leave it out; what is compared is written with the figures before a run"

@@ -267,6 +267,17 @@ def test_a_mistake_is_told_in_one_line_before_anything_is_written(toy, tmp_path,
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.parametrize("line", ["seed: 7", "max_train_steps: 99", "overwrite_output_dir: true"])
+def test_files_of_flags_do_not_bring_in_what_cannot_be_swept(toy, tmp_path, line):
+    (tmp_path / "a.yaml").write_text("dropout: 0.1")
+    (tmp_path / "b.yaml").write_text(line)
+    files = f"config={tmp_path}/a.yaml,{tmp_path}/b.yaml"
+    asked = [word for word in flags(toy, tmp_path / "sweep", files) if not word.startswith("--max_train_steps")]
+    with pytest.raises(UserError, match="the files have to agree on the seed, the length and the folder"):
+        script.main(asked)
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_sweep_needs_a_folder_without_a_run_and_is_not_begun_twice(toy, obvious):
     output, _, found = obvious
     nowhere = [word for word in flags(toy, output, "dropout=0,0.1") if not word.startswith("--output_dir")]
