@@ -7,7 +7,8 @@ The words of the training split that take the most pieces more than one become t
 and wherever the head has one, starts as the mean of its pieces' (IndoBERTweet: Koto et al., EMNLP 2021). All other
 text keeps its tokens:
 
-    WordPiece        a word becomes an added token, found where no letter, digit or underscore touches it. In the
+    WordPiece        a word becomes an added token, found where no letter, digit or underscore touches it: in "fox€" as
+                     well, which BERT takes for one word, so that the € is cut as a word of its own there. In the
                      model's vocabulary "fox" would also begin "foxes", in place of pieces that the model knows there.
     byte-level BPE   a word becomes an entry of the vocabulary, which `ignore_merges` takes whole or not at all. The
                      blank before a word belongs to it, so that " fox" and "fox" are two words.
@@ -18,7 +19,7 @@ text. One with an unknown piece stays as it is: nothing that its row could start
 
 import json
 import os
-import shutil
+import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -87,7 +88,8 @@ def extend(what: ExtensionConfig, source: CorpusConfig) -> dict[str, Any]:
         raise UserError("give the checkpoint to extend, --model_name_or_path, and where to save it, --output_dir")
     folder = Path(what.output_dir)
     corpus.keep_apart(source, "--output_dir", folder)
-    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+    here = not folder.name  # ".", which cannot be replaced under the feet of a shell
+    if here or (os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))):
         raise UserError(f"--output_dir {folder}: name a new or an empty folder")
     tokenizer = load_tokenizer(what.model_name_or_path, what.trust_remote_code)
     check_kind(tokenizer)
@@ -98,9 +100,9 @@ def extend(what: ExtensionConfig, source: CorpusConfig) -> dict[str, Any]:
         words = find_words(splits["train"], tokenizer, what.vocabulary_extension, what.min_count)
     model = load_model(ModelConfig(what.model_name_or_path, trust_remote_code=what.trust_remote_code), tokenizer, 0)
     extend_model(model, [tokenizer.convert_tokens_to_ids(list(word.pieces)) for word in words], vocab_size(tokenizer))
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial.", dir=folder.parent) as workspace:
+        partial = Path(workspace, "model")  # others may read it, unlike the folder around it
         save_model(model, partial)
         extended = extend_tokenizer(tokenizer, [word.token for word in words], partial)
         tokens = {name: compare_lengths(texts, tokenizer, extended) for name, texts in splits.items()}
@@ -108,8 +110,6 @@ def extend(what: ExtensionConfig, source: CorpusConfig) -> dict[str, Any]:
         result = {"min_count": what.min_count, "tokens": tokens, "words": listed}
         write_json(partial / "vocabulary_extension.json", result)
         partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     first = [word["word"] for word in listed[:SHOWN]]
     return {"output_dir": str(folder), **result, "words": len(words), "first_words": first}
 

@@ -256,7 +256,8 @@ def test_a_speedrun_recipe_with_more_words_counts_nats_over_the_tokens_of_the_ba
     for name, own in texts.items():
         files[name] = str(tmp_path / f"{name}.parquet")
         pq.write_table(pa.table({"text": own}), files[name])
-    (tmp_path / "more.yaml").write_text("vocabulary_extension: 3\ntrain_batch_size: 8\n")
+    # Rows of documents are how this one trains; it is measured on the chunks that all are measured on.
+    (tmp_path / "more.yaml").write_text("vocabulary_extension: 3\ntrain_batch_size: 8\nline_by_line: true\n")
     monkeypatch.setattr(run, "RECIPES", tmp_path)
     monkeypatch.setattr(run, "LENGTH", 16)
     job = run.Job("toy", 1, "more", 1, files, tmp_path, reports=True)
@@ -266,7 +267,10 @@ def test_a_speedrun_recipe_with_more_words_counts_nats_over_the_tokens_of_the_ba
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
+    cut, make = [], run.open_eval_sets
+    monkeypatch.setattr(run, "open_eval_sets", lambda *given: cut.append(make(*given)) or cut[-1])
     found = run.measure(config, job, model)
+    assert all(own.chunks.document_offsets is None for sets in cut for own in sets.values())
     base, extended = (AutoTokenizer.from_pretrained(f) for f in (toy.checkpoint, tmp_path / "extended-3"))
     for figure, name in (("loss", "validation_file"), ("choosing_loss", "choose_by")):
         its, mine = (sum(len(t.tokenize(text)) for text in texts[name]) for t in (base, extended))
@@ -303,6 +307,18 @@ def test_a_folder_that_holds_something_is_not_touched(toy, tmp_path):
     with pytest.raises(UserError, match="name a new or an empty folder"):
         extend(toy.checkpoint, tmp_path, TEXTS, output_dir=tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
+
+
+def test_an_empty_folder_is_filled_and_those_beside_it_are_not_touched(toy, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "mine.partial" / "notes").write_text("")
+    with pytest.raises(UserError, match=r"--output_dir \.: name a new or an empty folder"):
+        extend(toy.checkpoint, tmp_path, TEXTS, output_dir=".")
+    extend(toy.checkpoint, tmp_path, TEXTS, output_dir=tmp_path / "mine")
+    assert "zorglub" in AutoTokenizer.from_pretrained(tmp_path / "mine").tokenize("the zorglub")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "mine.partial", "text.jsonl"}
+    assert (tmp_path / "mine.partial" / "notes").exists()
 
 
 def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
