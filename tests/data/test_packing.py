@@ -61,7 +61,7 @@ def test_a_document_costs_as_much_among_many():
             tries.append(time.process_time() - began)
         return min(tries) / documents
 
-    assert seconds(100_000) < 10 * seconds(1_000)
+    assert seconds(100_000) < 3 * seconds(1_000)  # 1.3; 4.5 where all rows stand in one sorted list
 
 
 def test_no_document_takes_no_row():
