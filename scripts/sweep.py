@@ -101,6 +101,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     configs = {" ".join(setting): configure(argv, setting) for setting in product(*values.values())}
     base = check(configs)
     accelerator = make_accelerator(**asdict(base.device))
+    configs = {setting: with_batch(config, accelerator.num_processes) for setting, config in configs.items()}
     output = Path(base.run.output_dir)
     on_main(lambda: check_folder(output, base), accelerator)
     rungs = plan(len(configs))
@@ -172,6 +173,12 @@ def configure(argv: Sequence[str], setting: Sequence[str]) -> Config:
     return Config(**{part.name: getattr(config, part.name) for part in fields(Config)})
 
 
+def with_batch(config: Config, processes: int) -> Config:
+    """The same run with its global batch as one flag, so that it is no other run on another number of processes."""
+    batch = config.update.global_batch(processes)
+    return replace(config, update=replace(config.update, train_batch_size=batch, gradient_accumulation_steps=1))
+
+
 def check(configs: dict[str, Config]) -> Config:
     """The first of the runs. Raises UserError where they cannot be compared, or are not what a sweep can do."""
     runs = list(configs.values())
@@ -202,7 +209,7 @@ def check_folder(output: Path, base: Config) -> None:
     if (output / "run.json").exists():
         raise UserError(f"--output_dir {output} holds a run; name another folder")
     if any(output.glob("rung_*")) and not (base.checkpoint.resume_from_checkpoint or base.run.overwrite_output_dir):
-        advice = "--resume_from_checkpoint latest goes on with it, --overwrite_output_dir replaces it"
+        advice = "--resume_from_checkpoint latest goes on with it, --overwrite_output_dir trains its runs anew"
         raise UserError(f"--output_dir {output} holds a sweep; {advice}")
 
 

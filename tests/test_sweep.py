@@ -172,6 +172,13 @@ def test_flags_are_read_as_the_run_that_they_were_made_of(settings):
     assert cli.parse_config(Config, shlex.split(line)) == asked
 
 
+def test_the_best_command_takes_the_sweep_s_batch_on_any_number_of_processes():
+    asked = script.with_batch(Config.of(per_device_train_batch_size=4, gradient_accumulation_steps=2), processes=3)
+    again = cli.parse_config(Config, script.flags(asked, "out")).update
+    assert again.global_batch(1) == again.global_batch(8) == 24
+    assert again.per_device_train_batch_size == 4
+
+
 def test_settings_that_differ_by_less_than_noise_are_marked(toy, tmp_path):
     _, found = sweep(toy, tmp_path / "sweep", "mask_replace_prob=0.8,0.75", max_train_steps=3)
     best, other = found["runs"]
