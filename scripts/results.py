@@ -551,7 +551,7 @@ def _best(runs: list[dict[str, Any]], domain: str, passes: float) -> str:
     """The loss of the recipe that is the best on the documents to choose by, of those with seeds enough, against the
     default's: chosen by the loss that is reported, the best of many would look better than it is."""
     losses, choosing = (records.losses(runs, domain, passes, figure) for figure in ("loss", "choosing_loss"))
-    means = {recipe: statistics.mean(own.values()) for recipe, own in losses.items() if len(own) >= records.SEEDS}
+    means = {recipe: statistics.mean(own.values()) for recipe, own in losses.items() if len(own) == len(records.SEEDS)}
     if records.FIRST not in means:
         return ""
     name = min(means, key=lambda recipe: statistics.mean(choosing[recipe].values()))
@@ -563,24 +563,31 @@ def _passes(passes: float) -> str:
 
 
 def _times(times: list[dict[str, Any]], domain: str) -> list[str]:
-    """The time track of a domain: each side's seconds, with the ratios to those of the recipe that sets the target in
-    the same round, and how often it has reached the target."""
+    """The time track of a domain: each side's seconds, with the ratios to those of others in the same round, and how
+    often it has reached the loss of the one that sets the target."""
     sides: dict[str, dict[int, dict[str, Any]]] = {}
     for row in times:
         sides.setdefault(row["recipe"], {})[row["seed"]] = row
-    target = sides.get("run_mlm_no_trainer", {})
+    others = {"the peer's": sides.get("run_mlm_no_trainer", {}), "default's": sides.get("default_to_target", {})}
+    target = others["the peer's"]
     lines = [
-        f"| time to target, {domain} | rounds | steps | seconds | of the peer's | rounds at or below its loss |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| time to target, {domain} | n | steps | seconds | of {' | of '.join(others)} | loss, from the peer's |",
+        f"|{' --- |' * 7}",
     ]
     for name, rounds in sides.items():
         seconds = statistics.median(row["seconds"] for row in rounds.values())
-        ratios = [row["seconds"] / target[seed]["seconds"] for seed, row in rounds.items() if seed in target]
-        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
-        reached = sum(row["loss"] <= target[seed]["loss"] for seed, row in rounds.items() if seed in target)
+        ratios = " | ".join(_ratios(rounds, other) for other in others.values())
+        above = [row["loss"] - target[seed]["loss"] for seed, row in rounds.items() if seed in target]
+        reached = f"{max(above):+.4f} at most" if above else ""
         steps = next(iter(rounds.values()))["settings"].get("max_train_steps", "a pass")
-        lines.append(f"| {name} | {len(rounds)} | {steps} | {seconds:.1f} | {ratio} | {reached} of {len(ratios)} |")
+        lines.append(f"| {name} | {len(rounds)} | {steps} | {seconds:.1f} | {ratios} | {reached} |")
     return lines
+
+
+def _ratios(mine: dict[int, dict[str, Any]], its: dict[int, dict[str, Any]]) -> str:
+    """The median ratio of the seconds of rounds that both have, and its range."""
+    ratios = [row["seconds"] / its[seed]["seconds"] for seed, row in mine.items() if seed in its]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
 
 
 def _recipes(runs: list[dict[str, Any]], domain: str, passes: float) -> list[str]:

@@ -49,7 +49,7 @@ def test_the_best_recipe_is_chosen_by_other_documents_than_its_loss_is_of(monkey
 
 def test_a_race_is_compared_with_its_own_domain_and_a_peer_may_be_missing(monkeypatch):
     sides = [("imdb", "peer", 100.0, 4.0), ("imdb", "fast", 50.0, 4.1), ("hotel", "peer", 10.0, 3.0)]
-    sides += [("hotel", "fast", 5.0, 2.9), ("news", "fast", 1.0, 2.0)]
+    sides += [("hotel", "fast", 5.0, 2.9), ("hotel", "default_to_target", 8.0, 3.0), ("news", "fast", 1.0, 2.0)]
     times = [
         {"domain": domain, "recipe": recipe.replace("peer", "run_mlm_no_trainer"), "seed": 1, "settings": {}}
         | {"seconds": seconds, "loss": loss}
@@ -58,9 +58,9 @@ def test_a_race_is_compared_with_its_own_domain_and_a_peer_may_be_missing(monkey
     page = speedrun(monkeypatch, times=times)
     found = [line for line in page.splitlines() if line.startswith("| fast")]
     assert found == [
-        "| fast | 1 | a pass | 5.0 | 0.50 (0.50 to 0.50) | 1 of 1 |",
-        "| fast | 1 | a pass | 50.0 | 0.50 (0.50 to 0.50) | 0 of 1 |",
-        "| fast | 1 | a pass | 1.0 |  | 0 of 0 |",
+        "| fast | 1 | a pass | 5.0 | 0.50 (0.50 to 0.50) | 0.62 (0.62 to 0.62) | -0.1000 at most |",
+        "| fast | 1 | a pass | 50.0 | 0.50 (0.50 to 0.50) |  | +0.1000 at most |",
+        "| fast | 1 | a pass | 1.0 |  |  |  |",
     ]
 
 

@@ -248,6 +248,13 @@ def test_what_is_not_shown_in_both_domains_is_no_record(imdb, hotel):
     assert records(rows(imdb={"default": BASE, "a": imdb}, hotel={"default": BASE, "a": hotel}), "imdb", 1) == []
 
 
+def test_seeds_that_are_added_count_for_nothing():
+    luck = [loss - 0.01 * (seed > 5) for seed, loss in enumerate([*BASE, *BASE], 1)]
+    assert losses(rows(imdb={"a": luck}), "imdb", 1) == {"a": dict(enumerate(BASE, 1))}
+    with pytest.raises(SystemExit):
+        run.parse_arguments(["default", "--data", "folder", "--seeds", "6"])
+
+
 def test_chance_seldom_sets_a_record():
     """A recipe that does nothing but draw other seeds: in both domains, of 300."""
     draws = np.random.default_rng(0).normal(4.2, 0.01, (300, 4, 5)).tolist()
