@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import textwrap
@@ -94,8 +95,11 @@ def parse_config(config: type, argv: Sequence[str], description: str | None = No
 
 
 def command(description: str | None) -> argparse.ArgumentParser:
-    """The parser of a script: full flag names only, and one-line errors."""
-    return _Parser(description=description, allow_abbrev=False, add_help=False)
+    """The parser of a script: full flag names only, one-line errors, and commands in the help as they are indented."""
+    width, parts = shutil.get_terminal_size().columns - 2, (description or "").split("\n\n")
+    text = "\n\n".join(part if part.startswith("    ") else textwrap.fill(part, width) for part in parts)
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    return _Parser(description=text, formatter_class=as_it_is, allow_abbrev=False, add_help=False)
 
 
 def run(body: Callable[[Sequence[str]], dict[str, Any]], words: Callable[[dict[str, Any]], str] | None = None) -> None:
@@ -170,9 +174,8 @@ def _mistake(error: Exception) -> str | None:
         return f"process {os.environ.get('RANK', '0')} ends because {reason}; {resumes}"
     if isinstance(error, OSError) and error.errno is not None:  # too long a name, a loop of links, no permission, …
         return f"{one_line(error.filename or 'a file or standard output')}: {error.strerror}"
-    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
-        return str(error)
-    return str(error) if isinstance(error, UserError) else None
+    loop = isinstance(error, RuntimeError) and str(error).startswith("Symlink loop")
+    return str(error) if loop or isinstance(error, UserError) else None
 
 
 def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:
@@ -246,6 +249,6 @@ def _unknown(flag: str, parser: argparse.ArgumentParser) -> str:
         return f"{flag} is gone; {GONE[name]}"
     if f"--{RENAMED.get(name)}" in known:
         return f"{flag} is now --{RENAMED[name]}"
-    close = difflib.get_close_matches(f"--{name}", known, n=1)
+    close = difflib.get_close_matches(f"--{name}", known.keys() - {"--help"}, n=1)
     advice = f"did you mean {close[0]}?" if close else "--help lists the known ones"
     return f"unknown flag {flag}; {advice}"

@@ -133,6 +133,7 @@ def test_none_unsets_a_text_and_is_a_word_where_it_is_one_of_the_choice():
         (["--loafs=2"], "unknown flag --loafs; did you mean --loaves?"),
         (["--loav", "2"], "unknown flag --loav; did you mean --loaves?"),
         (["--zzz"], "unknown flag --zzz; --help lists the known ones"),
+        (["--hlp"], "unknown flag --hlp; --help lists the known ones"),
         (["--use_slow_tokenizer"], f"--use_slow_tokenizer is gone; {cli.GONE['use_slow_tokenizer']}"),
         (["--low_cpu_mem_usage=1"], f"--low_cpu_mem_usage is gone; {cli.GONE['low_cpu_mem_usage']}"),
         (["--hub_token", "x"], f"--hub_token is gone; {cli.GONE['hub_token']}"),
@@ -276,6 +277,14 @@ def test_the_help_is_whole_sentences_under_the_first_line_of_the_modules_docstri
     for text in help_of([module]).values():
         sentence = text.partition(" (default: ")[0] if text.endswith(")") else text
         assert sentence[0].isupper() and sentence.endswith("."), sentence
+
+
+def test_a_command_in_the_help_can_be_copied_and_prose_is_as_wide_as_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    usage = "    python bake.py --crust hard \\\n        --loaves 2"
+    text = cli.command(f"Bakes bread.\n\n{usage}\n\n{'It rises. ' * 20}").format_help()
+    assert f"\n\n{usage}\n\n" in text
+    assert max(map(len, text.splitlines())) <= 60
 
 
 def test_no_two_modules_share_a_flag():
