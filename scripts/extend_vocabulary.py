@@ -19,10 +19,11 @@ text. One with an unknown piece stays as it is: nothing that its row could start
 
 import json
 import os
-import tempfile
+import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ with quick_imports():
     from mlm.model.sparse_head import seeded_cpu_generator
     from mlm.model.vocabulary import enlarge, vocab_size
 
+PARTIAL = ".partial"  # where a checkpoint is until it is whole; what a killed run left there is removed
 SHOWN = 20  # words, on a terminal and in the last line of output
 WHOLE = {"WordPiece": "BertPreTokenizer", "BPE": "ByteLevel"}  # models, with the pre-tokenizer that finds their words
 
@@ -88,8 +90,8 @@ def extend(what: ExtensionConfig, source: CorpusConfig) -> dict[str, Any]:
         raise UserError("give the checkpoint to extend, --model_name_or_path, and where to save it, --output_dir")
     folder = Path(what.output_dir)
     corpus.keep_apart(source, "--output_dir", folder)
-    here = not folder.name  # ".", which cannot be replaced under the feet of a shell
-    if here or (os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))):
+    partial = folder / PARTIAL  # in the folder: its parent may be no place to write, or on another file system
+    if os.path.lexists(folder) and not (folder.is_dir() and not set(folder.iterdir()) - {partial}):
         raise UserError(f"--output_dir {folder}: name a new or an empty folder")
     tokenizer = load_tokenizer(what.model_name_or_path, what.trust_remote_code)
     check_kind(tokenizer)
@@ -100,16 +102,23 @@ def extend(what: ExtensionConfig, source: CorpusConfig) -> dict[str, Any]:
         words = find_words(splits["train"], tokenizer, what.vocabulary_extension, what.min_count)
     model = load_model(ModelConfig(what.model_name_or_path, trust_remote_code=what.trust_remote_code), tokenizer, 0)
     extend_model(model, [tokenizer.convert_tokens_to_ids(list(word.pieces)) for word in words], vocab_size(tokenizer))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial.", dir=folder.parent) as workspace:
-        partial = Path(workspace, "model")  # others may read it, unlike the folder around it
+    is_new = not folder.exists()
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
         save_model(model, partial)
         extended = extend_tokenizer(tokenizer, [word.token for word in words], partial)
         tokens = {name: compare_lengths(texts, tokenizer, extended) for name, texts in splits.items()}
         listed = [{"word": spelt(tokenizer, word.token), **word._asdict(), "saved": word.saved} for word in words]
         result = {"min_count": what.min_count, "tokens": tokens, "words": listed}
         write_json(partial / "vocabulary_extension.json", result)
-        partial.replace(folder)
+        # The configuration last: without it there is no model.
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # not empty: the checkpoint is there
+                folder.rmdir()
     first = [word["word"] for word in listed[:SHOWN]]
     return {"output_dir": str(folder), **result, "words": len(words), "first_words": first}
 

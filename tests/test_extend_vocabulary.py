@@ -313,12 +313,26 @@ def test_an_empty_folder_is_filled_and_those_beside_it_are_not_touched(toy, tmp_
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine.partial").mkdir()
     (tmp_path / "mine.partial" / "notes").write_text("")
-    with pytest.raises(UserError, match=r"--output_dir \.: name a new or an empty folder"):
-        extend(toy.checkpoint, tmp_path, TEXTS, output_dir=".")
     extend(toy.checkpoint, tmp_path, TEXTS, output_dir=tmp_path / "mine")
     assert "zorglub" in AutoTokenizer.from_pretrained(tmp_path / "mine").tokenize("the zorglub")
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "mine.partial", "text.jsonl"}
     assert (tmp_path / "mine.partial" / "notes").exists()
+
+
+@pytest.mark.parametrize("output_dir", [".", "link"])
+def test_an_empty_folder_that_cannot_be_replaced_takes_a_checkpoint(toy, tmp_path, monkeypatch, output_dir):
+    """The current folder, the target of a link; a mounted volume likewise."""
+    here, beside = tmp_path / "here", tmp_path / "beside"
+    (here / ".partial").mkdir(parents=True)  # a run was killed
+    beside.mkdir()
+    (beside / "link").symlink_to(here)
+    monkeypatch.chdir(here if output_dir == "." else beside)
+    extend(toy.checkpoint, tmp_path, TEXTS, output_dir=output_dir)
+    tokenizer, model = AutoTokenizer.from_pretrained(here), AutoModelForMaskedLM.from_pretrained(here)
+    assert tokenizer.convert_tokens_to_ids("zorglub") < model.config.vocab_size
+    assert tokenizer.tokenize("zorglub") == ["zorglub"]
+    assert not (here / ".partial").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["beside", "here", "text.jsonl"]
 
 
 def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
