@@ -129,7 +129,7 @@ def halve(
             accelerator.print(in_words(trials[-1], len(rungs)))
             on_main(lambda: check_comparable(trials[0], trials[-1]), accelerator)
             if divisor > 1 and accelerator.is_main_process:
-                drop_weights(trials[-1])
+                drop_weights(folder)
         left = [trial.setting for trial in ranked(trials, number) if not trial.lost]
     return trials
 
@@ -261,22 +261,27 @@ def run(setting: str, config: Config, accelerator: Accelerator) -> dict[str, Any
 
 def ended(config: Config) -> dict[str, Any] | None:
     """The results of this very run, if it goes on and has ended in its folder, as `run` gives them. It may have no
-    weights any more, so that train() would not find it finished."""
+    weights any more, so that train() would not find it finished. Raises UserError where another has."""
     if config.checkpoint.resume_from_checkpoint is None or config.run.overwrite_output_dir:
         return None
     folder = Path(config.run.output_dir)
     asked = json.loads(json.dumps(asdict(config)))
     ran = read_object(folder / "run.json").get("configuration", {})
-    if any(ran.get(part) != asked[part] for part in asked.keys() - {"checkpoint", "run", "token_store"}):
-        return None
     events = read_events(folder / "metrics.jsonl")
-    return read_object(folder / "all_results.json") if events and events[-1]["event"] == "end" else None
+    if not (events and events[-1]["event"] == "end"):
+        return None
+    parts = asked.keys() - {"checkpoint", "run", "token_store"}
+    if changed := sorted(n for part in parts for n, v in asked[part].items() if ran.get(part, {}).get(n) != v):
+        why = f"{folder} has ended with other values of {', '.join(changed)}"
+        advice = "a sweep goes on with the same command and as many settings; or name another --output_dir"
+        raise UserError(f"--resume_from_checkpoint latest: {why}; {advice}")
+    return read_object(folder / "all_results.json")
 
 
-def drop_weights(trial: Trial) -> None:
-    for path in trial.folder.glob("*.safetensors"):
+def drop_weights(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
         path.unlink()
-    shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def check_comparable(first: Trial, trial: Trial) -> None:
@@ -319,8 +324,8 @@ def conclude(
     rungs = [ranked(trials, number) for number in range(1, trials[-1].rung + 1)]
     best, *others = rungs[-1]
     rows = [row(trial, rung[0]) for rung in rungs for trial in rung]
-    for trial in others:
-        drop_weights(trial)
+    for folder in {*output.glob("rung_*/*")} - {best.folder}:  # also those of a sweep that was begun anew
+        drop_weights(folder)
     if best.lost:
         write_json(output / "sweep.json", finite({"best": None, "runs": rows}))
         return {"lines": printable(table(rows))}

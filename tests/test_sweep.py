@@ -64,6 +64,7 @@ def test_two_settings_take_all_steps_and_no_more_steps_are_taken_than_without_ha
         assert sum(count / divisor for count, divisor in script.plan(settings, factor)) <= settings
 
 
+LATEST = {"resume_from_checkpoint": "latest"}
 OBVIOUS = "learning_rate=0,5e-3,100,1e30"
 
 
@@ -292,6 +293,11 @@ def test_a_sweep_needs_a_folder_without_a_run_and_is_not_begun_twice(toy, obviou
         (nowhere, "give --output_dir"),
         (flags(toy, found["best"]["output_dir"], "dropout=0,0.1"), "holds a run; name another folder"),
         (flags(toy, output, "dropout=0,0.1"), "holds a sweep; --resume_from_checkpoint latest goes on with it"),
+        (flags(toy, output, "learning_rate=0,5e-3", num_warmup_steps=6, **LATEST), "values of max_train_steps"),
+        (
+            flags(toy, output, OBVIOUS, num_warmup_steps=6, weight_decay=0.1, **LATEST),
+            "values of weight_decay; a sweep",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             script.main(argv)
@@ -325,8 +331,10 @@ def test_a_sweep_that_is_stopped_goes_on_without_repeating_what_has_ended(toy, t
 
 @pytest.mark.slow
 def test_two_processes_choose_what_one_chooses(toy, tmp_path, obvious):
+    """Also the batch of its command, for one process, where theirs followed from how many they were."""
     _, _, expected = obvious
-    status, _, errors = run(TWO, flags(toy, tmp_path / "sweep", OBVIOUS, num_warmup_steps=6), SWEEP)
+    batch = {"train_batch_size": "none", "per_device_train_batch_size": 4}
+    status, _, errors = run(TWO, flags(toy, tmp_path / "sweep", OBVIOUS, num_warmup_steps=6, **batch), SWEEP)
     assert status == 0, errors
     found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert order(found) == order(expected)
@@ -334,3 +342,5 @@ def test_two_processes_choose_what_one_chooses(toy, tmp_path, obvious):
         assert row["lost"] == own["lost"]
         if not row["lost"]:
             assert row["eval_loss"] == pytest.approx(own["eval_loss"], rel=1e-3)
+    commands = [shlex.split(of["best"]["command"])[2:] for of in (found, expected)]
+    assert [cli.parse_config(Config, words).update.global_batch(1) for words in commands] == [8, 8]
