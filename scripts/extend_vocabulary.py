@@ -106,7 +106,7 @@ def extend(what: ExtensionConfig, source: CorpusConfig) -> dict[str, Any]:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         save_model(model, partial)
-        extended = extend_tokenizer(tokenizer, [word.token for word in words], partial)
+        extended = extend_tokenizer(tokenizer, [word.token for word in words], partial, what.trust_remote_code)
         tokens = {name: compare_lengths(texts, tokenizer, extended) for name, texts in splits.items()}
         listed = [{"word": spelt(tokenizer, word.token), **word._asdict(), "saved": word.saved} for word in words]
         result = {"min_count": what.min_count, "tokens": tokens, "words": listed}
@@ -156,7 +156,7 @@ def find_words(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, number:
 
     words = choose(new, cut, number)
     if not words:
-        seldom = f"no word that stands {least} times in the training split is cut into pieces"
+        seldom = f"no word that stands {least} times in the training split is cut into pieces that are all known"
         raise UserError(f"{seldom}: there is none to add (--min_count)")
     return words
 
@@ -207,13 +207,15 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
         raise UserError(f"{type(model).__name__}: transformers saves it without its {', '.join(missing)}")
 
 
-def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, words: list[str], folder: Path) -> PreTrainedTokenizerBase:
+def extend_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, words: list[str], folder: Path, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Saves the tokenizer with `words` as its next tokens in `folder`, and loads it from there. `tokenizer` stays as
     it is. Raises UserError where they do not get the ids that follow its last one."""
     first = vocab_size(tokenizer)
     tokenizer.save_pretrained(folder)
     if type(tokenizer.backend_tokenizer.model).__name__ == "WordPiece":
-        extended = load_tokenizer(str(folder))
+        extended = load_tokenizer(str(folder), trust_remote_code)
         extended.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
         extended.save_pretrained(folder)
     else:
@@ -228,7 +230,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, words: list[str], folde
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": tokenizer.model_input_names}
         write_json(folder / "tokenizer_config.json", settings)
-    extended = load_tokenizer(str(folder))
+    extended = load_tokenizer(str(folder), trust_remote_code)
     if extended.convert_tokens_to_ids(words) != list(range(first, first + len(words))):
         raise UserError(f"{tokenizer.name_or_path}: its tokens have ids with gaps, and new ones would fall into them")
     return extended
