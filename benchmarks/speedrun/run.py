@@ -24,8 +24,8 @@ difference is over seeds, on these documents. Ceiling: none is known.
 Time to target, `--track time`: seconds from the start of a process to its end for the loss that run_mlm_no_trainer's
 recipe (no_trainer_recipe.py: batch 8, learning rate 5e-5) reaches in one pass under the same seed. Each side runs in
 turn on all cores, from an empty token store and cache, and evaluates once, on ten documents; a recipe names its
-`max_train_steps`, found beforehand on the documents to choose by. Its loss is measured afterwards, as in the other
-tracks, and shows whether it has reached the target.
+`max_train_steps`, found beforehand on the documents to choose by, and flags of scripts/train.py, which runs it. Its
+loss is measured afterwards, as in the other tracks, and shows whether it has reached the target.
 
 FOLDER holds imdb/, zh-hotel-reviews/ and models/. What benchmarks/results/speedrun.json has is not measured again.
 """
@@ -78,6 +78,7 @@ from mlm.model.sparse_head import SparseMaskedLM
 from mlm.report.environment import environment
 
 BENCHMARKS, RECIPES = Path(__file__).parents[1], Path(__file__).parent / "recipes"
+TRAIN_PY = BENCHMARKS.parent / "scripts" / "train.py"
 TRAIN, HELD_OUT, LABELLED, LENGTH, FOLDS = 2000, 300, 1000, 128, 7
 FEW = 10  # documents that a side of the time track evaluates on itself
 WHERE = ("commit", "mlm", "torch", "transformers", "processor", "threads")  # of the environment, beside each run
@@ -274,7 +275,7 @@ def race(job: Job) -> dict[str, Any]:
             command = [BENCHMARKS / "no_trainer_recipe.py", *words]
         else:
             once = {"eval_on_start": "false", "eval_steps": 10**9}
-            command = [loop.__file__, *flags(job.recipe, {**given, **once, "token_store": f"{folder}/stores"})]
+            command = [TRAIN_PY, *flags(job.recipe, {**given, **once, "token_store": f"{folder}/stores"})]
         variables = {**os.environ, "HF_DATASETS_CACHE": f"{folder}/cache"}
         started = time.perf_counter()
         subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True, env=variables)
@@ -311,13 +312,16 @@ def main() -> None:
         ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool,  # torch's threads do not survive a fork
     ):
         asked = {pool.submit(body, job): job for job in jobs(args, stored[rows], Path(folder))}
+        failed = 0
         for done in as_completed(asked):
             if isinstance(done.exception(), UserError):  # such as a loss that is not finite
                 print(f"{asked[done].key}: {done.exception()}", file=sys.stderr)
+                failed += 1
                 continue
             stored[rows].append({**done.result(), **where})
             write_json(args.out, stored)
             print(json.dumps(stored[rows][-1]), flush=True)
+    sys.exit(min(failed, 1))
 
 
 if __name__ == "__main__":
