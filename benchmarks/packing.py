@@ -5,8 +5,8 @@ masking included, over several sizes of a step and lengths of a row. A round tim
 masks in both ways, in turn, now one and now the other first, in this process. Tokens are those of documents; padding
 is the share of all others. Micro-batches are those of `--per_device_train_batch_size auto`. Peer: --line_by_line
 without packing, whose rows are as long as the longest document of a micro-batch. Ceiling: the ratio of what both
-compute, tokens and padding, which steps would reach that take the same time for each of them; attention takes less
-of it in shorter rows, so that a step may pass this.
+compute, tokens and padding, which steps would reach that take the same time for each of them; the median of a few
+noisy rounds may pass it.
 
     python benchmarks/packing.py --data FOLDER
 
