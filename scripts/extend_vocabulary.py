@@ -111,8 +111,10 @@ def extend(what: ExtensionConfig, source: CorpusConfig) -> dict[str, Any]:
         listed = [{"word": spelt(tokenizer, word.token), **word._asdict(), "saved": word.saved} for word in words]
         result = {"min_count": what.min_count, "tokens": tokens, "words": listed}
         write_json(partial / "vocabulary_extension.json", result)
+        mode = (partial / "config.json").stat().st_mode  # safetensors gives its files to their owner alone
         # The configuration last: without it there is no model.
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+            path.chmod(mode)
             path.replace(folder / path.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

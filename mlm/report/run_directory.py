@@ -227,7 +227,9 @@ class RunDirectory:
             saved, stale = sorted(partial.iterdir()), self.model_files()
             self.about["files"] = [path.name for path in saved]
             write_json(self.folder / "run.json", self.about)
+            mode = (partial / "config.json").stat().st_mode  # safetensors gives its files to their owner alone
             for path in saved:
+                path.chmod(mode)
                 sync(path)
                 path.replace(self.folder / path.name)
             for path in stale:

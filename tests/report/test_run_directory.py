@@ -104,6 +104,12 @@ def test_overwriting_removes_all_that_a_run_writes_and_nothing_else(toy, tmp_pat
     assert AutoTokenizer.from_pretrained(folder).mask_token == "[MASK]"
 
 
+def test_whoever_may_read_the_configuration_may_read_the_weights(toy, tmp_path):
+    train(toy.config(tmp_path / "run", max_train_steps=1, eval_on_start=False))
+    names = ("config.json", "model.safetensors", "tokenizer.json", "all_results.json")
+    assert len({(tmp_path / "run" / name).stat().st_mode for name in names}) == 1
+
+
 def test_a_model_of_a_resumed_run_is_not_read_with_files_of_another(toy, tmp_path):
     folder = tmp_path / "run"
     config = toy.config(folder, max_train_steps=2, checkpointing_steps=1)
