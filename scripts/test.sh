@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh "[test]"
+unset PYTHONDONTWRITEBYTECODE  # many tests start processes, each of which would compile its libraries anew
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/lint-imports --no-logo --no-cache
