@@ -250,8 +250,8 @@ def compare_both(base: Measured, adapted: Measured) -> tuple[dict[str, Any], str
         sure = f"{CONFIDENCE:.0%} interval {low:.4f} to {high:.4f}, from {documents:,} documents"
         lines.append(
             f"{printable(text)}: {figure(before['bits_per_character'])} bits per character before, "
-            f"{figure(after['bits_per_character'])} after, a difference of {change:.4f} "
-            f"({sure if math.isfinite(half) else 'no interval'})"
+            f"{figure(after['bits_per_character'])} after, a difference of {figure(change)} "
+            f"({sure if math.isfinite(low) else 'no interval'})"
         )
     if adapted.eval_sets["held_out"].config.max_eval_samples:
         lines.append("--max_eval_samples: the two were measured on chunks of different parts of the text")
@@ -282,7 +282,7 @@ def half_width_in_bits(base: Measured, adapted: Measured, name: str) -> tuple[fl
         with np.errstate(invalid="ignore", divide="ignore"):  # infinite nats, or a document that has all
             losses.append(without_each(nats) / without_each(masked))
     documents = len(tokens[0]) - 1
-    if eval_set.config.max_eval_samples or len({documents, len(length)}) > 1 or documents < FEWEST:
+    if eval_set.config.max_eval_samples or len(tokens[0]) != len(tokens[1]) or documents < FEWEST:
         return math.nan, documents
     bits = (losses[1] * tokens[1] - losses[0] * tokens[0]) / tokens[0] / math.log(2)  # a token of the base
     bits *= tokens[0][0] / base.eval_sets[name].store.header["characters"]
