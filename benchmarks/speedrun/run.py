@@ -82,8 +82,9 @@ TRAIN_PY = BENCHMARKS.parent / "scripts" / "train.py"
 TRAIN, HELD_OUT, LABELLED, LENGTH, FOLDS = 2000, 300, 1000, 128, 7
 FEW = 10  # documents that a side of the time track evaluates on itself
 WHERE = ("commit", "mlm", "torch", "transformers", "processor", "threads")  # of the environment, beside each run
-# A run of the fixed-data track is measured after its end, by `measure`: its own figures are of a few chunks.
-CHEAP = {"eval_on_start": "false", "eval_steps": 10**9, "max_eval_samples": 32}
+# A run is measured after its end, by `measure`; its own figures are of its last weights, and of few chunks.
+ONCE = {"eval_on_start": "false", "eval_steps": 10**9}
+CHEAP = {**ONCE, "max_eval_samples": 32}
 EXTENSION = "vocabulary_extension"  # a flag of a recipe that is no flag of loop.py
 PEER = "run_mlm_no_trainer"
 PEERS = {"per_device_train_batch_size": 8, "learning_rate": 5e-5, "num_train_epochs": 1}  # its settings
@@ -274,8 +275,7 @@ def race(job: Job) -> dict[str, Any]:
             words = [f"--{name}={value}" for name, value in {**given, **PEERS}.items()]
             command = [BENCHMARKS / "no_trainer_recipe.py", *words]
         else:
-            once = {"eval_on_start": "false", "eval_steps": 10**9}
-            command = [TRAIN_PY, *flags(job.recipe, {**given, **once, "token_store": f"{folder}/stores"})]
+            command = [TRAIN_PY, *flags(job.recipe, {**given, **ONCE, "token_store": f"{folder}/stores"})]
         variables = {**os.environ, "HF_DATASETS_CACHE": f"{folder}/cache"}
         started = time.perf_counter()
         subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True, env=variables)
@@ -312,16 +312,16 @@ def main() -> None:
         ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool,  # torch's threads do not survive a fork
     ):
         asked = {pool.submit(body, job): job for job in jobs(args, stored[rows], Path(folder))}
-        failed = 0
+        failed = False
         for done in as_completed(asked):
             if isinstance(done.exception(), UserError):  # such as a loss that is not finite
                 print(f"{asked[done].key}: {done.exception()}", file=sys.stderr)
-                failed += 1
+                failed = True
                 continue
             stored[rows].append({**done.result(), **where})
             write_json(args.out, stored)
             print(json.dumps(stored[rows][-1]), flush=True)
-    sys.exit(min(failed, 1))
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ class Run:
         about = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "data": data}
         about |= {"configuration": asdict(self.config), "experiment": self.experiment}
         about["environment"] = environment(self.accelerator)
-        words = Path(self.config.model.model_name_or_path or "") / "vocabulary_extension.json"  # by that script
+        words = Path(self.config.model.model_name_or_path or "") / "vocabulary_extension.json"  # extend_vocabulary.py
         about["vocabulary_extension"] = on_main(lambda: read_object(words), self.accelerator)
         self.directory.begin(about, self.progress.step if found else None)
         if self.config.run.with_tracking:
