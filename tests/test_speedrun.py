@@ -137,7 +137,7 @@ def test_the_offset_of_an_epoch_is_no_draw_of_any_processs_dropout():
 
 def test_a_learning_rate_is_held_and_falls_as_one_minus_a_root(toy):
     config = configured(toy, None, "wsd", decay_share=0.5)
-    optimizer = loop.make_optimizer([("weight", torch.nn.Parameter(torch.zeros(2, 2)))], config.optimizer)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2, 2))], lr=5e-4)
     schedule = loop.make_scheduler(optimizer, config, 8)
     rates = []
     for _ in range(9):

@@ -14,6 +14,8 @@ from mlm.data.chunks import Chunks, Rows
 from mlm.data.masking import draw
 from mlm.engine import optimizer as plain
 from mlm.errors import UserError, at_least, at_most
+from mlm.model.sparse_head import SparseMaskedLM
+from scripts.forks.two_optimizers import encoder_matrices
 
 CUT = 2**32  # the purpose of draws, beyond those that mlm/data/masking.py takes: the last is DROPOUT + rank
 
@@ -27,10 +29,11 @@ class IngredientsConfig:
     recut_epochs: bool = False  # Cut the text at another offset in each epoch.
     average_share: float | None = None  # Save an exponential average of the weights over this share of the steps.
     decay_share: float | None = None  # Hold the learning rate, but for this last share of the steps: 1 - sqrt.
+    muon_rate: float | None = None  # Muon at this learning rate for the encoder's matrices, AdamW for all else.
 
     def __post_init__(self) -> None:
         shares = "mlm_probability_start", "average_share", "decay_share"
-        at_least(self, 0, *shares)
+        at_least(self, 0, *shares, "muon_rate")
         at_most(self, 1, *shares)
 
 
@@ -47,6 +50,16 @@ class Config(Settings):
             raise UserError(
                 "--recut_epochs: of one text that is concatenated; leave --line_by_line and --replay_file out"
             )
+
+
+def make_optimizers(model: SparseMaskedLM, config: Config) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon for the encoder's matrices and AdamW for all else."""
+    if (rate := config.ingredients.muon_rate) is None:
+        return [plain.make_optimizer(model.named_parameters(), config.optimizer)]
+    matrices = encoder_matrices(model.model)
+    others = [(name, p) for name, p in model.named_parameters() if name not in matrices]
+    muon = torch.optim.Muon(matrices.values(), lr=rate, weight_decay=0.0)
+    return [muon, plain.make_optimizer(others, config.optimizer)]
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> LRScheduler:

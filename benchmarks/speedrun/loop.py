@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.speedrun.ingredients import Config, make_average, make_scheduler, recut
+from benchmarks.speedrun.ingredients import Config, make_average, make_optimizers, make_scheduler, recut
 from mlm import cli
 from mlm.data.batches import Batch, Batches
 from mlm.data.chunks import chunk_length, cut_into_chunks
@@ -27,7 +27,6 @@ from mlm.data.token_store import TokenStore
 from mlm.data.tokenizer import TokenizerInfo
 from mlm.engine.device import make_accelerator
 from mlm.engine.distributed import local_main_process_first
-from mlm.engine.optimizer import make_optimizer
 from mlm.engine.update import Update
 from mlm.errors import UserError
 from mlm.evaluation.eval_set import open_eval_sets
@@ -94,7 +93,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
         batches = recut(batches)
 
     # Update: any optimizers, each with its schedule.
-    optimizers = [make_optimizer(model.named_parameters(), config.optimizer)]
+    optimizers = make_optimizers(model, config)
     schedulers = [make_scheduler(optimizer, config, last_step) for optimizer in optimizers]
     update = Update(model, objective, batches, optimizers, schedulers, accelerator, config.update)
 

@@ -65,6 +65,12 @@ def select(
     return select_tokens(maskable, draws, rate)
 
 
+def encoder_matrices(net: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """What Muon is made for, by the names that SparseMaskedLM gives them: no embeddings, no head."""
+    named = net.base_model.named_parameters(prefix=f"model.{net.base_model_prefix}")
+    return {name: p for name, p in named if p.requires_grad and p.ndim == 2 and "embedding" not in name}
+
+
 @dataclass(frozen=True)
 class Result:
     model: PreTrainedModel
@@ -89,11 +95,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     batches = replace(batches, pack=model.packs)  # whether documents share rows is a matter of the architecture
 
     # Update: any optimizers, each with its schedule.
-    matrices = {
-        name: p
-        for name, p in net.base_model.named_parameters(prefix=f"model.{net.base_model_prefix}")
-        if p.requires_grad and p.ndim == 2 and "embedding" not in name
-    }
+    matrices = encoder_matrices(net)
     others = [(name, p) for name, p in model.named_parameters() if name not in matrices]
     muon = torch.optim.Muon(matrices.values(), lr=MUON_RATE, weight_decay=0.0)
     optimizers = [muon, make_optimizer(others, config.optimizer)]
