@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from tests.conftest import ANIMALS, REPOSITORY
+from tests.runs import ONE, run
 
 
 def script(name, *arguments):
-    command = [sys.executable, f"scripts/{name}.py", *map(str, arguments)]
-    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1]), run.stdout
+    status, output, errors = run(ONE, [*map(str, arguments)], str(REPOSITORY / "scripts" / f"{name}.py"))
+    assert status == 0, errors
+    return json.loads(output.splitlines()[-1]), output
 
 
 def test_text_in_filled_mask_out(toy, tmp_path):
@@ -52,13 +52,13 @@ def test_the_demo_shows_what_it_learnt_and_ends_at_half_of_the_unigram_perplexit
     """The whole built-in demo, minutes on two cores: it knows more than how frequent each token is."""
     threads = {**os.environ, "OMP_NUM_THREADS": str(min(2, os.cpu_count())), "OMP_WAIT_POLICY": "passive"}
     command = [sys.executable, "scripts/demo.py", "--output_dir", str(tmp_path / "demo")]
-    command += [] if whole else ["--max_train_steps", "20", "--num_warmup_steps", "2"]
-    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=threads)
-    assert run.returncode == 0, run.stderr
-    results = json.loads(run.stdout.splitlines()[-1])
+    command += [] if whole else ["--max_train_steps", "20", "--num_warmup_steps", "2", "--max_eval_samples", "64"]
+    demo = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=threads)
+    assert demo.returncode == 0, demo.stderr
+    results = json.loads(demo.stdout.splitlines()[-1])
     assert results["perplexity"] <= 0.5 * results["perplexity_unigram"] or not whole
     assert results["perplexity_before"] > 4000  # about the size of its vocabulary, 8192
-    assert run.stdout.count("[MASK]") >= 3  # sentences, filled before and after
+    assert demo.stdout.count("[MASK]") >= 3  # sentences, filled before and after
     page = tmp_path / "demo" / "report.html"
-    assert f"report: {page}" in run.stdout.splitlines()
+    assert f"report: {page}" in demo.stdout.splitlines()
     assert 'id="examples"' in page.read_text(encoding="utf-8")

@@ -65,7 +65,6 @@ def test_closed_standard_streams_cost_nothing_else(toy, tmp_path, whole):
     check_it_is_whole(tmp_path / "run", whole)
 
 
-@pytest.mark.torture
 def test_a_terminal_that_is_gone_costs_nothing_else(toy, tmp_path, whole, tally):
     """One that sends no SIGHUP, as the run is in another session."""
     screen, terminal = pty.openpty()

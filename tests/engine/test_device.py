@@ -118,7 +118,7 @@ def test_two_processes_under_torchrun_are_one_run_without_being_told_that_there_
 
 @ON_THE_CPU
 @pytest.mark.slow
-@pytest.mark.parametrize("configured", [False, True])
+@pytest.mark.parametrize("configured", [False, pytest.param(True, marks=pytest.mark.torture)])
 def test_several_cpu_processes_of_accelerate_launch_are_refused_as_it_starts_one(configured, tmp_path):
     flags = ["--cpu", "--num_processes", "2"]
     if configured:
@@ -178,7 +178,10 @@ def test_answers_that_ask_for_nothing_are_taken(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "mistake"),
-    [("--use_fsdp", "ACCELERATE_USE_FSDP=true"), ("--dynamo_backend=inductor", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR")],
+    [
+        ("--use_fsdp", "ACCELERATE_USE_FSDP=true"),
+        pytest.param("--dynamo_backend=inductor", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR", marks=pytest.mark.torture),
+    ],
 )
 def test_what_the_launcher_is_asked_for_and_this_loop_passes_over_is_one_line(flag, mistake, tmp_path):
     run = start([*LAUNCH, "--num_processes", "1", flag], PROCESSES, tmp_path)

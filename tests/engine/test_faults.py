@@ -42,8 +42,7 @@ from tests.runs import (
 
 # Processes that are killed
 
-LONG = {
-    "max_train_steps": 1500,
+LONG = {  # and 150 steps for each time that it is killed
     "checkpointing_steps": 9,
     "save_total_limit": 3,
     "dropout": 0.1,
@@ -59,7 +58,7 @@ def kill_and_go_on(toy, folder, launcher, kills, seed):
     """
     rng, hit = random.Random(seed), Counter()
     store, checkpoints = folder.with_name(f"{folder.name} store"), folder / "checkpoints"
-    flags = toy.flags(folder, **LONG, token_store=store)
+    flags = toy.flags(folder, **LONG, max_train_steps=150 * kills, token_store=store)
     for kill in range(kills):
         moment = rng.choice(["starting", "stepping", "writing"]) if kill else "tokenising"
         came = steps_taken(folder)
@@ -80,13 +79,13 @@ def kill_and_go_on(toy, folder, launcher, kills, seed):
         hit[moment] += 1
     status, output, errors = run(launcher, flags)
     assert status == 0, errors
-    assert json.loads(output.splitlines()[-1])["steps"] == LONG["max_train_steps"]
+    assert json.loads(output.splitlines()[-1])["steps"] == 150 * kills
     assert_each_step_once(folder)
     return hit
 
 
-def uninterrupted(toy, folder, launcher):
-    status, _, errors = run(launcher, toy.flags(folder, **LONG))
+def uninterrupted(toy, folder, launcher, kills):
+    status, _, errors = run(launcher, toy.flags(folder, **LONG, max_train_steps=150 * kills))
     assert status == 0, errors
     return weights(folder)
 
@@ -97,14 +96,14 @@ def described(hit):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_in_the_bits_of_the_uninterrupted_one(toy, tmp_path):
-    whole = uninterrupted(toy, tmp_path / "whole", ONE)
+    whole = uninterrupted(toy, tmp_path / "whole", ONE, kills=2)
     kill_and_go_on(toy, tmp_path / "run", ONE, kills=2, seed=0)
     assert_same_bits(weights(tmp_path / "run"), whole)
 
 
 @pytest.mark.torture
 def test_forty_kills_change_no_bit(toy, tmp_path, tally):
-    whole, hit = uninterrupted(toy, tmp_path / "whole", ONE), Counter()
+    whole, hit = uninterrupted(toy, tmp_path / "whole", ONE, kills=10), Counter()
     for chain in range(4):
         hit += kill_and_go_on(toy, tmp_path / f"run {chain}", ONE, kills=10, seed=chain + 1)
         assert_same_bits(weights(tmp_path / f"run {chain}"), whole)
@@ -113,7 +112,7 @@ def test_forty_kills_change_no_bit(toy, tmp_path, tally):
 
 @pytest.mark.torture
 def test_ten_kills_of_one_of_two_processes_change_no_bit(toy, tmp_path, tally):
-    whole = uninterrupted(toy, tmp_path / "whole", TORCHRUN)
+    whole = uninterrupted(toy, tmp_path / "whole", TORCHRUN, kills=10)
     hit = kill_and_go_on(toy, tmp_path / "run", TORCHRUN, kills=10, seed=5)
     assert_same_bits(weights(tmp_path / "run"), whole)
     tally("the same of one of two processes", hit.total(), f"resumed to the same bits ({described(hit)})")
@@ -124,7 +123,7 @@ def test_ten_kills_of_one_of_two_processes_change_no_bit(toy, tmp_path, tally):
 def test_a_process_that_dies_ends_the_others_with_a_clear_message(toy, tmp_path, victim, tally):
     """Without a launcher, which would end them by itself: as Slurm's srun starts them."""
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    flags = toy.flags(tmp_path / "run", **{**LONG, "max_train_steps": 100_000})
+    flags = toy.flags(tmp_path / "run", **LONG, max_train_steps=100_000)
     processes = [server().start([SCRIPT, *flags], **world, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
     wait_for(lambda: steps_taken(tmp_path / "run") > 20, processes[0])
     processes[victim].kill()

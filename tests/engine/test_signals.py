@@ -31,7 +31,7 @@ from tests.runs import (
 )
 
 pytestmark = pytest.mark.slow
-STEPS = 800
+STEPS = 300
 QUIET = {"eval_on_start": False, "eval_steps": 100_000}
 
 
@@ -188,7 +188,7 @@ def test_a_signal_during_an_evaluation_gives_it_up_and_it_is_made_up_for(toy, tm
     folder = tmp_path / "run"
     more = {"eval_steps": 20, "max_train_steps": 40, "per_device_eval_batch_size": 1}
     long_text = tmp_path / "long.txt"
-    long_text.write_text(toy.validation_file.read_text() * 80)
+    long_text.write_text(toy.validation_file.read_text() * 20)
     more["validation_file"] = long_text
     process = start(ONE, flags(toy, folder, **more))
     wait_for(under_way(folder), process)

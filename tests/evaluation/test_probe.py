@@ -53,7 +53,15 @@ def test_a_planted_effect_is_found():
         assert row["macro_f1"]["interval"][0] > 0
 
 
-def test_both_models_are_measured_on_the_same_splits():
+@pytest.fixture
+def quick(monkeypatch):
+    """One penalty to choose from, for claims that are not about classifiers."""
+    monkeypatch.setattr(
+        probe_module.CLASSIFIERS["logistic regression"], "param_grid", {"logisticregression__C": [1.0]}
+    )
+
+
+def test_both_models_are_measured_on_the_same_splits(quick):
     labels, before, after = made_up(30, 1, 1.0, 0.0)
     for row, swapped in zip(probe(labels, before, after), probe(labels, after, before), strict=True):
         assert row["accuracy"]["before"] == swapped["accuracy"]["after"]
@@ -235,7 +243,7 @@ def test_a_terminal_shows_the_outcome_of_a_run_with_a_task(run):
     assert shown.endswith(f"saved to {run}")
 
 
-def test_labelled_documents_that_were_replayed_in_training_are_counted_too(toy, labelled, tmp_path):
+def test_labelled_documents_that_were_replayed_in_training_are_counted_too(toy, labelled, quick, tmp_path):
     """The training text has none of these cats."""
     (tmp_path / "dogs.txt").write_text("the dog likes bones\n" * 200)
     (tmp_path / "replay.jsonl").write_text(labelled.read_text())
@@ -254,7 +262,7 @@ def test_labelled_documents_that_were_read_in_training_are_counted_and_named(run
 
 
 def test_of_a_task_that_is_drawn_from_both_numbers_are_recorded_and_on_the_card(
-    toy, labelled, tmp_path, monkeypatch, caplog
+    toy, labelled, quick, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr("mlm.data.task.MOST", 36)
     modules = {"task": TaskConfig(task_file=str(labelled))}
@@ -272,22 +280,30 @@ def test_of_a_task_that_is_drawn_from_both_numbers_are_recorded_and_on_the_card(
     assert "of which 36 of 40 rows are taken, drawn by a fixed seed" in (tmp_path / "run" / "README.md").read_text()
 
 
-def test_evaluate_repeats_what_the_run_has(run, toy, labelled, capsys, tmp_path):
-    models, output = {"model_name_or_path": run, "compare": toy.checkpoint}, tmp_path / "o.json"
-    flags = {**models, "task_file": labelled, "output": output}
+def evaluated(run, toy, labelled, output, **more):
+    """The task, as evaluate.py has it for a run and its base."""
+    models = {"model_name_or_path": run, "compare": toy.checkpoint}
+    flags = {**models, "task_file": labelled, "output": output, **more}
     load_script("evaluate").main([f"--{name}={value}" for name, value in flags.items()])
-    repeated = json.loads((tmp_path / "o.json").read_text())["task"]["curve"]
-    for row, own in zip(repeated, json.loads((run / "comparison.json").read_text())["task"]["curve"], strict=True):
-        for figure in ("before", "after", "difference"):
-            assert row["accuracy"][figure] == pytest.approx(own["accuracy"][figure], abs=0.02)
-    assert "texts of the task" not in capsys.readouterr().out  # no training text was named
+    return json.loads(output.read_text())["task"]
+
+
+def test_evaluate_repeats_what_the_run_has(run, toy, labelled, tmp_path):
     texts = {"train_file": toy.train_file, "validation_file": toy.validation_file, "max_seq_length": 16}
-    stores = {"allow_leaks": True, "token_store": tmp_path}
-    load_script("evaluate").main([f"--{name}={value}" for name, value in (flags | texts | stores).items()])
-    assert json.loads(output.read_text())["task"]["in_training_text"] == 10
+    found = evaluated(run, toy, labelled, tmp_path / "o.json", **texts, allow_leaks=True, token_store=tmp_path)
+    assert found["in_training_text"] == 10
+    own = json.loads((run / "comparison.json").read_text())["task"]["curve"]
+    for row, before in zip(found["curve"], own, strict=True):
+        for figure in ("before", "after", "difference"):
+            assert row["accuracy"][figure] == pytest.approx(before["accuracy"][figure], abs=0.02)
 
 
-def test_a_run_that_was_not_measured_before_is_probed_all_the_same(toy, labelled, tmp_path):
+def test_evaluate_says_nothing_of_training_text_that_was_not_named(run, toy, labelled, quick, capsys, tmp_path):
+    assert evaluated(run, toy, labelled, tmp_path / "o.json")["in_training_text"] is None
+    assert "texts of the task" not in capsys.readouterr().out
+
+
+def test_a_run_that_was_not_measured_before_is_probed_all_the_same(toy, labelled, quick, tmp_path):
     modules = {"task": TaskConfig(task_file=str(labelled))}
     train(toy.config(tmp_path / "run", modules=modules, max_train_steps=1, eval_on_start=False))
     comparison = json.loads((tmp_path / "run" / "comparison.json").read_text())

@@ -15,10 +15,12 @@ from mlm.errors import UserError
 from mlm.model.load import ModelConfig
 from mlm.model.sparse_head import SparseMaskedLM
 from tests.conftest import REPOSITORY
+from tests.runs import ONE, TWO, run
 from tests.scripts import load_script
 from tests.tokenizers_for_tests import byte_level_bpe, unigram, wordpiece
 
 script = load_script("evaluate")
+SCRIPT = str(REPOSITORY / "scripts" / "evaluate.py")
 Scores, score = script.Scores, script.score
 TEXTS = ["the old cat likes milk every day", "a young fox, a small bee"] * 5
 SENTENCES = [
@@ -181,7 +183,7 @@ def test_two_models_are_scored_side_by_side(toy, tmp_path):
     kept = tmp_path / "found.json"
     flags = ["--model_name_or_path", str(toy.checkpoint), "--compare", str(toy.checkpoint)]
     flags += ["--pseudo_perplexity", "-", "--output", str(kept)]
-    command = [sys.executable, str(REPOSITORY / "scripts/evaluate.py"), *flags]
+    command = [sys.executable, SCRIPT, *flags]
     done = subprocess.run(command, input="\n".join(SENTENCES), check=True, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["base"] == {name: value for name, value in found.items() if name != "base"}
@@ -196,17 +198,10 @@ def test_two_processes_share_the_sentences_and_one_speaks(toy, tmp_path):
     flags = ["--model_name_or_path", str(toy.checkpoint), "--pseudo_perplexity", str(file)]
     flags += ["--per_device_eval_batch_size", "3"]
     expected = measured(toy, file)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
-            *(str(REPOSITORY / "scripts/evaluate.py"), *flags),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    *_, total, last = done.stdout.splitlines()
-    assert len(done.stdout.splitlines()) == 1 + len(SENTENCES) + 2
+    status, output, errors = run(TWO, flags, SCRIPT)
+    assert status == 0, errors
+    *_, total, last = output.splitlines()
+    assert len(output.splitlines()) == 1 + len(SENTENCES) + 2
     assert total.startswith("pseudo-perplexity ")
     found = json.loads(last)
     assert found["pseudo_perplexity"] == pytest.approx(expected["pseudo_perplexity"], rel=1e-6)
@@ -215,7 +210,4 @@ def test_two_processes_share_the_sentences_and_one_speaks(toy, tmp_path):
 
 def test_a_mistake_ends_the_script_with_one_line_and_status_2(toy, tmp_path):
     flags = ["--model_name_or_path", str(toy.checkpoint), "--pseudo_perplexity", "-"]
-    command = [sys.executable, str(REPOSITORY / "scripts/evaluate.py"), *flags]
-    done = subprocess.run(command, input="\n", capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: standard input: no sentence in it; write one on each line\n"
+    assert run(ONE, flags, SCRIPT) == (2, "", "error: standard input: no sentence in it; write one on each line\n")

@@ -1,8 +1,6 @@
 """Filling masks: the numbers of the stock pipeline, either spelling of a mask, one line for every mistake."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from mlm.errors import UserError
 from mlm.inference.fill_mask import Filler, fill, load
 from mlm.inference.targets import Target, score_targets
 from mlm.model.load import ModelConfig, load_trained
+from tests.runs import ONE, run
 from tests.scripts import load_script
 from tests.tokenizers_for_tests import wordpiece
 
@@ -120,9 +119,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def launched(*argv: object) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "scripts/fill_mask.py", *map(str, argv)]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+def launched(*argv: object) -> tuple[int, str, str]:
+    """Its exit status, standard output and standard error."""
+    return run(ONE, [*map(str, argv)], str(ROOT / "scripts" / "fill_mask.py"))
 
 
 def oracle(folder: Path, sentence: str, top_k: int) -> list[list[Filler]]:
@@ -380,10 +379,10 @@ def test_what_does_not_go_together_is_refused(flags, words, bert, answer):
 
 
 def test_the_script_ends_with_one_json_object(bert):
-    done = launched("--model_name_or_path", bert, "--top_k", 3, *SENTENCES)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(SENTENCES[0])
-    result = json.loads(done.stdout.splitlines()[-1])
+    status, output, errors = launched("--model_name_or_path", bert, "--top_k", 3, *SENTENCES)
+    assert status == 0, errors
+    assert output.startswith(SENTENCES[0])
+    result = json.loads(output.splitlines()[-1])
     assert list(result) == ["sentences"]
     assert [record["text"] for record in result["sentences"]] == SENTENCES
     assert [len(record["masks"]) for record in result["sentences"]] == [1, 1, 2, 1]
@@ -392,7 +391,7 @@ def test_the_script_ends_with_one_json_object(bert):
 
 
 def test_a_mistake_ends_the_script_with_one_line_and_status_2(bert):
-    done = launched("--model_name_or_path", bert, "A [MASK] story", "No gaps here.")
-    assert (done.returncode, done.stdout) == (2, "")
-    [line] = done.stderr.splitlines()
+    status, output, errors = launched("--model_name_or_path", bert, "A [MASK] story", "No gaps here.")
+    assert (status, output) == (2, "")
+    [line] = errors.splitlines()
     assert line.startswith("error: sentence 2 ('No gaps here.') has no mask")

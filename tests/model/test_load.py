@@ -3,8 +3,6 @@
 import dataclasses
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -39,6 +37,8 @@ from tests.model.small_models import (
     small_model,
     tokenizer_of,
 )
+from tests.processes import server
+from tests.runs import finish
 
 TINY_CHECKPOINT = Path(__file__).parents[3] / "shared/data/models/bert-tiny-wikitext"
 
@@ -357,8 +357,8 @@ def test_a_script_that_meets_a_model_of_one_length_ends_in_one_line(kind: str, n
         "pseudo_perplexity": ["--pseudo_perplexity", "text.txt"],
         "evaluate": ["--validation_file", "text.txt", "--max_seq_length", "12", "--token_store", "stores"],
     }
-    command = [sys.executable, str(REPOSITORY / f"scripts/{name}.py"), "--model_name_or_path", str(nystromformer)]
-    done = subprocess.run([*command, *flags[kind]], capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: {nystromformer}: NystromformerForMaskedLM takes sequences")
+    command = [str(REPOSITORY / f"scripts/{name}.py"), "--model_name_or_path", str(nystromformer), *flags[kind]]
+    status, output, errors = finish(server().start(command, folder=tmp_path))
+    assert (status, output) == (2, "")
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith(f"error: {nystromformer}: NystromformerForMaskedLM takes sequences")

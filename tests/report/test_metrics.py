@@ -20,7 +20,7 @@ from mlm.report.metrics import Log, Progress
 from mlm.report.run_directory import RunConfig
 from mlm.train import train
 from tests.conftest import REPOSITORY
-from tests.runs import ONE, PYTHON, SCRIPT, assert_same_bits, metrics, own_disk, run, steps_taken, wait_for, weights
+from tests.runs import ONE, PYTHON, SCRIPT, assert_same_bits, metrics, own_disk, run, weights
 
 EVALUATION = re.compile(r"step (\d+): held-out loss \d+\.\d{4}, perplexity [\d.]+")
 LINE = re.compile(r"\d\d:\d\d:\d\d step (\d+)/12: loss [\d.]+, lr [\d.]+e[+-]\d+, [\d,]+ tokens/s, \d+:\d\d:\d\d left")
@@ -154,18 +154,6 @@ def test_a_full_disk_under_what_is_printed_costs_no_training(toy, tmp_path, stre
         subprocess.run(command, cwd=REPOSITORY, timeout=240, **streams)
     assert json.loads((tmp_path / "run" / "all_results.json").read_text())["steps"] == 12
     assert [line["event"] for line in metrics(tmp_path / "run", "end")] == ["end"]
-
-
-@pytest.mark.slow
-def test_a_terminal_that_is_closed_costs_no_training(toy, tmp_path):
-    mine, its = pty.openpty()
-    flags = toy.flags(tmp_path / "run", max_train_steps=300, logging_steps=1)
-    process = subprocess.Popen([*PYTHON, SCRIPT, *flags], stdin=its, stdout=its, stderr=its, cwd=REPOSITORY)
-    os.close(its)
-    wait_for(lambda: steps_taken(tmp_path / "run") > 3, process)
-    os.close(mine)
-    process.wait(timeout=240)
-    assert json.loads((tmp_path / "run" / "all_results.json").read_text())["steps"] == 300
 
 
 def test_escapes_in_names_are_shown_and_not_sent(toy, tmp_path, capsys):
