@@ -371,20 +371,19 @@ def test_a_person_on_a_terminal_reads_words_and_a_program_json(flags, terminal, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["python", "accelerate", "torchrun"])
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_each_launcher_runs_the_script_and_nothing_else_speaks(launcher, toy, tmp_path):
     """The last line of standard output is JSON, and standard error is empty where no bar can be drawn."""
     command = {
-        "python": [sys.executable],
         "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1",
                        "--mixed_precision=no", "--dynamo_backend=no"],
         "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone"],
     }[launcher]  # fmt: skip
-    if launcher != "python":
-        command = [sys.executable, *command]
     script = str(REPOSITORY / "scripts" / "train.py")
     run = subprocess.run(
-        [*command, script, *toy.flags(tmp_path / "run", max_train_steps=2)], capture_output=True, text=True
+        [sys.executable, *command, script, *toy.flags(tmp_path / "run", max_train_steps=2)],
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""

@@ -104,9 +104,8 @@ cli.run(lambda argv: loop.train(cli.parse_config(loop.Config, argv)).results)
     assert len(built) == len(set(built)) > 0
 
 
-@pytest.mark.parametrize(
-    "launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.torture)], ids=["torchrun", "accelerate launch"]
-)
+@pytest.mark.torture
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate launch"])
 def test_each_launcher_starts_a_run_over_two_machines(machines, toy, tmp_path, launcher):
     processes = launch(machines, launcher, toy.flags(tmp_path / "run"))
     try:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.runs import TORCHRUN, run
+from tests.runs import TWO, run
 from tests.scripts import load_script
 
 # What process 1 alone does otherwise, in turn: flags, and a patch of what it reads or loads.
@@ -69,7 +69,7 @@ def test_processes_that_would_not_measure_the_same_are_refused_with_both_values(
     (tmp_path / "program.py.txt").write_text("the cat likes milk\n")
     flags = [f"--model_name_or_path={toy.checkpoint}", f"--validation_file={toy.validation_file}"]
     flags += [f"--token_store={toy.checkpoint.parent / 'stores'}", "--max_seq_length=16"]
-    status, output, errors = run(TORCHRUN, flags, str(program))
+    status, output, errors = run(TWO, flags, str(program))
     assert status == 0, errors
     found = json.loads(output.splitlines()[-1])
     whole = load_script("evaluate").main(flags)["perplexity"]
