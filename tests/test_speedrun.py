@@ -73,7 +73,9 @@ def test_a_recipe_is_the_same_on_one_process_and_two(toy, tmp_path, recipe):
         words = [f"--config={run.RECIPES / recipe}.yaml", *toy.flags(tmp_path / str(processes))]
         status, _, errors = started(processes, [w for w in words if not w.startswith(OF_THE_RECIPE)], loop.__file__)
         assert status == 0, errors
-    assert_same_weights(weights(tmp_path / "1"), weights(tmp_path / "2"))
+    # torch's Muon orthogonalises in bfloat16: what differs by rounding then differs by more.
+    atol = 2e-3 if "muon_rate" in run.settings(recipe) else 5e-5
+    assert_same_weights(weights(tmp_path / "1"), weights(tmp_path / "2"), atol=atol)
 
 
 @pytest.mark.torture
