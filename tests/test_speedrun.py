@@ -66,16 +66,15 @@ def test_a_recipe_is_resumed_to_the_bit(toy, tmp_path, recipe):
     )
 
 
+# Not Muon: torch's orthogonalises in bfloat16, where what differs by rounding comes to differ by more.
 @pytest.mark.torture
-@pytest.mark.parametrize("recipe", WITH_INGREDIENTS)
+@pytest.mark.parametrize("recipe", [name for name in WITH_INGREDIENTS if "muon_rate" not in run.settings(name)])
 def test_a_recipe_is_the_same_on_one_process_and_two(toy, tmp_path, recipe):
     for processes in (ONE, TWO):
         words = [f"--config={run.RECIPES / recipe}.yaml", *toy.flags(tmp_path / str(processes))]
         status, _, errors = started(processes, [w for w in words if not w.startswith(OF_THE_RECIPE)], loop.__file__)
         assert status == 0, errors
-    # torch's Muon orthogonalises in bfloat16: what differs by rounding then differs by more.
-    atol = 2e-3 if "muon_rate" in run.settings(recipe) else 5e-5
-    assert_same_weights(weights(tmp_path / "1"), weights(tmp_path / "2"), atol=atol)
+    assert_same_weights(weights(tmp_path / "1"), weights(tmp_path / "2"))
 
 
 @pytest.mark.torture
