@@ -116,6 +116,7 @@ def test_output_in_ascii_costs_nothing_else(toy, tmp_path, whole, tally):
     tally("standard output in ASCII", 1, "training goes on, exit status 0")
 
 
+@pytest.mark.torture
 def test_a_name_that_libraries_cannot_write_is_refused_before_training(toy, tmp_path):
     """One that is not UTF-8 to Python: tokenizers would fail to save it when training is over."""
     process = launch(toy.flags(tmp_path / "Läufe"), subprocess.PIPE, environment=ASCII)
@@ -150,9 +151,8 @@ def unknown():
     return command
 
 
-@pytest.mark.parametrize(
-    "home", [None, pytest.param("nowhere", marks=pytest.mark.torture)], ids=["no home", "a home that is not there"]
-)
+@pytest.mark.torture
+@pytest.mark.parametrize("home", [None, "nowhere"], ids=["no home", "a home that is not there"])
 def test_a_uid_that_the_machine_does_not_know_can_train(toy, tmp_path, home, unknown, tally):
     unset = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "USER", "LOGNAME")
     environment = {name: value for name, value in os.environ.items() if name not in unset}

@@ -530,7 +530,7 @@ def cut_short(world, array, program):
     return rows, path, said.decode()
 
 
-@pytest.mark.parametrize("array", ["ids", "word_starts"])
+@pytest.mark.parametrize("array", ["ids", pytest.param("word_starts", marks=pytest.mark.torture)])
 def test_a_store_that_is_cut_short_while_it_is_mapped_is_one_line_not_a_bus_error(array, world):
     rows, path, said = cut_short(
         world,

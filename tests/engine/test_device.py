@@ -175,13 +175,10 @@ def test_answers_that_ask_for_nothing_are_taken(monkeypatch):
     assert make_accelerator().mixed_precision == "bf16"
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.parametrize(
     ("flag", "mistake"),
-    [
-        ("--use_fsdp", "ACCELERATE_USE_FSDP=true"),
-        pytest.param("--dynamo_backend=inductor", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR", marks=pytest.mark.torture),
-    ],
+    [("--use_fsdp", "ACCELERATE_USE_FSDP=true"), ("--dynamo_backend=inductor", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR")],
 )
 def test_what_the_launcher_is_asked_for_and_this_loop_passes_over_is_one_line(flag, mistake, tmp_path):
     run = start([*LAUNCH, "--num_processes", "1", flag], PROCESSES, tmp_path)

@@ -234,7 +234,7 @@ def test_torchrun_passes_sigterm_on(toy, tmp_path, whole):
 
 
 @pytest.mark.parametrize(
-    "launcher", [pytest.param(ACCELERATE, marks=pytest.mark.torture), TORCHRUN], ids=["accelerate launch", "torchrun"]
+    "launcher", [ACCELERATE, pytest.param(TORCHRUN, marks=pytest.mark.torture)], ids=["accelerate launch", "torchrun"]
 )
 def test_a_worker_whose_launcher_is_gone_stops_in_order(toy, tmp_path, whole, launcher, tally):
     folder = tmp_path / "run"

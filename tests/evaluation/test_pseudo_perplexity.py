@@ -2,8 +2,7 @@
 
 import json
 import math
-import subprocess
-import sys
+import os
 
 import numpy as np
 import pytest
@@ -179,16 +178,26 @@ def test_a_file_without_sentences_is_refused(content, words, toy, tmp_path):
     assert words in str(refused.value)
 
 
-def test_two_models_are_scored_side_by_side(toy, tmp_path):
+@pytest.fixture
+def standard_input(tmp_path):
+    """Holds the sentences."""
+    before = os.dup(0)
+    (tmp_path / "input").write_text("\n".join(SENTENCES))
+    with open(tmp_path / "input") as file:
+        os.dup2(file.fileno(), 0)
+    yield
+    os.dup2(before, 0)
+    os.close(before)
+
+
+def test_two_models_are_scored_side_by_side(toy, tmp_path, standard_input, capsys):
     kept = tmp_path / "found.json"
     flags = ["--model_name_or_path", str(toy.checkpoint), "--compare", str(toy.checkpoint)]
     flags += ["--pseudo_perplexity", "-", "--output", str(kept)]
-    command = [sys.executable, SCRIPT, *flags]
-    done = subprocess.run(command, input="\n".join(SENTENCES), check=True, capture_output=True, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = script.main(flags)
     assert found["base"] == {name: value for name, value in found.items() if name != "base"}
     assert json.loads(kept.read_text()) == found
-    assert done.stdout.count(f"{toy.checkpoint}:\n") == 2
+    assert capsys.readouterr().out.count(f"{toy.checkpoint}:\n") == 2
 
 
 @pytest.mark.slow
