@@ -15,7 +15,7 @@ from mlm.data.masking import draw
 from mlm.engine import optimizer as plain
 from mlm.errors import UserError, at_least, at_most
 from mlm.model.sparse_head import SparseMaskedLM
-from scripts.forks.two_optimizers import encoder_matrices
+from scripts.forks import two_optimizers
 
 CUT = 2**32  # the purpose of draws, beyond those that mlm/data/masking.py takes: the last is DROPOUT + rank
 
@@ -54,12 +54,9 @@ class Config(Settings):
 
 def make_optimizers(model: SparseMaskedLM, config: Config) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the encoder's matrices and AdamW for all else."""
-    if (rate := config.ingredients.muon_rate) is None:
-        return [plain.make_optimizer(model.named_parameters(), config.optimizer)]
-    matrices = encoder_matrices(model.model)
-    others = [(name, p) for name, p in model.named_parameters() if name not in matrices]
-    muon = torch.optim.Muon(matrices.values(), lr=rate, weight_decay=0.0)
-    return [muon, plain.make_optimizer(others, config.optimizer)]
+    if (rate := config.ingredients.muon_rate) is not None:
+        return two_optimizers.make_optimizers(model, config, rate)
+    return [plain.make_optimizer(model.named_parameters(), config.optimizer)]
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> LRScheduler:

@@ -65,10 +65,13 @@ def select(
     return select_tokens(maskable, draws, rate)
 
 
-def encoder_matrices(net: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    """What Muon is made for, by the names that SparseMaskedLM gives them: no embeddings, no head."""
-    named = net.base_model.named_parameters(prefix=f"model.{net.base_model_prefix}")
-    return {name: p for name, p in named if p.requires_grad and p.ndim == 2 and "embedding" not in name}
+def make_optimizers(model: SparseMaskedLM, config: Config, muon_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon, peaking at `muon_rate`, for the encoder's matrices, without embeddings; AdamW for all else."""
+    named = model.model.base_model.named_parameters(prefix=f"model.{model.model.base_model_prefix}")
+    matrices = {name: p for name, p in named if p.requires_grad and p.ndim == 2 and "embedding" not in name}
+    others = [(name, p) for name, p in model.named_parameters() if name not in matrices]
+    muon = torch.optim.Muon(matrices.values(), lr=muon_rate, weight_decay=0.0)
+    return [muon, make_optimizer(others, config.optimizer)]
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,7 @@ def train(config: Config, accelerator: Accelerator | None = None) -> Result:
     batches = replace(batches, pack=model.packs)  # whether documents share rows is a matter of the architecture
 
     # Update: any optimizers, each with its schedule.
-    matrices = encoder_matrices(net)
-    others = [(name, p) for name, p in model.named_parameters() if name not in matrices]
-    muon = torch.optim.Muon(matrices.values(), lr=MUON_RATE, weight_decay=0.0)
-    optimizers = [muon, make_optimizer(others, config.optimizer)]
+    optimizers = make_optimizers(model, config, MUON_RATE)
     schedulers = [make_scheduler(optimizer, config.optimizer, last_step) for optimizer in optimizers]
     update = Update(model, objective, batches, optimizers, schedulers, accelerator, config.update)
 

@@ -42,13 +42,18 @@ from tests.runs import (
 
 # Processes that are killed
 
-LONG = {  # and 150 steps for each time that it is killed
+LONG = {
     "checkpointing_steps": 9,
     "save_total_limit": 3,
     "dropout": 0.1,
     "eval_steps": 500,
     "resume_from_checkpoint": "latest",
 }
+
+
+def long(kills):
+    """The flags of a run with steps enough to be killed so often."""
+    return {**LONG, "max_train_steps": 150 * kills}
 
 
 def kill_and_go_on(toy, folder, launcher, kills, seed):
@@ -58,7 +63,7 @@ def kill_and_go_on(toy, folder, launcher, kills, seed):
     """
     rng, hit = random.Random(seed), Counter()
     store, checkpoints = folder.with_name(f"{folder.name} store"), folder / "checkpoints"
-    flags = toy.flags(folder, **LONG, max_train_steps=150 * kills, token_store=store)
+    flags = toy.flags(folder, **long(kills), token_store=store)
     for kill in range(kills):
         moment = rng.choice(["starting", "stepping", "writing"]) if kill else "tokenising"
         came = steps_taken(folder)
@@ -79,13 +84,13 @@ def kill_and_go_on(toy, folder, launcher, kills, seed):
         hit[moment] += 1
     status, output, errors = run(launcher, flags)
     assert status == 0, errors
-    assert json.loads(output.splitlines()[-1])["steps"] == 150 * kills
+    assert json.loads(output.splitlines()[-1])["steps"] == long(kills)["max_train_steps"]
     assert_each_step_once(folder)
     return hit
 
 
 def uninterrupted(toy, folder, launcher, kills):
-    status, _, errors = run(launcher, toy.flags(folder, **LONG, max_train_steps=150 * kills))
+    status, _, errors = run(launcher, toy.flags(folder, **long(kills)))
     assert status == 0, errors
     return weights(folder)
 

@@ -50,8 +50,10 @@ def under_way(folder, step=20):
     return lambda: steps_taken(folder) >= step
 
 
-def check_it_goes_on(toy, folder, processes, whole):
-    """No step is lost or taken twice, and the weights are those of the uninterrupted run."""
+def check_it_goes_on(toy, folder, launcher, whole):
+    """No step is lost or taken twice, and the weights are those of the uninterrupted run. It goes on without a
+    launcher, in as many processes."""
+    processes = ONE if launcher in (ONE, ACCELERATE) else TWO
     [stopped_at] = [line["step"] for line in metrics(folder, "checkpoint")]
     assert 20 <= stopped_at < STEPS
     status, _, errors = run(processes, [*flags(toy, folder), "--resume_from_checkpoint=latest"])
@@ -218,7 +220,7 @@ def test_a_worker_that_is_signalled_stops_the_run_whoever_launched_it(toy, tmp_p
     status, _, errors = finish(process)
     assert status != 0
     assert errors.count("stopped by SIGUSR1 after step") == 1
-    check_it_goes_on(toy, folder, ONE if launcher == ACCELERATE else TWO, whole)
+    check_it_goes_on(toy, folder, launcher, whole)
     tally("the same to one worker of a launcher", 1, "all stop at one step; resumed, no step lost")
 
 
@@ -230,7 +232,7 @@ def test_torchrun_passes_sigterm_on(toy, tmp_path, whole):
     process.terminate()
     _, _, errors = finish(process)
     assert errors.count("stopped by SIGTERM after step") == 1
-    check_it_goes_on(toy, folder, TWO, whole)
+    check_it_goes_on(toy, folder, TORCHRUN, whole)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_a_worker_whose_launcher_is_gone_stops_in_order(toy, tmp_path, whole, la
     _, errors = process.communicate()  # ends when the last worker has closed its end
     assert psutil.wait_procs(orphans, timeout=30)[1] == []
     assert errors.count("stopped by SIGTERM after step") == 1
-    check_it_goes_on(toy, folder, ONE if launcher == ACCELERATE else TWO, whole)
+    check_it_goes_on(toy, folder, launcher, whole)
     tally("`kill -9` of the launcher", 1, "its workers stop at one step; resumed, no step lost")
 
 

@@ -47,7 +47,7 @@ def altered(value, path, instead):
 
 @pytest.mark.slow
 @settings(
-    max_examples=20,
+    max_examples=30,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # an example is small as it is
 )
