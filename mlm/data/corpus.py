@@ -4,6 +4,7 @@ A corpus is a Hub dataset, a folder or local files. `identify` names it by some 
 what is in it, and its documents are read again where they are needed: both where it lies, without a copy on disk."""
 
 import html
+import logging
 import os
 import re
 from array import array
@@ -21,6 +22,8 @@ import numpy as np
 from mlm.data.faults import READERS, find_bad_row, find_bomb, find_fault, reader_of
 from mlm.errors import UserError, explain_load_failure, one_line
 from mlm.files import stamp
+
+log = logging.getLogger(__name__)
 
 ZEROS = "\0" * 64  # of a damaged disk, or of one that lost its power: a block, of 512 bytes or more
 SPACE = bytes(code for code in range(128) if chr(code).isspace())
@@ -312,6 +315,8 @@ def _read_dataset(config: CorpusConfig, also: tuple[str, ...], stream: bool) -> 
         used = [split for split in ("train", "validation") if split in splits]
         if not used:
             raise UserError(f"{name} has neither a train nor a validation split, only {', '.join(splits)}")
+        if unused := [split for split in splits if split not in used]:
+            log.info("%s: not used: the split(s) %s", name, ", ".join(unused))
         return {split: [_chosen(splits[split], f"{name} ({split})", config.text_column, also)] for split in used}
 
 
