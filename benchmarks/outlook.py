@@ -70,7 +70,8 @@ def record(what: str, model: Path, files: dict, folder: Path) -> dict:
     results = start("train.py", {**stores, **files, **TRAINING, "output_dir": run})
     gain = {"gain": results["documents_gain"]}
     gain["gain_interval"] = [results["documents_gain_low"], results["documents_gain_high"]]
-    figures = {name: said[name] for name in FIGURES} | {"general_perplexity": said.get("general_perplexity")}
+    other = "out_of_domain_perplexity"
+    figures = {name: said[name] for name in FIGURES} | {other: said.get(other)}
     return {"what": what, "model": model.name, **figures, **gain}
 
 

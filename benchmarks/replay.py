@@ -28,7 +28,7 @@ from mlm.report.environment import environment
 from mlm.train import train
 
 TRAINING = {"max_seq_length": 128, "learning_rate": 5e-4, "num_train_epochs": 1, "train_batch_size": 32}
-KEPT = ("perplexity", "general_perplexity", "steps", "epochs", "replay_epochs", "train_loss_replay")
+KEPT = ("perplexity", "out_of_domain_perplexity", "steps", "epochs", "replay_epochs", "train_loss_replay")
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ MODULES = (
 class Measured(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     stores: dict[str, TokenStore]
-    eval_sets: dict[str, EvalSet]  # "held_out" and, where asked for, "general"
+    eval_sets: dict[str, EvalSet]  # "held_out" and, where asked for, "out_of_domain"
     evaluations: Evaluations
 
     def figures(self) -> dict[str, dict[str, Any]]:
@@ -237,7 +237,7 @@ def compare_both(base: Measured, adapted: Measured) -> tuple[dict[str, Any], str
             for n in names
         }
         lines = [f"{printable(compared[n]['text'])}: {in_words(compared[n])}" for n in names]
-        return {"held_out": None, "general": None, **compared, "same_tokenizer": True}, "\n".join(lines)
+        return {"held_out": None, "out_of_domain": None, **compared, "same_tokenizer": True}, "\n".join(lines)
 
     result, lines = {}, []
     for name, before in base.figures().items():
@@ -259,7 +259,7 @@ def compare_both(base: Measured, adapted: Measured) -> tuple[dict[str, Any], str
         "the two have different tokenizers: their masks and the perplexity of their tokens are not "
         "comparable, bits per character and per word are"
     )
-    return finite({"held_out": None, "general": None, **result, "same_tokenizer": False}), "\n".join(lines)
+    return finite({"held_out": None, "out_of_domain": None, **result, "same_tokenizer": False}), "\n".join(lines)
 
 
 def half_width_in_bits(base: Measured, adapted: Measured, name: str) -> tuple[float, int]:

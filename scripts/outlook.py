@@ -40,20 +40,20 @@ def outlook(
 ) -> dict[str, Any]:
     """The figures, printed as they are found. length: of a chunk
 
-    config: its out_of_domain is the general text to compare with, if any; its model is measured if it is a checkpoint
-    Raises UserError where the general text cannot be read.
+    config: its out_of_domain is what to compare with, if any; its model is measured if it is a checkpoint
+    Raises UserError where the out-of-domain text cannot be read.
     """
     store, cut = stores.get("train", stores["validation"]), {}
     sample = replace(config.evaluate, max_eval_samples=DOCUMENTS)
     eval_sets = open_eval_sets(replace(config, evaluate=sample), tokenizer, info, stores["validation"], length)
     found: dict[str, Any] = {"pieces_a_word": pieces_a_word(store), "unknown_token_share": unknown_share(store)}
-    if general := eval_sets.get("general"):
-        found |= {"general_pieces_a_word": pieces_a_word(general.store)}
-        found |= {"general_unknown_token_share": unknown_share(general.store)}
+    if other := eval_sets.get("out_of_domain"):
+        found |= {"out_of_domain_pieces_a_word": pieces_a_word(other.store)}
+        found |= {"out_of_domain_unknown_token_share": unknown_share(other.store)}
     print("\nbefore a run")
     for name, title in (("pieces_a_word", "pieces a word"), ("unknown_token_share", "unknown tokens")):
-        own, beside = found[name], found.get(f"general_{name}")
-        print(f"  {title:<22} {figure(own)}" + (f", in general text {figure(beside)}" if general else ""))
+        own, beside = found[name], found.get(f"out_of_domain_{name}")
+        print(f"  {title:<22} {figure(own)}" + (f", in out-of-domain text {figure(beside)}" if other else ""))
     if cut := most_cut(store, tokenizer, info):
         found["words_cut_most"] = cut
         print(f"  {'words cut most':<22} {printable(', '.join(cut))}")
@@ -100,7 +100,7 @@ def measured(
     found: dict[str, Any] = {"tokens_a_parameter": min(store.header["tokens"], seen) / parameters}
     print(f"  {'tokens a parameter':<22} {figure(found['tokens_a_parameter'])}, of {parameters:,} parameters")
     for name, eval_set in eval_sets.items():
-        prefix = "general_" if name == "general" else ""
+        prefix = "out_of_domain_" if name == "out_of_domain" else ""
         whole = one_by_one(eval_set, config.chunks, config.model, position_limit(config.model))
         evaluation = evaluate(model, whole or eval_set, accelerator)
         _, row = np.unique(evaluation.chunk, return_inverse=True)

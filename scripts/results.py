@@ -412,7 +412,7 @@ def replay() -> str:
     """What replay keeps outside of the domain, and costs in it, against training without it seed by seed."""
     stored = _stored("replay")
     before, shares = stored["before"], sorted({run["share"] for run in stored["runs"]})
-    kinds = {"general_perplexity": "out of the domain", "perplexity": "in it"}
+    kinds = {"out_of_domain_perplexity": "out of the domain", "perplexity": "in it"}
 
     def of(share: float, figure: str) -> list[float]:
         return [run[figure] for run in stored["runs"] if run["share"] == share]  # of each seed, in their order
@@ -432,7 +432,7 @@ def replay() -> str:
         ),
         "| share | steps | perplexity out of the domain | to that of share 0 | in the domain | to that of share 0 |",
         "| --- | --- | --- | --- | --- | --- |",
-        f"| before | 0 | {before['general_perplexity']:.1f} | | {before['perplexity']:.1f} | |",
+        f"| before | 0 | {before['out_of_domain_perplexity']:.1f} | | {before['perplexity']:.1f} | |",
     ]
     for share in shares:
         cells = [f"{statistics.median(of(share, figure)):.1f} | {ratios(share, figure)}" for figure in kinds]
@@ -453,15 +453,15 @@ def outlook() -> str:
             stored["environment"],
             "python benchmarks/outlook.py --data FOLDER",
         ),
-        "| text | base | tokens a parameter | pieces a word | unknown | perplexity before | of general text | gain |",
+        "| text | base | tokens a parameter | pieces a word | unknown | perplexity before | out-of-domain | gain |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in stored["runs"]:
         low, high = row["gain_interval"]
-        general = f"{row['general_perplexity']:.1f}" if row["general_perplexity"] else ""
+        other = f"{row['out_of_domain_perplexity']:.1f}" if row["out_of_domain_perplexity"] else ""
         lines.append(
             f"| {row['what']} | {row['model']} | {row['tokens_a_parameter']:.3g} | {row['pieces_a_word']:.2f} "
-            f"| {row['unknown_token_share']:.2%} | {row['perplexity']:.1f} | {general} "
+            f"| {row['unknown_token_share']:.2%} | {row['perplexity']:.1f} | {other} "
             f"| {row['gain']:.3f} ({low:.3f} to {high:.3f}) |"
         )
     return "\n".join(lines) + "\n"

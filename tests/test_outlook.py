@@ -44,15 +44,15 @@ def test_tokens_are_counted_by_parameter(toy, prepare):
     assert few["tokens_a_parameter"] == 5 * 16 / parameters, "those that the run sees"
 
 
-def test_general_text_stands_beside_that_of_the_domain(prepare, tmp_path):
+def test_out_of_domain_text_stands_beside_that_of_the_domain(prepare, tmp_path):
     other = tmp_path / "general.txt"
     other.write_text("the cat ж unlikely catdog\n" * 30)
     found, printed = prepare("--out_of_domain_file", str(other))
-    assert found["general_pieces_a_word"] > found["pieces_a_word"]
-    assert found["general_unknown_token_share"] > 0 == found["unknown_token_share"]
+    assert found["out_of_domain_pieces_a_word"] > found["pieces_a_word"]
+    assert found["out_of_domain_unknown_token_share"] > 0 == found["unknown_token_share"]
     same, _ = prepare("--validation_file", str(other))
-    assert found["general_perplexity"] == pytest.approx(same["perplexity"]), "both one by one"
-    assert f"pieces a word          {found['pieces_a_word']:.4g}, in general text" in printed
+    assert found["out_of_domain_perplexity"] == pytest.approx(same["perplexity"]), "both one by one"
+    assert f"pieces a word          {found['pieces_a_word']:.4g}, in out-of-domain text" in printed
 
 
 def test_the_words_that_cost_most_tokens_are_named_in_pieces(toy, prepare, tmp_path):

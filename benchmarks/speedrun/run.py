@@ -231,7 +231,7 @@ def measure(config: loop.Config, job: Job, model: PreTrainedModel | None = None)
         mine, its = (sets[name].store.header["maskable_tokens"] for sets in (eval_sets, of_base))
         return evaluate(net, eval_sets[name], accelerator, complete).loss * (mine / its)
 
-    found = {"choosing_loss": loss("general", complete=False)}
+    found = {"choosing_loss": loss("out_of_domain", complete=False)}
     if not job.reports:
         return {"loss": None, **found, "accuracy": None}
     found["loss"] = loss("held_out", complete=True)

@@ -19,7 +19,8 @@ from mlm.figures import exp_or_inf, figure, finite
 HANDFUL, LEAST, MOST_OF = 5, 0.05, 0.5  # a concentrated gain, see `concentration`
 BEYOND = 100  # times the perplexity of token frequencies: more than of equal odds for 30,000 tokens of English
 OPENING = 24  # tokens of a document by which a person knows it
-EVAL_SETS = {"held_out": ("", "held-out"), "general": ("general_", "out-of-domain")}  # prefix of JSON keys, words
+# The two texts, each with the prefix of its JSON keys and its words.
+EVAL_SETS = {"held_out": ("", "held-out"), "out_of_domain": ("out_of_domain_", "out-of-domain")}
 
 
 class Conclusion(NamedTuple):
@@ -48,8 +49,8 @@ def conclude(
             results |= gain_figures(compared[name], prefix)
             lines.append(f"{title} text: {in_words(compared[name])}")
             tables.append(documents(name, eval_set, before[name], after[name], tokenizer))
-        elif name == "general":
-            lines.append(f"{title} text: perplexity {figure(results['general_perplexity'])}")
+        elif name == "out_of_domain":
+            lines.append(f"{title} text: perplexity {figure(results['out_of_domain_perplexity'])}")
     maskable = eval_sets["held_out"].info.maskable
     results["perplexity_unigram"] = unigram_perplexity(counts, maskable, after["held_out"].target)
     results["held_out_leaks"] = eval_sets["held_out"].store.header.get("leaks")

@@ -139,7 +139,7 @@ def open_eval_sets(
     length: int,
     limit: int | None = None,
 ) -> dict[str, EvalSet]:
-    """ "held_out" and, where there is out-of-domain text, "general", both in chunks of `length` tokens.
+    """ "held_out" and, where there is out-of-domain text, "out_of_domain", both in chunks of `length` tokens.
 
     config: a mlm.config.Config
     limit:  the most tokens that the models take which are measured; None: as the one of `config`
@@ -152,7 +152,7 @@ def open_eval_sets(
     if out_of_domain := corpus.out_of_domain(config.out_of_domain, config.corpus):
         with in_words_of("out_of_domain"):
             prepared = prepare(out_of_domain, tokenizer, info, config.token_store, whole_words, only="validation")
-        sources["general"], stores["general"] = out_of_domain, prepared["validation"]
+        sources["out_of_domain"], stores["out_of_domain"] = out_of_domain, prepared["validation"]
     cut = (config.chunks, length, info, config.evaluate)
     eval_sets = {key: make_eval_set(corpus.origin(sources[key], "validation"), stores[key], *cut) for key in stores}
     whole = one_by_one(eval_sets["held_out"], config.chunks, config.model, limit or position_limit(config.model))

@@ -41,7 +41,7 @@ def model_card(name: str, config: Any, results: dict[str, Any]) -> str:
         datasets=None if text.dataset_name is None or Path(text.dataset_name).exists() else text.dataset_name,
         tags=["masked-language-modeling", "domain-adaptation"],
         model_name=name,
-        eval_results=[*_eval_results(results, "", text), *_eval_results(results, "general_", out_of_domain)],
+        eval_results=[*_eval_results(results, "", text), *_eval_results(results, "out_of_domain_", out_of_domain)],
     )
     card = ModelCard.from_template(
         data,

@@ -55,7 +55,7 @@ def render(runs: Sequence[RunRecord]) -> str:
     functions = {f.__name__: f for f in (*charts, *forms, same, mean, unlike, largest_change, zip)}
     page.filters |= functions | {"shlex_join": shlex.join}
     page.globals |= functions
-    texts = ("held_out", "general", "task")
+    texts = ("held_out", "out_of_domain", "task")
     compared = {text: [(run, run.comparison[text]) for run in runs if run.comparison.get(text)] for text in texts}
     logged = {key for run in runs for e in run.train for key in e if type(e[key]) in (int, float)}
     parts = {**compared, **_settings(runs), "scalars": sorted(logged - LOGGED), "examples": _examples(runs)}
@@ -63,7 +63,7 @@ def render(runs: Sequence[RunRecord]) -> str:
 
 
 def unlike(runs: Sequence[RunRecord], text: str) -> str:
-    """Why figures of these runs on "held_out" or "general" text do not compare: one sentence, or nothing."""
+    """Why figures of these runs on "held_out" or "out_of_domain" text do not compare: one sentence, or nothing."""
     experiments = [run.about["experiment"] for run in runs]
     names = {f"{text} corpus": "texts", **MEASURED}
     differ = [key for key in names if len({json.dumps(e[key]) for e in experiments if key in e}) > 1]

@@ -168,7 +168,7 @@ def outcome(results: dict[str, Any]) -> str:
     results: as in all_results.json, and `output_dir`"""
     shown = {name: figure(value) for name, value in results.items() if not isinstance(value, str | list)}
     rows = [("", "before", "after", "gain") if "perplexity_before" in results else ("", "", "after", "")]
-    for text, prefix in (("held-out", ""), ("one by one", "documents_"), ("out-of-domain", "general_")):
+    for text, prefix in (("held-out", ""), ("one by one", "documents_"), ("out-of-domain", "out_of_domain_")):
         gain, low, high = (shown.get(f"{prefix}{name}") for name in ("gain", "gain_low", "gain_high"))
         over = " over chunks of one document" if results.get(f"{prefix}gain_documents") == 1 else ""
         interval = f" ({CONFIDENCE:.0%} interval {low} to {high}{over})" if results.get(f"{prefix}gain_low") else ""

@@ -403,7 +403,7 @@ def out_of_domain_file(tmp_path_factory):
     return path
 
 
-def with_general(toy, out_of_domain_file, folder, **loop):
+def with_out_of_domain(toy, out_of_domain_file, folder, **loop):
     modules = {
         "out_of_domain": OutOfDomainConfig(out_of_domain_file=str(out_of_domain_file)),
         "evaluate": EvaluateConfig(eval_mask_folds=3, eval_mask_seeds=2),
@@ -413,9 +413,9 @@ def with_general(toy, out_of_domain_file, folder, **loop):
 
 def test_a_run_says_what_it_gained_and_what_it_forgot(toy, out_of_domain_file, tmp_path, capsys):
     folder = tmp_path / "run"
-    found = train(with_general(toy, out_of_domain_file, folder, max_train_steps=100, eval_steps=40)).results
+    found = train(with_out_of_domain(toy, out_of_domain_file, folder, max_train_steps=100, eval_steps=40)).results
     written = comparison(folder)
-    for name, prefix in (("held_out", ""), ("general", "general_")):
+    for name, prefix in (("held_out", ""), ("out_of_domain", "out_of_domain_")):
         row = written[name]
         assert [found[f"{prefix}gain{end}"] for end in ("", "_low", "_high")] == [
             row["gain"]["value"],
@@ -428,20 +428,27 @@ def test_a_run_says_what_it_gained_and_what_it_forgot(toy, out_of_domain_file, t
         )
         assert row["masks"]["seeds"] == [0, 1] and row["masks"]["folds"] == 3
     assert found["gain_low"] > 1
-    assert found["general_gain"] < found["gain"]
+    assert found["out_of_domain_gain"] < found["gain"]
     by_seed = written["held_out"]["after"]["perplexity_by_seed"]
     assert found["perplexity_spread"] == max(by_seed) - min(by_seed) > 0
-    assert {"bits_per_character", "bits_per_word", "general_eval_loss", "general_eval_loss_before"} <= found.keys()
+    assert {
+        "bits_per_character",
+        "bits_per_word",
+        "out_of_domain_eval_loss",
+        "out_of_domain_eval_loss_before",
+    } <= found.keys()
 
     table = pq.read_table(folder / "documents.parquet").to_pylist()
     masked = Counter()
     for row in table:
         masked[row["text"]] += row["masked_tokens"]
-    assert masked == {name: written[name]["masks"]["masked_tokens"] for name in ("held_out", "general")}
+    assert masked == {name: written[name]["masks"]["masked_tokens"] for name in ("held_out", "out_of_domain")}
     few = written["held_out"]["concentration"]  # eight tokens of each sentence, five of them always the same
     assert {"the", "likes", "every", "day", "."} & set(few["types"])
     assert found["gain_without_concentrated"] == few["gain_without"]
-    assert ("general_gain_without_concentrated" in found) == (written["general"]["concentration"] is not None)
+    assert ("out_of_domain_gain_without_concentrated" in found) == (
+        written["out_of_domain"]["concentration"] is not None
+    )
 
     printed = capsys.readouterr().out.splitlines()
     assert any(
@@ -453,7 +460,7 @@ def test_a_run_says_what_it_gained_and_what_it_forgot(toy, out_of_domain_file, t
 
 
 def test_evaluations_during_training_are_of_the_first_mask_round(toy, out_of_domain_file, tmp_path):
-    train(with_general(toy, out_of_domain_file, tmp_path / "run", eval_steps=5))
+    train(with_out_of_domain(toy, out_of_domain_file, tmp_path / "run", eval_steps=5))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     seen = [(line["step"], line["eval_masked_tokens"]) for line in lines if line["event"] == "eval"]
     assert [step for step, _ in seen] == [0, 5, 10, 12]
@@ -464,8 +471,8 @@ def test_evaluations_during_training_are_of_the_first_mask_round(toy, out_of_dom
     assert (tokens[0], tokens[-1]) == (0, 12 * 8 * 16)
 
 
-def test_a_general_text_is_measured_as_it_is_on_its_own(toy, out_of_domain_file, tmp_path):
-    found = train(with_general(toy, out_of_domain_file, tmp_path / "run", max_train_steps=3)).results
+def test_an_out_of_domain_text_is_measured_as_it_is_on_its_own(toy, out_of_domain_file, tmp_path):
+    found = train(with_out_of_domain(toy, out_of_domain_file, tmp_path / "run", max_train_steps=3)).results
     modules = {
         "model": ModelConfig(model_name_or_path=str(tmp_path / "run")),
         "corpus": CorpusConfig(train_file=str(toy.train_file), validation_file=str(out_of_domain_file)),
@@ -473,8 +480,8 @@ def test_a_general_text_is_measured_as_it_is_on_its_own(toy, out_of_domain_file,
     }
     config = toy.config(tmp_path / "alone", modules=modules, max_train_steps=None, num_train_epochs=0)
     alone = train(config).results
-    assert alone["perplexity"] == found["general_perplexity"]
-    assert alone["eval_loss"] == found["general_eval_loss"]
+    assert alone["perplexity"] == found["out_of_domain_perplexity"]
+    assert alone["eval_loss"] == found["out_of_domain_eval_loss"]
 
 
 def test_a_run_without_an_evaluation_before_compares_nothing(toy, tmp_path):
@@ -491,14 +498,14 @@ def test_no_step_is_no_gain(toy, tmp_path):
 def test_the_best_weights_are_those_that_are_compared(toy, out_of_domain_file, tmp_path):
     """A learning rate that ruins the model: the best weights are the untouched ones, on every text."""
     loop = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "eval_steps": 1, "max_train_steps": 3}
-    config = with_general(toy, out_of_domain_file, tmp_path / "run", load_best_model_at_end=True, **loop)
+    config = with_out_of_domain(toy, out_of_domain_file, tmp_path / "run", load_best_model_at_end=True, **loop)
     found = train(config).results
-    assert (found["gain"], found["general_gain"]) == (1.0, 1.0)
+    assert (found["gain"], found["out_of_domain_gain"]) == (1.0, 1.0)
 
 
 def test_a_resumed_run_compares_with_what_was_before_the_first_step(toy, out_of_domain_file, tmp_path):
     folder = tmp_path / "run"
-    config = with_general(toy, out_of_domain_file, folder)
+    config = with_out_of_domain(toy, out_of_domain_file, folder)
     train(dataclasses.replace(config, checkpoint=CheckpointConfig(checkpointing_steps=6)))
     first, documents_then = comparison(folder), (folder / "documents.parquet").read_bytes()
     for file in ("comparison.json", "documents.parquet", "all_results.json"):
@@ -510,19 +517,19 @@ def test_a_resumed_run_compares_with_what_was_before_the_first_step(toy, out_of_
     assert found["gain"] == first["held_out"]["gain"]["value"]
 
 
-def test_a_general_text_that_cannot_be_is_refused_in_words(toy, tmp_path):
+def test_an_out_of_domain_text_that_cannot_be_is_refused_in_words(toy, tmp_path):
     with pytest.raises(UserError, match="--out_of_domain_file and --out_of_domain_dataset_name: give one of the two"):
         OutOfDomainConfig(out_of_domain_file="a.txt", out_of_domain_dataset_name="b")
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match=r"^--out_of_domain_file .*empty\.txt is empty"):
-        train(with_general(toy, tmp_path / "empty.txt", tmp_path / "run"))
+        train(with_out_of_domain(toy, tmp_path / "empty.txt", tmp_path / "run"))
     (tmp_path / "short.txt").write_text("the cat\n")
     with pytest.raises(UserError, match=r"short\.txt: .*less than one chunk"):
-        train(with_general(toy, tmp_path / "short.txt", tmp_path / "run"))
+        train(with_out_of_domain(toy, tmp_path / "short.txt", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
-def test_of_a_general_data_set_the_held_out_part_alone_is_tokenised(toy, out_of_domain_file, tmp_path):
+def test_of_an_out_of_domain_data_set_the_held_out_part_alone_is_tokenised(toy, out_of_domain_file, tmp_path):
     """A folder with a training split as well, which may be all of Wikipedia."""
     (tmp_path / "data").mkdir()
     for split in ("train", "validation"):
@@ -536,7 +543,7 @@ def test_of_a_general_data_set_the_held_out_part_alone_is_tokenised(toy, out_of_
     found = train(config).results
     assert sorted(path.name for path in (tmp_path / "stores").glob("*/train")) == ["train"], "the domain's"
     by_file = dataclasses.replace(by_file, run=RunConfig(output_dir=str(tmp_path / "by_file")))
-    assert train(by_file).results["general_eval_loss"] == found["general_eval_loss"]
+    assert train(by_file).results["out_of_domain_eval_loss"] == found["out_of_domain_eval_loss"]
 
 
 # In bits per character, between tokenizers
@@ -609,7 +616,7 @@ def test_two_checkpoints_are_compared_on_the_command_line(toy, out_of_domain_fil
     }
     written = json.loads((tmp_path / "found.json").read_text())
     assert written["held_out"] == comparison(tmp_path / "adapted")["held_out"]
-    assert written["general"]["gain"]["value"] != 1
+    assert written["out_of_domain"]["gain"]["value"] != 1
     assert "95% interval" in printed
 
     tokenizer = wordpiece(["the old cat likes milk every day ."] * 3, 150)

@@ -13,7 +13,10 @@ def evaluation(rng: np.random.Generator, M: int) -> Evaluation:
     return Evaluation(*places, rng.integers(0, 1 << 30, M) / GRID, rng.random(M) < 0.5)
 
 
-@given(st.dictionaries(st.sampled_from(["held_out", "general", "a.b", ""]), st.integers(0, 20)), st.integers(0, 2**32))
+@given(
+    st.dictionaries(st.sampled_from(["held_out", "out_of_domain", "a.b", ""]), st.integers(0, 20)),
+    st.integers(0, 2**32),
+)
 def test_evaluations_come_back_from_a_file_of_tensors_to_the_bit(sizes, seed):
     rng = np.random.default_rng(seed)
     saved = Evaluations({name: evaluation(rng, M) for name, M in sizes.items()})

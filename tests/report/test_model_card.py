@@ -31,7 +31,7 @@ def test_the_hub_reads_the_figures_of_the_run_in_the_card(run):
         ("validation.txt", "accuracy"): results["accuracy"],
         ("validation.txt", "bits_per_character"): results["bits_per_character"],
         **{
-            ("validation.txt (out-of-domain text)", metric): results[f"general_{metric}"]
+            ("validation.txt (out-of-domain text)", metric): results[f"out_of_domain_{metric}"]
             for metric in ("perplexity", "accuracy", "bits_per_character")
         },
     }
@@ -42,7 +42,7 @@ def test_the_hub_reads_the_figures_of_the_run_in_the_card(run):
 def test_the_card_tells_people_the_gain_and_what_was_forgotten(run):
     results = json.loads((run / "all_results.json").read_text())
     domain, out_of_domain = ModelCard.load(run / "README.md").text.split("On out-of-domain text, validation.txt:")
-    for text, prefix in ((domain, ""), (out_of_domain, "general_")):
+    for text, prefix in ((domain, ""), (out_of_domain, "out_of_domain_")):
         gain, low, high = (f"{results[prefix + name]:.4g}" for name in ("gain", "gain_low", "gain_high"))
         assert f"Perplexity before / after is {gain} (95% interval {low} to {high} over documents)." in text
         for name in ("perplexity", "accuracy", "bits_per_character"):

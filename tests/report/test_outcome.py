@@ -21,8 +21,8 @@ def rows(results):
 
 
 def test_it_has_the_figures_before_and_after_and_the_gain_with_its_interval():
-    general = {f"general_{name}": value for name, value in (ENDED | BEFORE).items() if name[0] in "gpe"}
-    assert rows({**ENDED, **BEFORE, **general, "general_gain_low": None}) == [
+    general = {f"out_of_domain_{name}": value for name, value in (ENDED | BEFORE).items() if name[0] in "gpe"}
+    assert rows({**ENDED, **BEFORE, **general, "out_of_domain_gain_low": None}) == [
         "before after gain",
         "held-out perplexity 80 40 2× (95% interval 1.9 to 2.1)",
         "held-out loss 4.382 3.689",

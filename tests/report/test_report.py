@@ -133,8 +133,13 @@ def test_the_figures_on_the_page_are_those_of_all_results_json(run, browser):
     assert keys >= measured | {f"{name}_before" for name in measured}
     assert keys >= {"gain", "gain_low", "gain_high", "tokens_per_second", "peak_memory_mib", "steps"}
     out_of_domain = {"perplexity", "eval_loss", "accuracy", "bits_per_character"}
-    assert keys >= {f"general_{name}{when}" for name in out_of_domain for when in ("", "_before")}
-    assert keys >= {"general_gain", "general_gain_low", "general_gain_high", "general_eval_masked_tokens"}
+    assert keys >= {f"out_of_domain_{name}{when}" for name in out_of_domain for when in ("", "_before")}
+    assert keys >= {
+        "out_of_domain_gain",
+        "out_of_domain_gain_low",
+        "out_of_domain_gain_high",
+        "out_of_domain_eval_masked_tokens",
+    }
 
 
 def test_the_charts_hold_the_measurements_of_the_run(run, browser):
@@ -316,7 +321,7 @@ def test_what_runs_share_stands_once(run, tmp_path):
     (tmp_path / "c" / "run.json").write_text(json.dumps(about))
     page = render(read_runs([run, tmp_path / "b", tmp_path / "c"]))
     heading = text_of(page, "header")
-    assert heading.count("checkpoint") == 1
+    assert heading.split("Command")[0].count("checkpoint") == 1  # the command is that of the tests
     assert "Learning rate 0.005, linear 0.005, linear 0.001, linear" in heading
     sentences = len(json.loads((run / "fill_mask.json").read_text())["sentences"])
     for section, texts, times in (
@@ -494,10 +499,10 @@ def test_runs_that_do_not_compare_are_said_not_to(run, other):
 
 def test_out_of_domain_texts_that_differ_are_named_where_they_are_compared(run):
     runs = read_runs([run])
-    pair = [with_experiment(runs[0], **{"general corpus": text}) for text in "ab"]
+    pair = [with_experiment(runs[0], **{"out_of_domain corpus": text}) for text in "ab"]
     page = render(pair)
-    assert "different texts" in page.split('id="general"')[1]
-    assert "different texts" not in page.split('id="general"')[0]
+    assert "different texts" in page.split('id="out-of-domain"')[1]
+    assert "different texts" not in page.split('id="out-of-domain"')[0]
 
 
 def test_curves_of_one_mask_round_beside_figures_of_several_say_so(run):
@@ -511,7 +516,7 @@ def test_curves_of_one_mask_round_beside_figures_of_several_say_so(run):
 
 def test_the_out_of_domain_text_is_described_as_the_held_out_one_is(run):
     page = render(read_runs([run]))
-    for section in ("held-out", "general"):
+    for section in ("held-out", "out-of-domain"):
         shown = text_of(page, f'section id="{section}"')
         assert re.search(r"[\d,]+ masked tokens of [\d,]+ documents of .*, mask seed 0\.", shown)
         assert re.search(r"The interval is Student's, over [\d,]+ documents left out one by one\.", shown)
@@ -542,7 +547,7 @@ def test_no_interval_is_said_to_be_none(run, units, why):
         compared["gain"]["interval"] = [None, None]
         compared["bootstrap"] |= {"unit": "chunks", "units": units}
         compared["masks"] |= {"documents": 1, "masked_tokens": units}
-    gone = [f"{prefix}gain_{end}" for prefix in ("", "general_") for end in ("low", "high")]
+    gone = [f"{prefix}gain_{end}" for prefix in ("", "out_of_domain_") for end in ("low", "high")]
     results = record.results | dict.fromkeys(gone)
     page = render([dataclasses.replace(record, results=results, comparison=comparison)])
     shown = text_of(page)
