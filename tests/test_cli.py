@@ -379,11 +379,15 @@ def test_each_launcher_runs_the_script_and_nothing_else_speaks(launcher, toy, tm
                        "--mixed_precision=no", "--dynamo_backend=no"],
         "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone"],
     }[launcher]  # fmt: skip
+    environment = dict(os.environ)
+    if launcher == "accelerate":  # which is told by --cpu alone that its one process has no GPU
+        environment.pop("ACCELERATE_USE_CPU", None)
     script = str(REPOSITORY / "scripts" / "train.py")
     run = subprocess.run(
         [sys.executable, *command, script, *toy.flags(tmp_path / "run", max_train_steps=2)],
         capture_output=True,
         text=True,
+        env=environment,
     )
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""

@@ -49,7 +49,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1
     ("command", "user", "threads"),
     [
         (LAUNCH, {}, "None"),
-        (LAUNCH, {"OMP_NUM_THREADS": "1"}, "1"),
+        pytest.param(LAUNCH, {"OMP_NUM_THREADS": "1"}, "1", marks=pytest.mark.torture),
         pytest.param([*LAUNCH, "--num_cpu_threads_per_process=1"], {}, "1", marks=pytest.mark.torture),
         ([sys.executable], {"OMP_NUM_THREADS": "1"}, "1"),
         ([sys.executable], {}, "None"),

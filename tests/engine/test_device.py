@@ -135,13 +135,6 @@ def test_several_cpu_processes_of_accelerate_launch_are_refused_as_it_starts_one
 
 
 @ON_THE_CPU
-@pytest.mark.slow
-def test_one_cpu_process_of_accelerate_launch_is_not_refused(tmp_path):
-    run = start([*LAUNCH, "--cpu", "--num_processes", "1"], PROCESSES, tmp_path)
-    assert (run.returncode, run.stdout) == (0, '{"processes": 1, "device": "cpu"}\n')
-
-
-@ON_THE_CPU
 @pytest.mark.torture
 def test_processes_that_end_as_soon_as_they_are_connected_leave_no_other_one_half_connected(tmp_path):
     run = start([sys.executable], CONNECTS, tmp_path)
