@@ -31,7 +31,7 @@ with quick_imports():
     from mlm.engine.device import make_accelerator
     from mlm.engine.distributed import broadcast, check_same, local_main_process_first, on_main
     from mlm.errors import UserError, printable
-    from mlm.evaluation.compare import compare, documents_of, gain_figures, in_words
+    from mlm.evaluation.compare import EVAL_SETS, compare, documents_of, gain_figures, in_words
     from mlm.evaluation.eval_set import EvalSet, EvaluateConfig, open_eval_sets
     from mlm.evaluation.evaluate import Evaluations, evaluate_all, measure
     from mlm.evaluation.interval import CONFIDENCE, FEWEST, half_width
@@ -175,8 +175,9 @@ def conclude(measured: dict[str, Measured], length: int) -> tuple[dict[str, Any]
     """The figures on each eval set, those for the last line of output, and lines to print. length: of a chunk"""
     adapted = measured["model"]
     result: dict[str, Any] = adapted.figures()
-    held_out, eval_set = result["held_out"], adapted.eval_sets["held_out"]
-    summary = {**held_out, "chunks": len(eval_set.chunk_ids), "chunk_size": length}
+    eval_set = adapted.eval_sets["held_out"]
+    summary = {EVAL_SETS[text][0] + name: value for text in result for name, value in result[text].items()}
+    summary |= {"chunks": len(eval_set.chunk_ids), "chunk_size": length}
     summary["held_out_leaks"] = eval_set.store.header["leaks"]
     if "base" in measured:
         result, lines = compare_both(measured["base"], adapted)
@@ -295,15 +296,19 @@ def without_each(values: np.ndarray) -> np.ndarray:
 
 
 def headlines(result: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a comparison for the last line of output."""
-    held_out = result["held_out"]
-    before = {f"{name}_before": value for name, value in held_out["before"].items()}
-    if not result["same_tokenizer"]:
-        changed = held_out["difference_in_bits"]
-        low, high = changed["interval"]
-        figures = {"difference_in_bits": changed["value"], "difference_low": low, "difference_high": high}
-        return {**before, "same_tokenizer": False, **figures}
-    return {**before, "same_tokenizer": True, **gain_figures(held_out)}
+    """The figures of a comparison for the last line of output, under the names of all_results.json."""
+    figures = {"same_tokenizer": result["same_tokenizer"]}
+    for text, (prefix, _) in EVAL_SETS.items():
+        if not (compared := result[text]):
+            continue
+        figures |= {f"{prefix}{name}_before": value for name, value in compared["before"].items()}
+        if result["same_tokenizer"]:
+            figures |= gain_figures(compared, prefix)
+        else:
+            changed = compared["difference_in_bits"]
+            own = dict(zip(("low", "high"), changed["interval"], strict=True), in_bits=changed["value"])
+            figures |= {f"{prefix}difference_{name}": value for name, value in own.items()}
+    return figures
 
 
 def in_words_alone(figures: dict[str, Any], eval_set: EvalSet) -> str:

@@ -3,6 +3,7 @@
 import ast
 import html
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -548,13 +549,13 @@ def speedrun() -> str:
 
 
 def _best(runs: list[dict[str, Any]], domain: str, passes: float) -> str:
-    """The loss of the recipe that is the best on the documents to choose by, of those with seeds enough, against the
-    default's: chosen by the loss that is reported, the best of many would look better than it is."""
-    losses, choosing = (records.losses(runs, domain, passes, figure) for figure in ("loss", "choosing_loss"))
+    """The test loss of the recipe of the lowest dev loss, of those with seeds enough, against the default's: chosen by
+    its test loss, the best of many would look better than it is."""
+    losses, dev = (records.losses(runs, domain, passes, figure) for figure in ("loss", "dev_loss"))
     means = {recipe: statistics.mean(own.values()) for recipe, own in losses.items() if len(own) == len(records.SEEDS)}
     if records.FIRST not in means:
         return ""
-    name = min(means, key=lambda recipe: statistics.mean(choosing[recipe].values()))
+    name = min(means, key=lambda recipe: statistics.mean(dev[recipe].values()))
     return f"{domain}, {_passes(passes)}: {means[name]:.3f} by {name}, {means[records.FIRST]:.3f} by {records.FIRST}"
 
 
@@ -578,42 +579,48 @@ def _times(times: list[dict[str, Any]], domain: str) -> list[str]:
         seconds = statistics.median(row["seconds"] for row in rounds.values())
         ratios = " | ".join(_ratios(rounds, other) for other in others.values())
         above = [row["loss"] - target[seed]["loss"] for seed, row in rounds.items() if seed in target]
-        reached = f"{max(above):+.4f} at most" if above else ""
+        reached = f"{max(above):+.4f} at most, n = {len(above)}" if above else ""
         steps = next(iter(rounds.values()))["settings"].get("max_train_steps", "a pass")
         lines.append(f"| {name} | {len(rounds)} | {steps} | {seconds:.1f} | {ratios} | {reached} |")
     return lines
 
 
 def _ratios(mine: dict[int, dict[str, Any]], its: dict[int, dict[str, Any]]) -> str:
-    """The median ratio of the seconds of rounds that both have, and its range."""
+    """The median ratio of the seconds of rounds that both have, its range, and their number."""
     ratios = [row["seconds"] / its[seed]["seconds"] for seed, row in mine.items() if seed in its]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
+    if not ratios:
+        return ""
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(ratios)})"
 
 
 def _recipes(runs: list[dict[str, Any]], domain: str, passes: float) -> list[str]:
-    """The table of a domain and a number of passes, in the order by which recipes are chosen."""
-    figures = "loss", "choosing_loss", "accuracy"
-    losses, choosing, accuracies = (records.losses(runs, domain, passes, figure) for figure in figures)
-    probed = accuracies.get(records.FIRST, {})
-    default, first = losses.get(records.FIRST, {}), {r.recipe: r for r in records.records(runs, domain, passes)}
-    track = f"{domain}, {_passes(passes)}"
-    lines = [
-        f"| {track} | to choose by | n | loss | lowest to highest | to the default's | p | record | probe (points) |",
-        f"|{' --- |' * 9}",
-    ]
-    for recipe, other in sorted(choosing.items(), key=lambda item: statistics.mean(item[1].values())):
-        own, record = losses[recipe], first.get(recipe)
-        seeds = records.shared(own, default) if recipe != records.FIRST else []
+    """The table of a domain and a number of passes, in the order by which recipes are chosen: by the dev loss, over
+    the default's under the same seeds. Differences are means over the seeds that both have."""
+    figures = "loss", "dev_loss", "accuracy"
+    losses, dev, accuracies = (records.losses(runs, domain, passes, figure) for figure in figures)
+    default, dev_default, probe = (of.get(records.FIRST, {}) for of in (losses, dev, accuracies))
+    first = {r.recipe: r for r in records.records(runs, domain, passes)}
+
+    def over(own: dict[int, float], its: dict[int, float]) -> float:
+        return statistics.mean([own[seed] - its[seed] for seed in records.shared(own, its)] or [math.nan])
+
+    names = ("dev loss, over the default's (n)", "test loss", "n", "lowest to highest", "over the default's", "p")
+    head = (f"{domain}, {_passes(passes)}", *names, "record", "probe, points over the default's ± standard error")
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for recipe in sorted(dev, key=lambda recipe: over(dev[recipe], dev_default)):
+        own, record, other = losses[recipe], first.get(recipe), recipe != records.FIRST
+        compared = records.shared(own, default) if other else []
+        chosen_by = records.shared(dev[recipe], dev_default) if other else []
         cells = [
             recipe,
-            f"{statistics.mean(other.values()):.4f}",
-            len(own) or "",
+            f"{over(dev[recipe], dev_default):+.4f} ({len(chosen_by)})" if chosen_by else "",
             f"{statistics.mean(own.values()):.4f}" if own else "",
+            len(own) or "",
             f"{min(own.values()):.4f} to {max(own.values()):.4f}" if len(own) > 1 else "",
-            f"{statistics.mean(own[seed] - default[seed] for seed in seeds):+.4f}" if seeds else "",
-            f"{records.p_value(own, default):.2g}" if len(seeds) > 1 else "",
+            f"{over(own, default):+.4f}" if compared else "",
+            f"{records.p_value(own, default):.2g}" if len(compared) > 1 else "",
             f"from {record.before}, p = {record.p:.2g}" if record else "",
-            _accuracy(accuracies[recipe], probed),
+            _accuracy(accuracies[recipe], probe),
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines

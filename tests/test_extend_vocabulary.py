@@ -251,7 +251,7 @@ def test_stock_transformers_alone_segments_as_the_trained_model_saw_it(toy, tmp_
 def test_a_speedrun_recipe_with_more_words_counts_nats_over_the_tokens_of_the_base(toy, tmp_path, monkeypatch):
     """A model without a clue pays ln V for each token that it has, so that its loss shows how they are counted."""
     files = {"model_name_or_path": str(toy.checkpoint)}
-    texts = {"train_file": TEXTS, "validation_file": TEXTS[:9], "choose_by": TEXTS[20:29]}
+    texts = {"train_file": TEXTS, "validation_file": TEXTS[:9], "dev_file": TEXTS[20:29]}
     texts = {name: [f"{text} {name}" for text in own] for name, own in texts.items()}  # none stands in two
     for name, own in texts.items():
         files[name] = str(tmp_path / f"{name}.parquet")
@@ -260,7 +260,7 @@ def test_a_speedrun_recipe_with_more_words_counts_nats_over_the_tokens_of_the_ba
     (tmp_path / "more.yaml").write_text("vocabulary_extension: 3\ntrain_batch_size: 8\nline_by_line: true\n")
     monkeypatch.setattr(run, "RECIPES", tmp_path)
     monkeypatch.setattr(run, "LENGTH", 16)
-    job = run.Job("toy", 1, "more", 1, files, tmp_path, reports=True)
+    job = run.Job("toy", 1, "more", 1, files, tmp_path, test=True)
     config = cli.parse_config(run.loop.Config, run.flags("more", {**run.inputs(job), "token_store": tmp_path / "s"}))
     assert config.model.model_name_or_path == str(tmp_path / "extended-3")
     model = AutoModelForMaskedLM.from_pretrained(config.model.model_name_or_path)
@@ -272,7 +272,7 @@ def test_a_speedrun_recipe_with_more_words_counts_nats_over_the_tokens_of_the_ba
     found = run.measure(config, job, model)
     assert all(own.chunks.document_offsets is None for sets in cut for own in sets.values())
     base, extended = (AutoTokenizer.from_pretrained(f) for f in (toy.checkpoint, tmp_path / "extended-3"))
-    for figure, name in (("loss", "validation_file"), ("choosing_loss", "choose_by")):
+    for figure, name in (("loss", "validation_file"), ("dev_loss", "dev_file")):
         its, mine = (sum(len(t.tokenize(text)) for text in texts[name]) for t in (base, extended))
         assert mine < its
         assert found[figure] == pytest.approx(math.log(model.config.vocab_size) * mine / its)

@@ -40,7 +40,7 @@ def test_the_best_recipe_is_chosen_by_other_documents_than_its_loss_is_of(monkey
     losses = {"default": (4.3, 4.3), "chosen": (4.1, 4.2), "lucky": (4.2, 4.0)}  # to choose by, to report
     common = {"domain": "imdb", "passes": 1, "settings": {}, "accuracy": None}
     runs = [
-        {**common, "recipe": recipe, "seed": seed, "choosing_loss": choosing, "loss": loss + seed * len(recipe) / 1e4}
+        {**common, "recipe": recipe, "seed": seed, "dev_loss": choosing, "loss": loss + seed * len(recipe) / 1e4}
         for recipe, (choosing, loss) in losses.items()
         for seed in range(1, 6)
     ]
@@ -58,8 +58,8 @@ def test_a_race_is_compared_with_its_own_domain_and_a_peer_may_be_missing(monkey
     page = speedrun(monkeypatch, times=times)
     found = [line for line in page.splitlines() if line.startswith("| fast")]
     assert found == [
-        "| fast | 1 | a pass | 5.0 | 0.50 (0.50 to 0.50) | 0.62 (0.62 to 0.62) | -0.1000 at most |",
-        "| fast | 1 | a pass | 50.0 | 0.50 (0.50 to 0.50) |  | +0.1000 at most |",
+        "| fast | 1 | a pass | 5.0 | 0.50 (0.50 to 0.50, n = 1) | 0.62 (0.62 to 0.62, n = 1) | -0.1000 at most, n = 1 |",
+        "| fast | 1 | a pass | 50.0 | 0.50 (0.50 to 0.50, n = 1) |  | +0.1000 at most, n = 1 |",
         "| fast | 1 | a pass | 1.0 |  |  |  |",
     ]
 

@@ -177,7 +177,7 @@ def test_no_document_stands_in_two_samples(tmp_path, monkeypatch):
     domain = run.Domain(**{k: (name, run.hashlib.sha256(b).hexdigest()[:16]) for k, (name, b) in frozen.items()})
     files = run.freeze(domain, tmp_path, tmp_path)
     read = {name: pq.read_table(files[name])["text"].to_pylist() for name in files if name != "model_name_or_path"}
-    held_out = read["validation_file"] + read["choose_by"]
+    held_out = read["validation_file"] + read["dev_file"]
     assert [*map(len, read.values())] == [30, 10, 10]
     assert len(set(held_out)) == 20 and not set(held_out) & set(texts["train"])
     assert files["model_name_or_path"] == str(tmp_path / "m")
@@ -195,7 +195,7 @@ def test_documents_to_probe_with_are_others_and_keep_their_labels(tmp_path, monk
     files = run.freeze(domain, tmp_path, tmp_path)
     task = pq.read_table(files["task"]).to_pydict()
     others = [
-        text for name in ("validation_file", "choose_by") for text in pq.read_table(files[name])["text"].to_pylist()
+        text for name in ("validation_file", "dev_file") for text in pq.read_table(files[name])["text"].to_pylist()
     ]
     assert len(set(task["text"])) == 15 and not set(task["text"]) & set(others)
     assert all(label == int(text.split()[1]) % 2 for text, label in zip(task["text"], task["label"], strict=True))
@@ -273,14 +273,14 @@ def test_a_recipe_counts_with_its_last_settings_alone():
     assert losses(old + new, "imdb", 1) == {"a": {1: LOWER[0], 2: LOWER[1]}}
 
 
-def test_a_run_is_not_repeated_unless_its_documents_to_report_on_were_not_looked_at(tmp_path, monkeypatch):
+def test_a_run_is_not_repeated_unless_its_test_loss_or_its_probe_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "freeze", lambda *_: {})
     args = argparse.Namespace(
-        domains=["imdb"], data=None, passes=[1], seeds=[1, 2], recipes=["default", "wsd"], choose=True
+        domains=["imdb"], data=None, passes=[1], seeds=[1, 2], recipes=["default", "wsd"], dev=True
     )
-    done = [{**job.key, "loss": None, "choosing_loss": 4.0} for job in run.jobs(args, [], tmp_path / "a")][:3]
+    done = [{**job.key, "loss": None, "dev_loss": 4.0} for job in run.jobs(args, [], tmp_path / "a")][:3]
     assert [job.seed for job in run.jobs(args, done, tmp_path / "b")] == [2]
-    args.choose, done[0]["loss"] = False, 4.1
+    args.dev, done[0]["loss"] = False, 4.1
     asked = [(job.seed, job.recipe) for job in run.jobs(args, done, tmp_path / "c")]
     assert asked == [(1, "wsd"), (2, "default"), (2, "wsd")]
     assert losses(done, "imdb", 1) == {"default": {1: 4.1}, "wsd": {}}
@@ -296,11 +296,11 @@ def test_both_sides_of_the_time_track_end_with_the_losses_of_what_they_have_trai
         files[name] = str(tmp_path / f"{name}.parquet")
         texts = [f"{line} {name}" for line in source.read_text().splitlines()]  # none stands in both
         pq.write_table(pa.table({"text": texts}), files[name])
-    files["choose_by"] = files["validation_file"]
+    files["dev_file"] = files["validation_file"]
     (tmp_path / "steps.yaml").write_text("max_train_steps: 3\ntrain_batch_size: 8\n")
     monkeypatch.setattr(run, "RECIPES", tmp_path)
     monkeypatch.setattr(run, "LENGTH", 16)
     for recipe in ("steps", run.PEER):
-        row = run.race(run.Job("toy", 1, recipe, 1, files, tmp_path, reports=True))
-        assert 0 < row["loss"] < 10 and 0 < row["choosing_loss"] < 10 and row["seconds"] > 0
+        row = run.race(run.Job("toy", 1, recipe, 1, files, tmp_path, test=True))
+        assert 0 < row["loss"] < 10 and 0 < row["dev_loss"] < 10 and row["seconds"] > 0
         assert row["settings"] == run.settings(recipe) and row["recipe"] == recipe

@@ -29,7 +29,7 @@ class IngredientsConfig:
     recut_epochs: bool = False  # Cut the text at another offset in each epoch.
     average_share: float | None = None  # Save an exponential average of the weights over this share of the steps.
     decay_share: float | None = None  # Hold the learning rate, but for this last share of the steps: 1 - sqrt.
-    muon_rate: float | None = None  # Muon at this learning rate for the encoder's matrices, AdamW for all else.
+    muon_rate: float | None = None  # Muon at this peak learning rate for the encoder's matrices, AdamW for the rest.
 
     def __post_init__(self) -> None:
         shares = "mlm_probability_start", "average_share", "decay_share"
@@ -44,7 +44,7 @@ class Config(Settings):
     def __post_init__(self) -> None:
         if self.ingredients.mask_spans and self.masking.whole_word_mask:
             raise UserError("--whole_word_mask: spans are of tokens here; leave it out")
-        if self.ingredients.average_share and self.train.load_best_model_at_end:
+        if self.ingredients.average_share is not None and self.train.load_best_model_at_end:
             raise UserError("--load_best_model_at_end: the average of a run is saved, not the best of its weights")
         if self.ingredients.recut_epochs and (self.chunks.line_by_line or self.replay.replay_file):
             raise UserError(

@@ -23,7 +23,7 @@ def losses(
     """The held-out loss of each of the SEEDS, by recipe, in the order in which recipes were first measured. Where a
     recipe's settings have changed since, its last ones count.
 
-    figure: or `accuracy`, or `choosing_loss`, which all runs have"""
+    figure: or `accuracy`, or `dev_loss`, which all runs have"""
     own = [run for run in runs if (run["domain"], run["passes"]) == (domain, passes)]
     last = {run["recipe"]: run["settings"] for run in own}
     found: dict[str, dict[int, float]] = {run["recipe"]: {} for run in own}

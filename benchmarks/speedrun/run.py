@@ -3,12 +3,12 @@
 Workload: 2,000 documents to train on, in chunks of 128 tokens: IMDb's reviews without markup with
 bert-tiny-wikitext, and hotel reviews in simplified Chinese with ckip-albert-tiny-chinese. Documents are drawn with a
 fixed seed from files whose SHA-256 is checked. A run sees them in `--passes` passes, and as many chunks of the next as
-fill its last step. The loss is that of the weights that it ends with, in nats a token: each token of 300 held-out
-documents is predicted once (7 folds), in concatenated chunks however a recipe cuts what it trains on. Where a recipe
-adds words to the vocabulary, nats are counted over those tokens that the base's own tokenizer has. Recipes are chosen
-by 300 other held-out documents, of which the first fold is predicted (`--choose` looks at no others).
-Beside the loss, where the text has labels: the accuracy of logistic regression on the mean and first states of the
-model (mlm/evaluation/probe.py), cross-validated on 1,000 further documents. It decides nothing.
+fill its last step. The test loss is that of the weights that it ends with, in nats a token: each token of 300
+held-out test documents is predicted once (7 folds), in concatenated chunks however a recipe cuts what it trains on.
+Where a recipe adds words to the vocabulary, nats are counted over those tokens that the base's own tokenizer has.
+Recipes are chosen by the dev loss: the first fold of 300 other held-out documents (`--dev` measures these alone).
+Beside them, where the text has labels, the probe: the accuracy of logistic regression on the mean and first states of
+the model (mlm/evaluation/probe.py), cross-validated on 1,000 further documents. It decides nothing.
 
 Peer: `default`, the course's settings at the learning rate that suits the English base, with the same seeds. A recipe
 is a YAML file of flags in `recipes/`, for the loop `loop.py`: mlm/train.py with the flags of `ingredients.py`. One
@@ -21,11 +21,12 @@ difference is over seeds, on these documents. Ceiling: none is known.
 
     python benchmarks/speedrun/run.py --data FOLDER default no_dropout --seeds 1 2 3 4 5 --passes 1
 
-Time to target, `--track time`: seconds from the start of a process to its end for the loss that run_mlm_no_trainer's
-recipe (no_trainer_recipe.py: batch 8, learning rate 5e-5) reaches in one pass under the same seed. Each side runs in
-turn on all cores, from an empty token store and cache, and evaluates once, on ten documents; a recipe names its
-`max_train_steps`, found beforehand on the documents to choose by, and flags of scripts/train.py, which runs it. Its
-loss is measured afterwards, as in the other tracks, and shows whether it has reached the target.
+Time to target, `--track time` (all above is `--track data`): seconds from the start of a process to its end for the
+test loss that run_mlm_no_trainer's recipe (no_trainer_recipe.py: batch 8, learning rate 5e-5) reaches in one pass
+under the same seed. That recipe is the peer here. Each side runs in turn on all cores, from an empty token store and
+cache, and evaluates once, on ten documents. A recipe names its `max_train_steps` and flags of scripts/train.py, which
+runs it. Its steps were found on the dev documents; those of short_to_target were raised once after a look at the test
+loss (speedrun/LOG.md). Losses are measured afterwards, and show whether a recipe has reached the target.
 
 FOLDER holds imdb/, zh-hotel-reviews/ and models/. What benchmarks/results/speedrun.json has is not measured again.
 """
@@ -121,7 +122,7 @@ class Job(NamedTuple):
     seed: int
     files: dict[str, str]  # as `freeze` gives them
     folder: Path  # of the domain
-    reports: bool  # whether the documents to report on are looked at
+    test: bool  # whether the test documents are looked at
 
     @property
     def key(self) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS))
     parser.add_argument("--passes", type=float, nargs="+", default=[1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[*SEEDS], help="of --track time: its rounds")
-    parser.add_argument("--choose", action="store_true", help="measure on the documents to choose by alone")
+    parser.add_argument("--dev", action="store_true", help="measure the dev loss alone")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of OMP_NUM_THREADS threads each")
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "results" / "speedrun.json")
     args = parser.parse_args(words)
@@ -147,6 +148,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     if not set(args.seeds) <= set(SEEDS):
         parser.error(f"--seeds: the records are of seeds {SEEDS[0]} to {SEEDS[-1]}, and no others count")
     for recipe in args.recipes:
+        if recipe != PEER and not (RECIPES / f"{recipe}.yaml").is_file():
+            parser.error(f"{recipe}: not among {', '.join(sorted(path.stem for path in RECIPES.glob('*.yaml')))}")
         if (recipe == PEER or "max_train_steps" in settings(recipe)) != (args.track == "time"):
             parser.error(f"{recipe}: --track time wants max_train_steps in a recipe, --track data wants none")
         if EXTENSION in settings(recipe) and args.track == "time":
@@ -157,13 +160,15 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def checked(data: Path, frozen: tuple[str, str]) -> Path:
     """A frozen file. Raises UserError where it is another one."""
     path, digest = data / frozen[0], frozen[1]
+    if not path.is_file():
+        raise UserError(f"{path} is not there: --data is a folder of imdb/, zh-hotel-reviews/ and models/")
     if (found := hashlib.sha256(path.read_bytes()).hexdigest()[:16]) != digest:
         raise UserError(f"{path}: its SHA-256 begins with {found}, not {digest}")
     return path
 
 
 def freeze(domain: Domain, data: Path, folder: Path) -> dict[str, str]:
-    """Writes a domain's samples of documents to `folder`: the files as flags, `choose_by`, and `task` where the
+    """Writes a domain's samples of documents to `folder`: the files as flags, `dev_file`, and `task` where the
     held-out file has labels."""
     train, held_out = (read(checked(data, file)) for file in (domain.train, domain.held_out))
     apart = sorted(set(held_out) - set(train))  # no document stands in two samples
@@ -171,7 +176,7 @@ def freeze(domain: Domain, data: Path, folder: Path) -> dict[str, str]:
     samples = {
         "train_file": [train[i] for i in np.random.default_rng(0).choice(len(train), TRAIN, replace=False)],
         "validation_file": [apart[i] for i in chosen[:HELD_OUT]],
-        "choose_by": [apart[i] for i in chosen[HELD_OUT:]],
+        "dev_file": [apart[i] for i in chosen[HELD_OUT:]],
     }
     files = {"model_name_or_path": str(checked(data, domain.model).parent)}
     for name, documents in samples.items():
@@ -196,7 +201,7 @@ def settings(recipe: str) -> dict[str, Any]:
 
 def inputs(job: Job) -> dict[str, Any]:
     """The flags that all sides of a job share."""
-    files = {name: file for name, file in job.files.items() if name not in ("choose_by", "task")}
+    files = {name: file for name, file in job.files.items() if name not in ("dev_file", "task")}
     if number := settings(job.recipe).get(EXTENSION):
         files["model_name_or_path"] = str(extended(job, number))
     return {**files, "max_seq_length": LENGTH, "seed": job.seed}
@@ -220,7 +225,7 @@ def measure(config: loop.Config, job: Job, model: PreTrainedModel | None = None)
     """The losses on both held-out samples, in nats a token, of `model`, or else of the one that `config` names, and
     the accuracy of its probe where there are labels."""
     by_folds, accelerator = EvaluateConfig(eval_mask_folds=FOLDS), make_accelerator()
-    other = OutOfDomainConfig(out_of_domain_file=job.files["choose_by"])
+    other = OutOfDomainConfig(out_of_domain_file=job.files["dev_file"])
     chunks = ChunkConfig(max_seq_length=LENGTH)  # the same held-out chunks, however a recipe cuts its training text
     measured = replace(config, evaluate=by_folds, out_of_domain=other, chunks=chunks)
     tokenizer, eval_sets = eval_sets_of(measured)
@@ -231,8 +236,8 @@ def measure(config: loop.Config, job: Job, model: PreTrainedModel | None = None)
         mine, its = (sets[name].store.header["maskable_tokens"] for sets in (eval_sets, of_base))
         return evaluate(net, eval_sets[name], accelerator, complete).loss * (mine / its)
 
-    found = {"choosing_loss": loss("out_of_domain", complete=False)}
-    if not job.reports:
+    found = {"dev_loss": loss("out_of_domain", complete=False)}
+    if not job.test:
         return {"loss": None, **found, "accuracy": None}
     found["loss"] = loss("held_out", complete=True)
     task = read_task(TaskConfig(task_file=job.files.get("task")), CorpusConfig())
@@ -294,8 +299,8 @@ def jobs(args: argparse.Namespace, done: list[dict[str, Any]], folder: Path) -> 
         for passes in args.passes:
             for seed in args.seeds:
                 for recipe in args.recipes:
-                    job = Job(domain, passes, recipe, seed, files, own, reports=not args.choose)
-                    needed = [] if args.choose else ["loss", *(["accuracy"] if "task" in files else [])]
+                    job = Job(domain, passes, recipe, seed, files, own, test=not args.dev)
+                    needed = [] if args.dev else ["loss", *(["accuracy"] if "task" in files else [])]
                     same = (row for row in done if job.key.items() <= row.items())
                     if not any(all(row.get(name) is not None for name in needed) for row in same):
                         yield job
@@ -314,8 +319,8 @@ def main() -> None:
         asked = {pool.submit(body, job): job for job in jobs(args, stored[rows], Path(folder))}
         failed = False
         for done in as_completed(asked):
-            if isinstance(done.exception(), UserError):  # such as a loss that is not finite
-                print(f"{asked[done].key}: {done.exception()}", file=sys.stderr)
+            if failure := done.exception():  # the others go on
+                print(f"{asked[done].key}: {type(failure).__name__}: {failure}", file=sys.stderr)
                 failed = True
                 continue
             stored[rows].append({**done.result(), **where})
@@ -325,4 +330,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

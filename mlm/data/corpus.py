@@ -4,7 +4,6 @@ A corpus is a Hub dataset, a folder or local files. `identify` names it by some 
 what is in it, and its documents are read again where they are needed: both where it lies, without a copy on disk."""
 
 import html
-import logging
 import os
 import re
 from array import array
@@ -22,8 +21,6 @@ import numpy as np
 from mlm.data.faults import READERS, find_bad_row, find_bomb, find_fault, reader_of
 from mlm.errors import UserError, explain_load_failure, one_line
 from mlm.files import stamp
-
-log = logging.getLogger(__name__)
 
 ZEROS = "\0" * 64  # of a damaged disk, or of one that lost its power: a block, of 512 bytes or more
 SPACE = bytes(code for code in range(128) if chr(code).isspace())
@@ -43,7 +40,7 @@ TAGS = re.compile(r"(?:</?[a-z][\w:-]*(?=[\s/>])[^<>]*>[ \t]*|<![a-z-][^<>]*>[ \
 class CorpusConfig:
     """Which text, and which part of it is held out."""
 
-    dataset_name: str | None = None  # Read this Hub dataset, save_to_disk folder or folder of data files.
+    dataset_name: str | None = None  # Read train and validation of this Hub dataset, save_to_disk or data folder.
     dataset_config_name: str | None = None  # Choose this configuration of a dataset that has several.
     train_file: Files = None  # Train on these .txt, .jsonl, .json, .csv or .parquet files, also with .gz.
     validation_file: Files = None  # Hold out the text of these files, in the formats of --train_file.
@@ -315,8 +312,6 @@ def _read_dataset(config: CorpusConfig, also: tuple[str, ...], stream: bool) -> 
         used = [split for split in ("train", "validation") if split in splits]
         if not used:
             raise UserError(f"{name} has neither a train nor a validation split, only {', '.join(splits)}")
-        if unused := [split for split in splits if split not in used]:
-            log.info("%s: not used: the split(s) %s", name, ", ".join(unused))
         return {split: [_chosen(splits[split], f"{name} ({split})", config.text_column, also)] for split in used}
 
 

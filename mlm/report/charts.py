@@ -11,7 +11,7 @@ from mlm.report.run_record import Rows, RunRecord
 
 SERIES = 6  # colours of the page; of more runs than that, the next ones are dashed
 HEIGHT = 320  # of a chart, in pixels
-TRAINING = "training (with dropout, under training masks)"  # the loss; a fork's may be no cross entropy
+TRAINING = "training (in training mode, under training masks)"  # the loss; a fork's may be no cross entropy
 Compared = Sequence[tuple[RunRecord, dict[str, Any]]]  # runs, and "held_out" or "out_of_domain" of comparison.json
 _label = partial(escape, quote=False)  # for all text of a run: plotly would read tags in it
 

@@ -200,7 +200,7 @@ def test_a_signal_during_an_evaluation_gives_it_up_and_it_is_made_up_for(toy, tm
     assert status == 128 + signal.SIGTERM
     assert "after step 20" in errors
     assert metrics(folder, "eval") == []
-    more["per_device_eval_batch_size"] = 64  # no longer is there a signal to wait for
+    more["per_device_eval_batch_size"] = 64  # nothing is interrupted any more
     status, _, errors = run(ONE, [*flags(toy, folder, **more), "--resume_from_checkpoint=latest"])
     assert status == 0, errors
     assert [line["step"] for line in metrics(folder, "eval")] == [20, 40]

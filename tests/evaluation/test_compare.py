@@ -616,8 +616,13 @@ def test_two_checkpoints_are_compared_on_the_command_line(toy, out_of_domain_fil
     }
     written = json.loads((tmp_path / "found.json").read_text())
     assert written["held_out"] == comparison(tmp_path / "adapted")["held_out"]
-    assert written["out_of_domain"]["gain"]["value"] != 1
+    forgot = written["out_of_domain"]
+    assert found["out_of_domain_gain"] == forgot["gain"]["value"] != 1
+    assert found["out_of_domain_perplexity"] == forgot["after"]["perplexity"]
+    assert found["out_of_domain_perplexity_before"] == forgot["before"]["perplexity"]
     assert "95% interval" in printed
+    alone, _ = script("evaluate", "--model_name_or_path", tmp_path / "adapted", *flags[:-5], "--allow_leaks")
+    assert alone["out_of_domain_perplexity"] == found["out_of_domain_perplexity"] != alone["perplexity"]
 
     tokenizer = wordpiece(["the old cat likes milk every day ."] * 3, 150)
     tokenizer.save_pretrained(tmp_path / "other")
@@ -630,6 +635,8 @@ def test_two_checkpoints_are_compared_on_the_command_line(toy, out_of_domain_fil
     change = other["bits_per_character"] - other["bits_per_character_before"]
     assert other["difference_in_bits"] == pytest.approx(change)
     assert other["difference_low"] < change < other["difference_high"]
+    change = other["out_of_domain_bits_per_character"] - other["out_of_domain_bits_per_character_before"]
+    assert other["out_of_domain_difference_in_bits"] == pytest.approx(change)
 
 
 @pytest.mark.parametrize("flag", ["mlm_probability", "whole_word_mask"])

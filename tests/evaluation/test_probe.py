@@ -1,6 +1,7 @@
 """The probe: what it finds where something is planted, and how often its interval holds the truth."""
 
 import json
+import logging
 import signal
 import time
 
@@ -53,15 +54,7 @@ def test_a_planted_effect_is_found():
         assert row["macro_f1"]["interval"][0] > 0
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """One penalty to choose from, for claims that are not about classifiers."""
-    monkeypatch.setattr(
-        probe_module.CLASSIFIERS["logistic regression"], "param_grid", {"logisticregression__C": [1.0]}
-    )
-
-
-def test_both_models_are_measured_on_the_same_splits(quick):
+def test_both_models_are_measured_on_the_same_splits():
     labels, before, after = made_up(30, 1, 1.0, 0.0)
     for row, swapped in zip(probe(labels, before, after), probe(labels, after, before), strict=True):
         assert row["accuracy"]["before"] == swapped["accuracy"]["after"]
@@ -243,7 +236,7 @@ def test_a_terminal_shows_the_outcome_of_a_run_with_a_task(run):
     assert shown.endswith(f"saved to {run}")
 
 
-def test_labelled_documents_that_were_replayed_in_training_are_counted_too(toy, labelled, quick, tmp_path):
+def test_labelled_documents_that_were_replayed_in_training_are_counted_too(toy, labelled, tmp_path):
     """The training text has none of these cats."""
     (tmp_path / "dogs.txt").write_text("the dog likes bones\n" * 200)
     (tmp_path / "replay.jsonl").write_text(labelled.read_text())
@@ -261,23 +254,34 @@ def test_labelled_documents_that_were_read_in_training_are_counted_and_named(run
     assert task["rows_in_training_text"] == list(range(10))  # as `labelled` wrote them
 
 
-def test_of_a_task_that_is_drawn_from_both_numbers_are_recorded_and_on_the_card(
-    toy, labelled, quick, tmp_path, monkeypatch, caplog
-):
-    monkeypatch.setattr("mlm.data.task.MOST", 36)
-    modules = {"task": TaskConfig(task_file=str(labelled))}
-    train(toy.config(tmp_path / "run", modules=modules, max_train_steps=1, eval_on_start=False))
-    assert [m for m in caplog.messages if "are taken" in m] == [
+@pytest.fixture(scope="module")
+def drawn(toy, labelled, tmp_path_factory):
+    """The folder and the messages of a run that takes 36 of the 40 rows, and is not measured before its first step."""
+    folder, messages = tmp_path_factory.mktemp("drawn") / "run", []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlm.data.task.MOST", 36)
+        logging.getLogger("mlm").addHandler(handler)
+        modules = {"task": TaskConfig(task_file=str(labelled))}
+        train(toy.config(folder, modules=modules, max_train_steps=1, eval_on_start=False))
+        logging.getLogger("mlm").removeHandler(handler)
+    return folder, messages
+
+
+def test_of_a_task_that_is_drawn_from_both_numbers_are_recorded_and_on_the_card(drawn, toy, labelled):
+    run, messages = drawn
+    assert [m for m in messages if "are taken" in m] == [
         f"{labelled}: of its 40 rows 36 are taken, drawn by a fixed seed"
     ]
-    results, task = (json.loads((tmp_path / "run" / f"{n}.json").read_text()) for n in ("all_results", "comparison"))
+    results, task = (json.loads((run / f"{n}.json").read_text()) for n in ("all_results", "comparison"))
     assert (results["task_rows"], results["task_rows_taken"], results["task_documents"]) == (40, 36, 36)
     assert (task["task"]["rows"], task["task"]["rows_taken"]) == (40, 36)
     written = [json.loads(line) for line in labelled.read_text().splitlines()]
     trained_on = {line.lower() for line in toy.train_file.read_text().splitlines()}
     named = task["task"]["rows_in_training_text"]
     assert named and all(written[row]["text"].lower() in trained_on for row in named)
-    assert "of which 36 of 40 rows are taken, drawn by a fixed seed" in (tmp_path / "run" / "README.md").read_text()
+    assert "of which 36 of 40 rows are taken, drawn by a fixed seed" in (run / "README.md").read_text()
 
 
 def evaluated(run, toy, labelled, output, **more):
@@ -298,18 +302,17 @@ def test_evaluate_repeats_what_the_run_has(run, toy, labelled, tmp_path):
             assert row["accuracy"][figure] == pytest.approx(before["accuracy"][figure], abs=0.02)
 
 
-def test_evaluate_says_nothing_of_training_text_that_was_not_named(run, toy, labelled, quick, capsys, tmp_path):
+def test_evaluate_says_nothing_of_training_text_that_was_not_named(run, toy, labelled, capsys, tmp_path):
     assert evaluated(run, toy, labelled, tmp_path / "o.json")["in_training_text"] is None
     assert "texts of the task" not in capsys.readouterr().out
 
 
-def test_a_run_that_was_not_measured_before_is_probed_all_the_same(toy, labelled, quick, tmp_path):
-    modules = {"task": TaskConfig(task_file=str(labelled))}
-    train(toy.config(tmp_path / "run", modules=modules, max_train_steps=1, eval_on_start=False))
-    comparison = json.loads((tmp_path / "run" / "comparison.json").read_text())
-    assert comparison["held_out"] is None and comparison["task"]["documents"] == 40
-    assert not (tmp_path / "run" / "documents.parquet").exists()
-    [read] = read_runs([tmp_path / "run"])
+def test_a_run_that_was_not_measured_before_is_probed_all_the_same(drawn):
+    run, _ = drawn
+    comparison = json.loads((run / "comparison.json").read_text())
+    assert comparison["held_out"] is None and comparison["task"]["documents"] == 36
+    assert not (run / "documents.parquet").exists()
+    [read] = read_runs([run])
     with_examples = load_script("examples").with_examples
     assert with_examples(read, None) == (read, ""), "no examples from a comparison that was not made"
 
