@@ -58,7 +58,8 @@ def test_a_race_is_compared_with_its_own_domain_and_a_peer_may_be_missing(monkey
     page = speedrun(monkeypatch, times=times)
     found = [line for line in page.splitlines() if line.startswith("| fast")]
     assert found == [
-        "| fast | 1 | a pass | 5.0 | 0.50 (0.50 to 0.50, n = 1) | 0.62 (0.62 to 0.62, n = 1) | -0.1000 at most, n = 1 |",
+        "| fast | 1 | a pass | 5.0 | 0.50 (0.50 to 0.50, n = 1) | 0.62 (0.62 to 0.62, n = 1) "
+        "| -0.1000 at most, n = 1 |",
         "| fast | 1 | a pass | 50.0 | 0.50 (0.50 to 0.50, n = 1) |  | +0.1000 at most, n = 1 |",
         "| fast | 1 | a pass | 1.0 |  |  |  |",
     ]

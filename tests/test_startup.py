@@ -12,9 +12,7 @@ SCRIPTS = ("demo", "evaluate", "fill_mask", "prepare", "report", "train")
 FORKS = REPOSITORY / "scripts" / "forks"
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "train" else pytest.mark.torture) for name in SCRIPTS]
-)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_imports_torch_without_collecting_garbage_and_then_collects_again(name):
     program = f"""
 import gc, runpy, sys
