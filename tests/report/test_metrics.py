@@ -146,8 +146,8 @@ def test_a_disk_that_fills_up_under_a_tracker_costs_its_curves_alone(tracked, to
     assert len(metrics(tmp_path / "run", "train")) == 100
 
 
-@pytest.mark.torture
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [pytest.param("stdout", marks=pytest.mark.torture), "stderr"])
 def test_a_full_disk_under_what_is_printed_costs_no_training(toy, tmp_path, stream):
     with open("/dev/full", "w") as full:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: full}
