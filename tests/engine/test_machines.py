@@ -62,7 +62,7 @@ def test_machines_without_a_shared_disk_resume_from_the_checkpoint_of_the_main_p
     """Each builds its own token store. The second has nothing else on its disk, in the first run and in the next."""
     one, other = machines
     flags = toy.flags(
-        one.place / "run", max_train_steps=150, token_store=one.place / "stores", resume_from_checkpoint="latest"
+        one.place / "run", max_train_steps=100, token_store=one.place / "stores", resume_from_checkpoint="latest"
     )
     processes = start(machines, flags)
     wait_for(lambda: steps_taken(one.disk / "run") > 20, processes[0])
@@ -74,11 +74,11 @@ def test_machines_without_a_shared_disk_resume_from_the_checkpoint_of_the_main_p
     assert [path.name for path in other.disk.iterdir()] == ["stores"]
     assert len(metrics(one.disk / "run", "start")) == 2
     assert_each_step_once(one.disk / "run")
-    assert run(TWO, toy.flags(tmp_path / "whole", max_train_steps=150))[0] == 0
+    assert run(TWO, toy.flags(tmp_path / "whole", max_train_steps=100))[0] == 0
     assert_same_bits(weights(one.disk / "run"), weights(tmp_path / "whole"))
     # What is finished is found by the machine that has it, and known to the other.
     (_, output, _), _ = outcome(start(machines, flags))
-    assert "is finished: 150 steps" in output
+    assert "is finished: 100 steps" in output
 
 
 def test_machines_that_share_a_disk_build_the_token_store_once(machines, toy, tmp_path):
