@@ -544,7 +544,7 @@ def speedrun() -> str:
     for domain in sorted({row["domain"] for row in stored["times"]}):
         lines += [*_times([row for row in stored["times"] if row["domain"] == domain], domain), ""]
     log = "[the log of experiments](speedrun/LOG.md)"
-    lines.append(f"Runs are of several commits, on as many threads as each says in `results/speedrun.json`; {log}.\n")
+    lines.append(f"Runs are of several commits and processors, as each says in `results/speedrun.json`; {log}.\n")
     return "\n".join(lines)
 
 
