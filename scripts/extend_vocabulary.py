@@ -3,9 +3,10 @@
     python scripts/extend_vocabulary.py --model_name_or_path MODEL --train_file reviews.csv --output_dir extended
     python scripts/train.py --model_name_or_path extended --train_file reviews.csv …
 
-The words of the training split that take the most pieces more than one become tokens. A word's row, in the embeddings
-and wherever the head has one, starts as the mean of its pieces' (IndoBERTweet: Koto et al., EMNLP 2021). All other
-text keeps its tokens:
+The words of the training split that take the most pieces more than one become tokens, until there are enough of them,
+those that are left stand less often than --min_count, or the text has as few pieces a word as --fragment_score says
+(AVocaDo: Hong et al., EMNLP 2021). A word's row, in the embeddings and wherever the head has one, starts as the mean
+of its pieces' (IndoBERTweet: Koto et al., EMNLP 2021). All other text keeps its tokens:
 
     WordPiece        a word becomes an added token, found where no letter, digit or underscore touches it: in "fox€" as
                      well, which BERT takes for one word, so that the € is cut as a word of its own there. In the
@@ -18,6 +19,7 @@ text. One with an unknown piece stays as it is: nothing that its row could start
 """
 
 import json
+import math
 import os
 import shutil
 import unicodedata
@@ -25,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,10 +63,11 @@ class ExtensionConfig:
     output_dir: str | None = None  # Save the extended checkpoint in this folder, which is new or empty.
     vocabulary_extension: int = 1000  # Add this many words, or as many as there are.
     min_count: int = 10  # Add no word that stands less often in the training split.
+    fragment_score: float = 1.0  # Add no more once the training split has this many pieces a word (1: never).
     trust_remote_code: bool = False  # Run the Python code that a checkpoint brings along.
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "vocabulary_extension", "min_count")
+        at_least(self, 1, "vocabulary_extension", "min_count", "fragment_score")
         at_most(self, 10**6, "vocabulary_extension")
 
 
@@ -99,7 +103,7 @@ def extend(what: ExtensionConfig, source: CorpusConfig) -> dict[str, Any]:
     if "train" not in splits:
         raise UserError("no training text to find words in: give --train_file")
     with explained(tokenizer):
-        words = find_words(splits["train"], tokenizer, what.vocabulary_extension, what.min_count)
+        words, score = find_words(splits["train"], tokenizer, what)
     model = load_model(ModelConfig(what.model_name_or_path, trust_remote_code=what.trust_remote_code), tokenizer, 0)
     extend_model(model, [tokenizer.convert_tokens_to_ids(list(word.pieces)) for word in words], vocab_size(tokenizer))
     is_new = not folder.exists()
@@ -109,7 +113,7 @@ def extend(what: ExtensionConfig, source: CorpusConfig) -> dict[str, Any]:
         extended = extend_tokenizer(tokenizer, [word.token for word in words], partial, what.trust_remote_code)
         tokens = {name: compare_lengths(texts, tokenizer, extended) for name, texts in splits.items()}
         listed = [{"word": spelt(tokenizer, word.token), **word._asdict(), "saved": word.saved} for word in words]
-        result = {"min_count": what.min_count, "tokens": tokens, "words": listed}
+        result = {"min_count": what.min_count, "fragment_score": score, "tokens": tokens, "words": listed}
         write_json(partial / "vocabulary_extension.json", result)
         mode = (partial / "config.json").stat().st_mode  # safetensors gives its files to their owner alone
         # The configuration last: without it there is no model.
@@ -142,9 +146,12 @@ def check_kind(tokenizer: PreTrainedTokenizerBase) -> None:
             raise UserError(f"{name}: {unreached}, which as whole words would be cut otherwise")
 
 
-def find_words(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, number: int, least: int) -> list[Word]:
-    """The words to add: see `choose`. Raises UserError where there is none."""
-    engine, known = tokenizer.backend_tokenizer, tokenizer.get_vocab()
+def find_words(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, what: ExtensionConfig
+) -> tuple[list[Word], dict[str, float]]:
+    """The words to add, see `choose`, and the pieces a word of the text, {"before": …, "after": …}. Raises UserError
+    where there is none to add."""
+    engine, known, least = tokenizer.backend_tokenizer, tokenizer.get_vocab(), what.min_count
     normalise = engine.normalizer.normalize_str if engine.normalizer else str
     counts: Counter[str] = Counter()
     for text in texts:
@@ -156,20 +163,29 @@ def find_words(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, number:
         pieces = tuple(piece.value for piece in engine.model.tokenize(word))
         return () if unknown in pieces else pieces
 
-    words = choose(new, cut, number)
+    total = max(counts.total(), 1)
+    score = sum(n * len(engine.model.tokenize(word)) for word, n in counts.items()) / total
+    if 1 < score <= what.fragment_score:
+        raise UserError(f"--fragment_score {what.fragment_score}: the text has {score:.4g} pieces a word as it is")
+    words = choose(new, cut, what.vocabulary_extension, (score - what.fragment_score) * total)
     if not words:
         seldom = f"no word that stands {least} times in the training split is cut into pieces that are all known"
         raise UserError(f"{seldom}: there is none to add (--min_count)")
-    return words
+    return words, {"before": score, "after": score - sum(word.saved for word in words) / total}
 
 
-def choose(counts: Mapping[str, int], cut: Callable[[str], Sequence[str]], number: int) -> list[Word]:
+def choose(
+    counts: Mapping[str, int], cut: Callable[[str], Sequence[str]], number: int, to_save: float = math.inf
+) -> list[Word]:
     """The `number` words that save the most pieces, count · (pieces − 1), the most first; of those that save as many,
-    the ones that come first in the order of their spelling. A word of one piece, or of none, saves none.
+    the ones that come first in the order of their spelling. A word of one piece, or of none, saves none. The words
+    before the last save fewer than `to_save` pieces together.
 
     counts: how often each word stands in the text; cut: word -> its pieces"""
     words = [Word(word, count, tuple(cut(word))) for word, count in counts.items()]
-    return sorted((word for word in words if word.saved > 0), key=lambda word: (-word.saved, word.token))[:number]
+    words = sorted((word for word in words if word.saved > 0), key=lambda word: (-word.saved, word.token))[:number]
+    saved = accumulate((word.saved for word in words), initial=0)  # by the words before each
+    return [word for word, before in zip(words, saved, strict=False) if before < to_save]
 
 
 def is_word(text: str) -> bool:
@@ -249,6 +265,8 @@ def compare_lengths(
 def table(result: dict[str, Any]) -> str:
     """For a person on a terminal: which words came in, and what they save."""
     lines = [f"{result['words']:,} words are tokens now: {' '.join(word.strip() for word in result['first_words'])} …"]
+    score = result["fragment_score"]
+    lines.append(f"the training text has {score['after']:.4g} pieces a word, {score['before']:.4g} before")
     for split, tokens in result["tokens"].items():
         saved = f"{tokens['saved_share']:.2%}"
         lines.append(f"{split:<12}{tokens['before']:>14,} tokens before, {tokens['after']:>14,} after, {saved} saved")

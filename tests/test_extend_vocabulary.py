@@ -61,6 +61,8 @@ def test_the_words_that_save_the_most_pieces_are_chosen():
     # zorglub saves 6 · 2 pieces, bees and owls 12 · 1 each, in the order of their spelling; foxes would save 10.
     assert [(word.token, word.saved) for word in chosen] == [("bees", 12), ("owls", 12), ("zorglub", 12)]
     assert [word.token for word in script.choose(counts, pieces.get, 9)] == ["bees", "owls", "zorglub", "foxes"]
+    for to_save, number in ((0, 0), (1, 1), (12, 1), (13, 2), (36, 3), (37, 4)):  # 12, 24, 36 and 46 are saved
+        assert len(script.choose(counts, pieces.get, 9, to_save)) == number
 
 
 def pretokens(tokenizer, text):
@@ -133,6 +135,26 @@ def test_only_the_training_split_is_counted(toy, tmp_path):
 def test_a_word_has_to_stand_min_count_times(toy, tmp_path):
     found = extend(toy.checkpoint, tmp_path, [*TEXTS, "wumpus", "wumpus a"], min_count=5, allow_leaks=True)
     assert "zorglub" in found["first_words"] and "wumpus" not in found["first_words"]
+
+
+def test_words_are_added_until_the_text_has_so_many_pieces_a_word(toy, tmp_path):
+    """AVocaDo's fragment score, counted slowly."""
+    source = CorpusConfig(train_file=str(corpus_file(tmp_path, *TEXTS)), validation_split_percentage=30)
+    documents = list(script.corpus.load(source).splits["train"])
+    tokenizer = AutoTokenizer.from_pretrained(toy.checkpoint)
+    words = [(word, pieces) for text in documents for word, pieces, _ in pretokens(tokenizer, text)]
+
+    def score(new):
+        return sum(1 if word in new else len(pieces) for word, pieces in words) / len(words)
+
+    for bound in (1.0, 1.3, 1.5):
+        found = extend(toy.checkpoint, tmp_path, TEXTS, fragment_score=bound, output_dir=tmp_path / str(bound))
+        written = json.loads((tmp_path / str(bound) / "vocabulary_extension.json").read_text())
+        added = [word["token"] for word in written["words"]]
+        assert found["fragment_score"] == pytest.approx({"before": score([]), "after": score(added)})
+        assert score(added[:-1]) > bound and (score(added) <= bound or bound == 1)
+    with pytest.raises(UserError, match=r"--fragment_score 9.0: the text has [\d.]+ pieces a word as it is"):
+        extend(toy.checkpoint, tmp_path, TEXTS, fragment_score=9)
 
 
 def test_a_word_with_an_unknown_letter_is_left_out(toy, tmp_path):
