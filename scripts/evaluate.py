@@ -296,18 +296,18 @@ def without_each(values: np.ndarray) -> np.ndarray:
 
 
 def headlines(result: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a comparison for the last line of output, under the names of all_results.json."""
+    """The figures of a comparison for the last line of output, those of out-of-domain text with that prefix."""
     figures = {"same_tokenizer": result["same_tokenizer"]}
-    for text, (prefix, _) in EVAL_SETS.items():
-        if not (compared := result[text]):
+    for eval_set, (prefix, _) in EVAL_SETS.items():
+        if not (compared := result[eval_set]):
             continue
         figures |= {f"{prefix}{name}_before": value for name, value in compared["before"].items()}
         if result["same_tokenizer"]:
             figures |= gain_figures(compared, prefix)
         else:
             changed = compared["difference_in_bits"]
-            own = dict(zip(("low", "high"), changed["interval"], strict=True), in_bits=changed["value"])
-            figures |= {f"{prefix}difference_{name}": value for name, value in own.items()}
+            figures[f"{prefix}difference_in_bits"] = changed["value"]
+            figures[f"{prefix}difference_low"], figures[f"{prefix}difference_high"] = changed["interval"]
     return figures
 
 

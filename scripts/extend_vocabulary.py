@@ -5,8 +5,9 @@
 
 The words of the training split that take the most pieces more than one become tokens, until there are enough of them,
 those that are left stand less often than --min_count, or the text has as few pieces a word as --fragment_score says
-(AVocaDo: Hong et al., EMNLP 2021). A word's row, in the embeddings and wherever the head has one, starts as the mean
-of its pieces' (IndoBERTweet: Koto et al., EMNLP 2021). All other text keeps its tokens:
+(AVocaDo: Hong et al., EMNLP 2021; a mark of punctuation counts as a word). A word's row, in the embeddings and
+wherever the head has one, starts as the mean of its pieces' (IndoBERTweet: Koto et al., EMNLP 2021). All other text
+keeps its tokens:
 
     WordPiece        a word becomes an added token, found where no letter, digit or underscore touches it: in "fox€" as
                      well, which BERT takes for one word, so that the € is cut as a word of its own there. In the
@@ -63,7 +64,7 @@ class ExtensionConfig:
     output_dir: str | None = None  # Save the extended checkpoint in this folder, which is new or empty.
     vocabulary_extension: int = 1000  # Add this many words, or as many as there are.
     min_count: int = 10  # Add no word that stands less often in the training split.
-    fragment_score: float = 1.0  # Add no more once the training split has this many pieces a word (1: never).
+    fragment_score: float = 1.0  # Stop where the text has so many pieces a word, or fewer (1: no limit).
     trust_remote_code: bool = False  # Run the Python code that a checkpoint brings along.
 
     def __post_init__(self) -> None:
@@ -103,7 +104,7 @@ def extend(what: ExtensionConfig, source: CorpusConfig) -> dict[str, Any]:
     if "train" not in splits:
         raise UserError("no training text to find words in: give --train_file")
     with explained(tokenizer):
-        words, score = find_words(splits["train"], tokenizer, what)
+        words, pieces = find_words(splits["train"], tokenizer, what)
     model = load_model(ModelConfig(what.model_name_or_path, trust_remote_code=what.trust_remote_code), tokenizer, 0)
     extend_model(model, [tokenizer.convert_tokens_to_ids(list(word.pieces)) for word in words], vocab_size(tokenizer))
     is_new = not folder.exists()
@@ -113,7 +114,8 @@ def extend(what: ExtensionConfig, source: CorpusConfig) -> dict[str, Any]:
         extended = extend_tokenizer(tokenizer, [word.token for word in words], partial, what.trust_remote_code)
         tokens = {name: compare_lengths(texts, tokenizer, extended) for name, texts in splits.items()}
         listed = [{"word": spelt(tokenizer, word.token), **word._asdict(), "saved": word.saved} for word in words]
-        result = {"min_count": what.min_count, "fragment_score": score, "tokens": tokens, "words": listed}
+        asked = {"min_count": what.min_count, "fragment_score": what.fragment_score}
+        result = {**asked, "pieces_a_word": pieces, "tokens": tokens, "words": listed}
         write_json(partial / "vocabulary_extension.json", result)
         mode = (partial / "config.json").stat().st_mode  # safetensors gives its files to their owner alone
         # The configuration last: without it there is no model.
@@ -149,8 +151,8 @@ def check_kind(tokenizer: PreTrainedTokenizerBase) -> None:
 def find_words(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, what: ExtensionConfig
 ) -> tuple[list[Word], dict[str, float]]:
-    """The words to add, see `choose`, and the pieces a word of the text, {"before": …, "after": …}. Raises UserError
-    where there is none to add."""
+    """The words to add, see `choose`, and the pieces a word of the text, {"before": …, "after": …}, as if each new
+    word were found wherever the pre-tokenizer has it. Raises UserError where there is none to add."""
     engine, known, least = tokenizer.backend_tokenizer, tokenizer.get_vocab(), what.min_count
     normalise = engine.normalizer.normalize_str if engine.normalizer else str
     counts: Counter[str] = Counter()
@@ -164,22 +166,24 @@ def find_words(
         return () if unknown in pieces else pieces
 
     total = max(counts.total(), 1)
-    score = sum(n * len(engine.model.tokenize(word)) for word, n in counts.items()) / total
-    if 1 < score <= what.fragment_score:
-        raise UserError(f"--fragment_score {what.fragment_score}: the text has {score:.4g} pieces a word as it is")
-    words = choose(new, cut, what.vocabulary_extension, (score - what.fragment_score) * total)
+    pieces = sum(n * len(engine.model.tokenize(word)) for word, n in counts.items())
+    to_save = pieces - round(what.fragment_score * total, 6)  # 1.15 · 20 is 22.999… in floating point
+    if what.fragment_score > 1 and to_save <= 0:
+        found = f"the text has {pieces / total:.4g} pieces a word as it is"
+        raise UserError(f"--fragment_score {what.fragment_score}: {found}")
+    words = choose(new, cut, what.vocabulary_extension, to_save)
     if not words:
         seldom = f"no word that stands {least} times in the training split is cut into pieces that are all known"
         raise UserError(f"{seldom}: there is none to add (--min_count)")
-    return words, {"before": score, "after": score - sum(word.saved for word in words) / total}
+    return words, {"before": pieces / total, "after": (pieces - sum(word.saved for word in words)) / total}
 
 
 def choose(
     counts: Mapping[str, int], cut: Callable[[str], Sequence[str]], number: int, to_save: float = math.inf
 ) -> list[Word]:
     """The `number` words that save the most pieces, count · (pieces − 1), the most first; of those that save as many,
-    the ones that come first in the order of their spelling. A word of one piece, or of none, saves none. The words
-    before the last save fewer than `to_save` pieces together.
+    the ones that come first in the order of their spelling. A word of one piece, or of none, saves none. No
+    word is taken once those before it save `to_save` pieces.
 
     counts: how often each word stands in the text; cut: word -> its pieces"""
     words = [Word(word, count, tuple(cut(word))) for word, count in counts.items()]
@@ -265,8 +269,8 @@ def compare_lengths(
 def table(result: dict[str, Any]) -> str:
     """For a person on a terminal: which words came in, and what they save."""
     lines = [f"{result['words']:,} words are tokens now: {' '.join(word.strip() for word in result['first_words'])} …"]
-    score = result["fragment_score"]
-    lines.append(f"the training text has {score['after']:.4g} pieces a word, {score['before']:.4g} before")
+    pieces = result["pieces_a_word"]
+    lines.append(f"pieces a word in the training text: {pieces['before']:.4g} before, {pieces['after']:.4g} after")
     for split, tokens in result["tokens"].items():
         saved = f"{tokens['saved_share']:.2%}"
         lines.append(f"{split:<12}{tokens['before']:>14,} tokens before, {tokens['after']:>14,} after, {saved} saved")

@@ -544,7 +544,10 @@ def speedrun() -> str:
     for domain in sorted({row["domain"] for row in stored["times"]}):
         lines += [*_times([row for row in stored["times"] if row["domain"] == domain], domain), ""]
     log = "[the log of experiments](speedrun/LOG.md)"
-    lines.append(f"Runs are of several commits and processors, as each says in `results/speedrun.json`; {log}.\n")
+    lines.append(
+        "Differences are means over the seeds that both have: rows of one and of five do not rank together.\n"
+        f"Runs are of several commits and processors, as each says in `results/speedrun.json`; {log}.\n"
+    )
     return "\n".join(lines)
 
 
@@ -594,30 +597,31 @@ def _ratios(mine: dict[int, dict[str, Any]], its: dict[int, dict[str, Any]]) -> 
 
 
 def _recipes(runs: list[dict[str, Any]], domain: str, passes: float) -> list[str]:
-    """The table of a domain and a number of passes, in the order by which recipes are chosen: by the dev loss, over
-    the default's under the same seeds. Differences are means over the seeds that both have."""
+    """The table of a domain and a number of passes, in the order by which recipes are chosen: by the dev loss
+    minus the default's under the same seeds. Differences are means over the seeds that both have."""
     figures = "loss", "dev_loss", "accuracy"
     losses, dev, accuracies = (records.losses(runs, domain, passes, figure) for figure in figures)
     default, dev_default, probe = (of.get(records.FIRST, {}) for of in (losses, dev, accuracies))
     first = {r.recipe: r for r in records.records(runs, domain, passes)}
 
-    def over(own: dict[int, float], its: dict[int, float]) -> float:
-        return statistics.mean([own[seed] - its[seed] for seed in records.shared(own, its)] or [math.nan])
+    def minus(own: dict[int, float], its: dict[int, float]) -> float:
+        return statistics.mean([own[seed] - its[seed] for seed in records.shared(own, its)] or [math.inf])
 
-    names = ("dev loss, over the default's (n)", "test loss", "n", "lowest to highest", "over the default's", "p")
-    head = (f"{domain}, {_passes(passes)}", *names, "record", "probe, points over the default's ± standard error")
+    names = ("dev loss minus the default's (n)", "test loss", "n", "lowest to highest", "minus the default's", "p")
+    probed = "probe accuracy (points minus the default's ± standard error)"
+    head = (f"{domain}, {_passes(passes)}", *names, "record", probed)
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for recipe in sorted(dev, key=lambda recipe: over(dev[recipe], dev_default)):
+    for recipe in sorted(dev, key=lambda recipe: minus(dev[recipe], dev_default)):
         own, record, other = losses[recipe], first.get(recipe), recipe != records.FIRST
         compared = records.shared(own, default) if other else []
         chosen_by = records.shared(dev[recipe], dev_default) if other else []
         cells = [
             recipe,
-            f"{over(dev[recipe], dev_default):+.4f} ({len(chosen_by)})" if chosen_by else "",
+            f"{minus(dev[recipe], dev_default):+.4f} ({len(chosen_by)})" if chosen_by else "",
             f"{statistics.mean(own.values()):.4f}" if own else "",
             len(own) or "",
             f"{min(own.values()):.4f} to {max(own.values()):.4f}" if len(own) > 1 else "",
-            f"{over(own, default):+.4f}" if compared else "",
+            f"{minus(own, default):+.4f}" if compared else "",
             f"{records.p_value(own, default):.2g}" if len(compared) > 1 else "",
             f"from {record.before}, p = {record.p:.2g}" if record else "",
             _accuracy(accuracies[recipe], probe),

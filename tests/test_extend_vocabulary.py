@@ -151,7 +151,8 @@ def test_words_are_added_until_the_text_has_so_many_pieces_a_word(toy, tmp_path)
         found = extend(toy.checkpoint, tmp_path, TEXTS, fragment_score=bound, output_dir=tmp_path / str(bound))
         written = json.loads((tmp_path / str(bound) / "vocabulary_extension.json").read_text())
         added = [word["token"] for word in written["words"]]
-        assert found["fragment_score"] == pytest.approx({"before": score([]), "after": score(added)})
+        assert written["fragment_score"] == bound
+        assert found["pieces_a_word"] == pytest.approx({"before": score([]), "after": score(added)})
         assert score(added[:-1]) > bound and (score(added) <= bound or bound == 1)
     with pytest.raises(UserError, match=r"--fragment_score 9.0: the text has [\d.]+ pieces a word as it is"):
         extend(toy.checkpoint, tmp_path, TEXTS, fragment_score=9)

@@ -150,7 +150,7 @@ def test_several_files_are_one_text(toy, tmp_path, split):
         (["--replay_file", "{bad}/none.txt"], "--replay_file {bad}/none.txt: no such file"),
         (["--replay_file", "{toy}", "--replay_share", "1"], "--replay_share 1.0: more than 0 each, and less than 1"),
         (["--replay_file", "{toy}", "--replay_share", "0.1", "0.1"], "2 shares of 1 files; give one, or one for each"),
-        (["--replay_file", "{bad}/columns.csv"], "has no column 'text', only title: name the text with --replay_text"),
+        (["--replay_file", "{bad}/columns.csv"], "has no column 'text', only title: name it with --replay_text"),
         (["--replay_file", "{bad}/short.txt"], "the replay split has 5 tokens, less than one chunk of 16"),
     ],
 )

@@ -37,14 +37,30 @@ def speedrun(monkeypatch, runs=(), times=()):
 
 
 def test_the_best_recipe_is_chosen_by_other_documents_than_its_loss_is_of(monkeypatch):
-    losses = {"default": (4.3, 4.3), "chosen": (4.1, 4.2), "lucky": (4.2, 4.0)}  # to choose by, to report
+    losses = {"default": (4.3, 4.3), "chosen": (4.1, 4.2), "lucky": (4.2, 4.0)}  # dev, test
     common = {"domain": "imdb", "passes": 1, "settings": {}, "accuracy": None}
     runs = [
-        {**common, "recipe": recipe, "seed": seed, "dev_loss": choosing, "loss": loss + seed * len(recipe) / 1e4}
-        for recipe, (choosing, loss) in losses.items()
+        {**common, "recipe": recipe, "seed": seed, "dev_loss": dev, "loss": loss + seed * len(recipe) / 1e4}
+        for recipe, (dev, loss) in losses.items()
         for seed in range(1, 6)
     ]
     assert "Result: imdb, 1 pass: 4.202 by chosen, 4.302 by default" in speedrun(monkeypatch, runs)
+
+
+def test_recipes_are_compared_over_the_seeds_that_both_have(monkeypatch):
+    losses = {"default": {1: 4.0, 2: 5.0}, "other": {2: 4.9}, "alone": {3: 1.0}}
+    common = {"domain": "imdb", "passes": 1, "settings": {}, "accuracy": None}
+    runs = [
+        {**common, "recipe": recipe, "seed": seed, "dev_loss": loss + 0.2 * (recipe != "default"), "loss": loss}
+        for recipe, of_seeds in losses.items()
+        for seed, loss in of_seeds.items()
+    ]
+    found = [line for line in speedrun(monkeypatch, runs).splitlines() if line.startswith(("| def", "| oth", "| alo"))]
+    assert found == [
+        "| default |  | 4.5000 | 2 | 4.0000 to 5.0000 |  |  |  |  |",
+        "| other | +0.1000 (1) | 4.9000 | 1 |  | -0.1000 |  |  |  |",
+        "| alone |  | 1.0000 | 1 |  |  |  |  |  |",
+    ]
 
 
 def test_a_race_is_compared_with_its_own_domain_and_a_peer_may_be_missing(monkeypatch):

@@ -351,7 +351,7 @@ def _chosen(dataset: Any, origin: str, column: str, also: tuple[str, ...]) -> An
     if not (there := dataset.features):  # of a stream they are known when it is read
         there = datasets.Features.from_arrow_schema(next(dataset.with_format("arrow").iter(1)).schema)
     if column not in there:
-        raise UserError(f"{origin} has no column {column!r}, only {', '.join(there)}: name the text with --text_column")
+        raise UserError(f"{origin} has no column {column!r}, only {', '.join(there)}: name it with --text_column")
     kind = getattr(there[column], "dtype", type(there[column]).__name__)
     if kind not in ("string", "large_string", "null"):
         raise UserError(f"{origin}: column {column!r} holds {kind}, no text: choose with --text_column")

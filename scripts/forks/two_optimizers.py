@@ -37,7 +37,7 @@ from mlm.report.metrics import Progress
 from mlm.report.run import Run
 from mlm.report.summary import conclude_run, describe, outcome, plan, sizes
 
-MUON_RATE = 0.02  # its peak. Steps are made in bfloat16: more processes differ by more than float32 rounds
+MUON_RATE = 0.02  # the peak. Muon computes in bfloat16: other numbers of processes differ by more than rounding
 
 
 def objective(model: SparseMaskedLM, batch: Batch) -> torch.Tensor | tuple[torch.Tensor, dict]:

@@ -103,7 +103,7 @@ def test_documents_in_the_training_text_are_counted_whatever_their_case_and_whit
     ("labelled", "message"),
     [
         ([{"text": "a"}] * 20, "has no column 'label': name it with --task_label_column"),
-        ([{"review": "a", "label": 0}] * 20, "name the text with --task_text_column"),
+        ([{"review": "a", "label": 0}] * 20, "name it with --task_text_column"),
         (rows([0.5, 1.5] * 10), "holds float64; a probe needs one class"),
         (rows([[0, 1], [1]] * 10), "holds lists or objects; a probe needs one class"),
         (rows([0] * 20), "1 classes in 20 documents"),

@@ -262,10 +262,9 @@ def drawn(toy, labelled, tmp_path_factory):
     handler.emit = lambda record: messages.append(record.getMessage())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mlm.data.task.MOST", 36)
-        logging.getLogger("mlm").addHandler(handler)
+        patch.setattr(logging.getLogger("mlm"), "handlers", [*logging.getLogger("mlm").handlers, handler])
         modules = {"task": TaskConfig(task_file=str(labelled))}
         train(toy.config(folder, modules=modules, max_train_steps=1, eval_on_start=False))
-        logging.getLogger("mlm").removeHandler(handler)
     return folder, messages
 
 
