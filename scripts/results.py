@@ -541,8 +541,9 @@ def speedrun() -> str:
     lines = [section("Recipes", "speedrun/run.py", result, stored["environment"], command)]
     for domain, passes in tracks:
         lines += [*_recipes(runs, domain, passes), ""]
-    for domain in sorted({row["domain"] for row in stored["times"]}):
-        lines += [*_times([row for row in stored["times"] if row["domain"] == domain], domain), ""]
+    for track in sorted({(row["domain"], row["processor"]) for row in stored["times"]}):
+        own = [row for row in stored["times"] if (row["domain"], row["processor"]) == track]
+        lines += [*_times(own, ", ".join(track)), ""]
     log = "[the log of experiments](speedrun/LOG.md)"
     lines.append(
         "Differences are means over the seeds that both have: rows of one and of five do not rank together.\n"
@@ -566,8 +567,8 @@ def _passes(passes: float) -> str:
     return f"{passes:g} pass{'' if passes == 1 else 'es'}"
 
 
-def _times(times: list[dict[str, Any]], domain: str) -> list[str]:
-    """The time track of a domain: each side's seconds, with the ratios to those of others in the same round, and how
+def _times(times: list[dict[str, Any]], track: str) -> list[str]:
+    """The time track of a domain on a processor: each side's seconds, with the ratios to those of others in the same round, and how
     far above the loss of the one that sets the target it has ended at most."""
     sides: dict[str, dict[int, dict[str, Any]]] = {}
     for row in times:
@@ -575,7 +576,7 @@ def _times(times: list[dict[str, Any]], domain: str) -> list[str]:
     others = {"the peer's": sides.get("run_mlm_no_trainer", {}), "default's": sides.get("default_to_target", {})}
     target = others["the peer's"]
     lines = [
-        f"| time to target, {domain} | n | steps | seconds | of {' | of '.join(others)} | loss, from the peer's |",
+        f"| time to target, {track} | n | steps | seconds | of {' | of '.join(others)} | loss, from the peer's |",
         f"|{' --- |' * 7}",
     ]
     for name, rounds in sides.items():

@@ -68,7 +68,7 @@ def test_a_race_is_compared_with_its_own_domain_and_a_peer_may_be_missing(monkey
     sides += [("hotel", "fast", 5.0, 2.9), ("hotel", "default_to_target", 8.0, 3.0), ("news", "fast", 1.0, 2.0)]
     times = [
         {"domain": domain, "recipe": recipe.replace("peer", "run_mlm_no_trainer"), "seed": 1, "settings": {}}
-        | {"seconds": seconds, "loss": loss}
+        | {"seconds": seconds, "loss": loss, "processor": "one"}
         for domain, recipe, seconds, loss in sides
     ]
     page = speedrun(monkeypatch, times=times)
