@@ -568,8 +568,8 @@ def _passes(passes: float) -> str:
 
 
 def _times(times: list[dict[str, Any]], track: str) -> list[str]:
-    """The time track of a domain on a processor: each side's seconds, with the ratios to those of others in the same round, and how
-    far above the loss of the one that sets the target it has ended at most."""
+    """The time track of a domain on a processor: each side's seconds, with the ratios to those of others in the same
+    round, and how far above the loss of the one that sets the target it has ended at most."""
     sides: dict[str, dict[int, dict[str, Any]]] = {}
     for row in times:
         sides.setdefault(row["recipe"], {})[row["seed"]] = row
