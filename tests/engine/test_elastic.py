@@ -78,8 +78,8 @@ def assert_nothing_is_lost(folder, last_step, had):
     assert resumed[-1] >= had[-1]
 
 
-@pytest.mark.torture
-@pytest.mark.parametrize("kills", [1, 10])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.torture)])
 def test_a_run_of_which_one_of_two_processes_is_killed_goes_on_by_itself(toy, tmp_path, kills, tally):
     rng, folder, last_step, had = random.Random(kills), tmp_path / "run", 30 * kills, []
     process = start([*TORCHRUN, f"--max-restarts={kills}"], flags(toy, folder, last_step), program(tmp_path))
