@@ -238,7 +238,7 @@ def compare_both(base: Measured, adapted: Measured) -> tuple[dict[str, Any], str
             for n in names
         }
         lines = [f"{printable(compared[n]['text'])}: {in_words(compared[n])}" for n in names]
-        return {"held_out": None, "out_of_domain": None, **compared, "same_tokenizer": True}, "\n".join(lines)
+        return {**dict.fromkeys(EVAL_SETS), **compared, "same_tokenizer": True}, "\n".join(lines)
 
     result, lines = {}, []
     for name, before in base.figures().items():
@@ -260,7 +260,7 @@ def compare_both(base: Measured, adapted: Measured) -> tuple[dict[str, Any], str
         "the two have different tokenizers: their masks and the perplexity of their tokens are not "
         "comparable, bits per character and per word are"
     )
-    return finite({"held_out": None, "out_of_domain": None, **result, "same_tokenizer": False}), "\n".join(lines)
+    return finite({**dict.fromkeys(EVAL_SETS), **result, "same_tokenizer": False}), "\n".join(lines)
 
 
 def half_width_in_bits(base: Measured, adapted: Measured, name: str) -> tuple[float, int]:

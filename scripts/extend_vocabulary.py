@@ -114,8 +114,8 @@ def extend(what: ExtensionConfig, source: CorpusConfig) -> dict[str, Any]:
         extended = extend_tokenizer(tokenizer, [word.token for word in words], partial, what.trust_remote_code)
         tokens = {name: compare_lengths(texts, tokenizer, extended) for name, texts in splits.items()}
         listed = [{"word": spelt(tokenizer, word.token), **word._asdict(), "saved": word.saved} for word in words]
-        asked = {"min_count": what.min_count, "fragment_score": what.fragment_score}
-        result = {**asked, "pieces_a_word": pieces, "tokens": tokens, "words": listed}
+        result = {"min_count": what.min_count, "fragment_score": what.fragment_score, "pieces_a_word": pieces}
+        result |= {"tokens": tokens, "words": listed}
         write_json(partial / "vocabulary_extension.json", result)
         mode = (partial / "config.json").stat().st_mode  # safetensors gives its files to their owner alone
         # The configuration last: without it there is no model.
@@ -158,20 +158,15 @@ def find_words(
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(word for word, _ in engine.pre_tokenizer.pre_tokenize_str(normalise(text)))
+    cut = {word: tuple(piece.value for piece in engine.model.tokenize(word)) for word in counts}
     new = {w: n for w, n in counts.items() if n >= least and w not in known and is_word(spelt(tokenizer, w))}
-    unknown = tokenizer.unk_token
-
-    def cut(word: str) -> tuple[str, ...]:
-        pieces = tuple(piece.value for piece in engine.model.tokenize(word))
-        return () if unknown in pieces else pieces
-
-    total = max(counts.total(), 1)
-    pieces = sum(n * len(engine.model.tokenize(word)) for word, n in counts.items())
+    new = {word: n for word, n in new.items() if tokenizer.unk_token not in cut[word]}
+    total, pieces = max(counts.total(), 1), sum(n * len(cut[word]) for word, n in counts.items())
     to_save = pieces - round(what.fragment_score * total, 6)  # 1.15 · 20 is 22.999… in floating point
     if what.fragment_score > 1 and to_save <= 0:
         found = f"the text has {pieces / total:.4g} pieces a word as it is"
         raise UserError(f"--fragment_score {what.fragment_score}: {found}")
-    words = choose(new, cut, what.vocabulary_extension, to_save)
+    words = choose(new, cut.__getitem__, what.vocabulary_extension, to_save)
     if not words:
         seldom = f"no word that stands {least} times in the training split is cut into pieces that are all known"
         raise UserError(f"{seldom}: there is none to add (--min_count)")

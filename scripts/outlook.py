@@ -19,6 +19,7 @@ from mlm.config import Config
 from mlm.data.token_store import TokenStore
 from mlm.data.tokenizer import TokenizerInfo, spell
 from mlm.errors import printable
+from mlm.evaluation.compare import EVAL_SETS
 from mlm.evaluation.eval_set import EvalSet, one_by_one, open_eval_sets
 from mlm.evaluation.evaluate import evaluate
 from mlm.figures import figure, finite
@@ -100,7 +101,7 @@ def measured(
     found: dict[str, Any] = {"tokens_a_parameter": min(store.header["tokens"], seen) / parameters}
     print(f"  {'tokens a parameter':<22} {figure(found['tokens_a_parameter'])}, of {parameters:,} parameters")
     for name, eval_set in eval_sets.items():
-        prefix = "out_of_domain_" if name == "out_of_domain" else ""
+        prefix, _ = EVAL_SETS[name]
         whole = one_by_one(eval_set, config.chunks, config.model, position_limit(config.model))
         evaluation = evaluate(model, whole or eval_set, accelerator)
         _, row = np.unique(evaluation.chunk, return_inverse=True)

@@ -313,21 +313,23 @@ def main() -> None:
     stored = json.loads(args.out.read_text()) if args.out.exists() else {"runs": [], "times": []}
     stored["environment"] = environment(make_accelerator())
     where = {name: stored["environment"][name] for name in WHERE}
-    with tempfile.TemporaryDirectory() as folder:
-        todo = list(jobs(args, stored[rows], Path(folder)))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool,  # torch's threads do not survive a fork
+    ):
+        todo = list(jobs(args, stored[rows], Path(folder)))  # a file that is missing ends it before the first run
+        asked = {pool.submit(body, job): job for job in todo}
         failed = False
-        with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:  # torch's threads do not survive a fork
-            asked = {pool.submit(body, job): job for job in todo}
-            for done in as_completed(asked):
-                if failure := done.exception():  # the others go on
-                    print(f"{asked[done].key}: {failure}", file=sys.stderr)
-                    if not isinstance(failure, UserError):
-                        traceback.print_exception(failure)
-                    failed = True
-                    continue
-                stored[rows].append({**done.result(), **where})
-                write_json(args.out, stored)
-                print(json.dumps(stored[rows][-1]), flush=True)
+        for done in as_completed(asked):
+            if failure := done.exception():  # the others go on
+                print(f"{asked[done].key}: {failure}", file=sys.stderr)
+                if not isinstance(failure, UserError):
+                    traceback.print_exception(failure)
+                failed = True
+                continue
+            stored[rows].append({**done.result(), **where})
+            write_json(args.out, stored)
+            print(json.dumps(stored[rows][-1]), flush=True)
     sys.exit(int(failed))
 
 
